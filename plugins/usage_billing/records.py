@@ -1,0 +1,246 @@
+"""The nouns that stages hand to each other: frozen, and checked at birth.
+
+Times are aware, spans are half-open ``[start, end)``, quantities are `Decimal`. Tables too large for objects travel as
+Parquet (`staging.py`); the records here describe them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, Self
+
+
+def check_aware(name: str, moment: datetime) -> None:
+    """Raise `ValueError` unless `moment` carries a time zone."""
+    if moment.tzinfo is None:
+        raise ValueError(f"{name} needs a time zone: {moment!r}")
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Period:
+    """A half-open span of time ``[start, end)``, kept in UTC."""
+
+    start: datetime
+    end: datetime
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            moment = getattr(self, name)
+            check_aware(name, moment)
+            object.__setattr__(self, name, moment.astimezone(UTC))
+        if self.start >= self.end:
+            raise ValueError(f"a period ends after it starts: {self.start} to {self.end}")
+
+    def __str__(self) -> str:
+        return f"{self.start:%Y-%m-%dT%H:%MZ} to {self.end:%Y-%m-%dT%H:%MZ}"
+
+
+class State(StrEnum):
+    """Where a delivery stands; the ledger alone moves it."""
+
+    RESERVED = "reserved"
+    SENDING = "sending"
+    IN_DOUBT = "in_doubt"
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    HELD = "held"
+    WRITTEN_OFF = "written_off"
+    SUPERSEDED = "superseded"
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A reference to a staged table: where its manifest lies, how many rows it holds, and the digest of its parts.
+
+    Small enough for an XCom, and JSON all the way.
+    """
+
+    manifest: str
+    rows: int
+    digest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the reference as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the reference that `to_json` gave."""
+        return cls(manifest=value["manifest"], rows=value["rows"], digest=value["digest"])
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one task hands to the next: which extraction of which data interval, and the tables made so far, by stage.
+
+    JSON all the way, and small whatever the interval: quantities stay in the tables, where they are exact.
+    """
+
+    source: str
+    number: int
+    interval: Period
+    folder: str
+    tables: Mapping[str, Staged]
+    rows_quarantined: int = 0
+
+    def with_table(self, stage: str, table: Staged, **changes: Any) -> Self:  # noqa: ANN401
+        """Return the run with one more table."""
+        return replace(self, tables={**self.tables, stage: table}, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the run as plain JSON values."""
+        return {
+            "source": self.source,
+            "number": self.number,
+            "interval": [self.interval.start.isoformat(), self.interval.end.isoformat()],
+            "folder": self.folder,
+            "tables": {stage: table.to_json() for stage, table in self.tables.items()},
+            "rows_quarantined": self.rows_quarantined,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Return the run that `to_json` gave."""
+        start, end = (datetime.fromisoformat(moment) for moment in value["interval"])
+        tables = {stage: Staged.from_json(table) for stage, table in value["tables"].items()}
+        return cls(
+            value["source"], value["number"], Period(start, end), value["folder"], tables, value["rows_quarantined"]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """One reading of a source's warehouse; the larger number was read later and wins."""
+
+    number: int
+    source: str
+    interval_start: datetime
+    interval_end: datetime
+    window_start: datetime
+    window_end: datetime
+    rows_read: int
+    rows_quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the usage of one warehouse account is billed, as the site answered today.
+
+    `subscription` and `component` are canonical and never change for the same customer; `address` holds what today's
+    request needs, which may change (ChargeOver replaces a line item's id at every upgrade). A target with `unknown` set
+    could not be found: its rows are quarantined with that reason. `open_from` is the start of the billing period that is
+    open on the site, where the site tells.
+    """
+
+    account: str
+    subscription: str = ""
+    component: str = ""
+    price_point: str = ""
+    address: Mapping[str, Any] = field(default_factory=dict)
+    unknown: str = ""
+    open_from: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One revision of one usage total on its way to a billing site, as the ledger stored it before sending.
+
+    `body` is the exact JSON text of the record and `address` where it goes: a doubt is settled with these, never with
+    what today's settings would give.
+    """
+
+    token: str
+    identity: str
+    revision: int
+    quantity: Decimal
+    address: Mapping[str, Any]
+    body: str
+    sent_at: datetime | None = None
+    sends: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.quantity.is_finite() or self.quantity == 0:
+            raise ValueError(f"a delivery has a finite quantity other than 0, not {self.quantity}")
+        if self.sent_at is not None:
+            check_aware("sent_at", self.sent_at)
+
+    @staticmethod
+    def address_from(text: str) -> Mapping[str, Any]:
+        """Return the address that the ledger keeps as JSON text."""
+        address: Mapping[str, Any] = json.loads(text)
+        return address
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the site gave back for one delivery: its own record id (empty where it gives none) and what it said."""
+
+    token: str
+    record_id: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRecord:
+    """One usage record as the billing site holds it; `token` is empty where the record is not ours."""
+
+    token: str
+    record_id: str
+    quantity: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class SiteTotal:
+    """What the site counts for one subscription's component over one of its billing periods."""
+
+    subscription: str
+    component: str
+    period: Period
+    quantity: Decimal
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a plan compares: the totals of one extraction, for whole usage periods of one source."""
+
+    number: int
+    periods: tuple[Period, ...]
+    totals: Staged
+    targets: Staged
+    quarantined_rows: int = 0
+
+    @property
+    def window(self) -> Period:
+        """The span of the compared usage periods."""
+        return Period(self.periods[0].start, self.periods[-1].end)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many identities the plan found in each case, and the scaled sums behind them."""
+
+    new: int = 0
+    corrections: int = 0
+    unchanged: int = 0
+    held: int = 0
+    blocked: int = 0
+    waiting: int = 0
+    withdrawn: int = 0
+    owed: int = 0
+    settled: int = 0
+    negative: int = 0
+    events: int = 0
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Proposed deliveries, sorted by identity, and the tally to read before they go."""
+
+    proposals: Staged
+    tally: Tally
