@@ -1,7 +1,7 @@
 """Usage periods: hours, days, weeks and months as a billing zone counts them.
 
-A day is from one local midnight to the next, so 23 or 25 hours where the clocks change. An hour is 60 minutes counted from
-local midnight, so the repeated hour of autumn is two periods and the skipped hour of spring is none.
+A day is from one local midnight to the next, so 23 or 25 hours where the clocks change. An hour is 60 minutes counted
+from local midnight, so the repeated hour of autumn is two periods and the skipped hour of spring is none.
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, Self
 
 import pandas as pd
-from sqlalchemy import Connection, Engine, Select, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import URL, Connection, Engine, Select, and_, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -53,7 +53,7 @@ class Ledger:
         self._clock = clock
 
     @classmethod
-    def connect(cls, url: str, clock: Callable[[], datetime] | None = None) -> Self:
+    def connect(cls, url: str | URL, clock: Callable[[], datetime] | None = None) -> Self:
         """Open the ledger at a SQLAlchemy `url`; `clock` replaces the ledger's own clock in simulations.
 
         Raises:
@@ -63,7 +63,7 @@ class Ledger:
         return cls(engines.connect(url), clock)
 
     @staticmethod
-    def create(url: str) -> bool:
+    def create(url: str | URL) -> bool:
         """Create or upgrade the ledger at `url`; False if it was there and current."""
         return engines.create(url)
 

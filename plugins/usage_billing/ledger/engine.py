@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, insert, inspect, make_url, select, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from usage_billing.errors import Misconfigured, NotApplied
@@ -18,7 +18,7 @@ _ENGINES = {"sqlite", "postgresql"}
 _MEND = "run `usage-billing ledger init` once for this connection (a restored or moved ledger needs its own file or database back)"
 
 
-def connect(url: str) -> Engine:
+def connect(url: str | URL) -> Engine:
     """Return an engine on the ledger at `url`.
 
     Raises:
@@ -38,7 +38,7 @@ def connect(url: str) -> Engine:
     return engine
 
 
-def create(url: str) -> bool:
+def create(url: str | URL) -> bool:
     """Create or upgrade the ledger at `url`; say whether anything had to be done.
 
     Raises:
@@ -68,7 +68,7 @@ def create(url: str) -> bool:
     return True
 
 
-def _engine(url: str, *, must_exist: bool = True) -> Engine:
+def _engine(url: str | URL, *, must_exist: bool = True) -> Engine:
     backend = make_url(url).get_backend_name()
     if backend not in _ENGINES:
         raise Misconfigured(
@@ -105,10 +105,10 @@ def _version(engine: Engine) -> str | None:
             found = connection.execute(text(f"SELECT version_num FROM {tables.VERSION_TABLE}")).scalar()  # noqa: S608
             return str(found) if found is not None else None
     except OperationalError as error:
-        raise NotApplied(f"the usage ledger at {_shown(str(engine.url))} cannot be reached: {error.orig}") from error
+        raise NotApplied(f"the usage ledger at {_shown(engine.url)} cannot be reached: {error.orig}") from error
     except DBAPIError as error:
-        raise Misconfigured(f"{_shown(str(engine.url))} cannot be read as a usage ledger: {error.orig}") from error
+        raise Misconfigured(f"{_shown(engine.url)} cannot be read as a usage ledger: {error.orig}") from error
 
 
-def _shown(url: str) -> str:
+def _shown(url: str | URL) -> str:
     return make_url(url).render_as_string(hide_password=True)

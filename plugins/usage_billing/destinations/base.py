@@ -1,0 +1,147 @@
+"""The contract of a destination: one billing API that takes usage.
+
+A destination knows how its API names things, how a delivery is written down, how many travel together and how a doubt is
+settled. It keeps no memory: that is the ledger's part. `deliver` and `reconcile` drive every destination through this
+class alone, and the contract suite in ``tests/contract`` holds each of them to it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from usage_billing.records import Delivery, Receipt, SiteRecord, SiteTotal, Target
+from usage_billing.sources import BillingSource, DestinationSettings
+
+
+class Destination(ABC):
+    """One billing API as one source uses it.
+
+    Class attributes declare what the API documents; a subclass is mostly these and five short methods.
+    """
+
+    name: ClassVar[str]
+    connection_type: ClassVar[str]
+    """The type of Airflow connection that leads to the site."""
+    settings_model: ClassVar[type[DestinationSettings]]
+    chunk_size: int
+    """How many deliveries travel in one request at most; a class attribute, unless the source's settings lower it."""
+    replay_window: ClassVar[timedelta]
+    """How long the API itself ignores a repeated token; zero where it promises nothing."""
+
+    def __init__(self, source: BillingSource) -> None:
+        self.source = source
+
+    @property
+    @abstractmethod
+    def site(self) -> str:
+        """The canonical name of the billing site: ``maxio:<region>:<subdomain>`` or ``chargeover:<instance>``."""
+
+    @property
+    @abstractmethod
+    def settle_after(self) -> timedelta:
+        """How long after a request was sent the site may still apply it."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Ask the site whether this source can be billed at all: credentials, component, kind, decimals.
+
+        Raises:
+            Misconfigured: it cannot, with every reason at once.
+            NotApplied: the site could not be asked.
+        """
+
+    @abstractmethod
+    def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        """Return where each warehouse account is billed, in the order given; asks the site, writes nothing.
+
+        An account that the site definitely does not know (or that is ambiguous there) comes back with `unknown` set.
+
+        Raises:
+            Misconfigured: the credentials or the definition are wrong.
+            NotApplied: the site could not be asked; nothing may be concluded about any account.
+        """
+
+    @abstractmethod
+    def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return, per proposal, why it may not be sent now (text), or an empty text.
+
+        `proposals` has the columns of `encode` plus ``open_from`` (UTC timestamp or NaT).
+        """
+
+    @abstractmethod
+    def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return the exact JSON text of each proposal's record, without a loop over rows.
+
+        Columns: ``token``, ``identity``, ``subscription``, ``component``, ``price_point``, ``dimensions`` (JSON text),
+        ``address`` (JSON text), ``period_start``, ``period_end`` (UTC timestamps), ``quantity`` (plain decimal text).
+        """
+
+    @abstractmethod
+    def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Send one chunk in one request and return a receipt for each delivery that the site took.
+
+        A delivery without a receipt was definitely not applied and may be sent again.
+
+        Raises:
+            Misconfigured: nothing was applied and nothing will be, until a person acts.
+            NotApplied: nothing of the chunk was applied.
+            Refused: nothing of the chunk was applied and the reason lies in it (a chunk of several is then split).
+            InDoubt: some of it may have been applied.
+        """
+
+    @abstractmethod
+    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
+        """Settle deliveries in doubt, all of them older than `settle_after`; give the outcome by token.
+
+        A receipt says that the site has it with the same quantity; ``None`` that it definitely has not. A token that is
+        absent from the answer is still in doubt.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked; all stay in doubt.
+            Refused: the site holds the token with another quantity.
+            InDoubt: all stay in doubt.
+        """
+
+    @abstractmethod
+    def records(self, deliveries: pd.DataFrame) -> Iterable[SiteRecord] | None:
+        """Yield what the site holds for the same subscriptions and usage periods as `deliveries`, ours and others'.
+
+        `deliveries` has ``token``, ``subscription``, ``component``, ``address`` (JSON text), ``record_id``,
+        ``period_start``, ``period_end`` of accepted deliveries. None where the API cannot list records singly.
+        """
+
+    def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal] | None:  # noqa: ARG002
+        """Return what the site counts for each subscription over its billing periods; None where `records` lists singly."""
+        return None
+
+
+def joined(*parts: str | pd.Series) -> pd.Series:
+    """Return the parts written one after the other, row by row, without a loop over rows; texts repeat in every row.
+
+    At least one part is a column; the result has the index of the first one.
+    """
+    index = next(part.index for part in parts if isinstance(part, pd.Series))
+    columns = [part if isinstance(part, str) else _strings(part) for part in parts]
+    # A column may be empty of rows: then a scalar alone would still give one.
+    arrays = [pa.scalar(part, pa.large_string()) if isinstance(part, str) else part for part in columns]
+    text = pc.binary_join_element_wise(*arrays, pa.scalar("", pa.large_string()))
+    return pd.Series(text.to_pandas().to_numpy(dtype=object), index=index, dtype=object)
+
+
+def by_value(column: pd.Series, write: Callable[[Any], str]) -> pd.Series:
+    """Return `write` of each value, called once per distinct value."""
+    codes, values = pd.factorize(column)
+    written = np.array([write(cast("Hashable", value)) for value in values], dtype=object)
+    return pd.Series(written[codes], index=column.index, dtype=object)
+
+
+def _strings(column: pd.Series) -> pa.Array:
+    # By way of objects: a text column that pandas has put together may hold pieces of two Arrow types.
+    found = pa.array(column.astype(object), type=pa.large_string(), from_pandas=True)
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found

@@ -1,0 +1,538 @@
+"""ChargeOver: its client, and metered usage of a package's line item.
+
+Paths, limits and the meaning of replies follow ChargeOver's public REST documentation: "Storing Usage/Metered Data",
+"Query for Usage/Metered Data", "Bulk/Batch Requests", "Querying for Subscriptions", "Escape Syntax", "External Keys".
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from datetime import datetime, timedelta
+from decimal import Decimal
+from itertools import islice
+from typing import Any, Literal
+from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, available_timezones
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from usage_billing.destinations.base import Destination, by_value, joined
+from usage_billing.destinations.http import (
+    Effect,
+    HttpClient,
+    Timeouts,
+    is_loopback,
+    segment,
+    url_faults,
+    whole_number,
+)
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
+from usage_billing.records import Delivery, Receipt, SiteRecord, Target
+from usage_billing.sources import BillingSource, DestinationSettings
+
+Json = dict[str, Any]
+
+_API = "/api/v3"
+_VENDOR_HOST = "chargeover.com"
+_SETTLE_AFTER_SECONDS = 900
+_LARGEST_BATCH = 25
+_LIMIT = 500
+_TOKEN = re.compile(r"[0-9a-f]{64}")
+_TIME = "%Y-%m-%d %H:%M:%S"
+_FEW = 20
+_STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
+"""Package states that are not billed: usage sent there would be lost, so it is quarantined."""
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChargeOverSettings:
+    """How to reach one ChargeOver account.
+
+    `timezone` is the account's, in which times without an offset are read. `settle_after_seconds` is how long after a
+    request the account may still apply it: ChargeOver documents no cut-off, so the default of 15 minutes is an
+    assumption. `negative_usage` says whether negative records are taken, which no document settles. `subject` names the
+    settings in an error, which also tells the `known_faults` that their reader found.
+
+    Raises:
+        Misconfigured: with every fault at once.
+    """
+
+    public_key: str
+    private_key: str = field(repr=False)
+    instance: str = ""
+    base_url: str = ""
+    timezone: str = "America/Chicago"
+    negative_usage: str = "hold"
+    concurrency: int = 4
+    settle_after_seconds: int = _SETTLE_AFTER_SECONDS
+    timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=10, read=60, write=60))
+    subject: InitVar[str] = "ChargeOver settings"
+    known_faults: InitVar[Sequence[str]] = ()
+
+    def __post_init__(self, subject: str, known_faults: Sequence[str]) -> None:
+        self._set("base_url", str(self.base_url or "").rstrip("/"))
+        self._set("instance", str(self.instance or _instance_of(self.base_url)).strip().lower())
+        if faults := [*known_faults, *self._faults()]:
+            raise Misconfigured.all_at_once(subject, faults)
+        self._set("base_url", self.base_url or f"https://{self.instance}.{_VENDOR_HOST}")
+        self._set("concurrency", int(self.concurrency))
+        self._set("settle_after_seconds", int(self.settle_after_seconds))
+
+    @property
+    def site(self) -> str:
+        """The canonical name of the account; it does not depend on the address through which it is reached."""
+        return f"chargeover:{self.instance}"
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The account's time zone."""
+        return ZoneInfo(self.timezone)
+
+    @property
+    def settle_after(self) -> timedelta:
+        """How long after a request was sent the account may still apply it."""
+        return timedelta(seconds=self.settle_after_seconds)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _faults(self) -> Iterator[str]:
+        if not self.public_key:
+            yield "login: is empty; put the public key of the REST API there"
+        if not self.private_key:
+            yield "password: is empty; put the private key of the REST API there"
+        yield from self._addressing()
+        if self.timezone not in available_timezones():
+            yield f"timezone: {self.timezone!r} is no IANA time zone; write it like 'America/Chicago'"
+        if self.negative_usage not in ("allowed", "hold"):
+            yield f"negative_usage: {self.negative_usage!r} is unknown; it is 'allowed' or 'hold'"
+        if whole_number(self.concurrency, 1) is None:
+            yield f"concurrency: {self.concurrency!r} is no whole number of 1 or more"
+        seconds = whole_number(self.settle_after_seconds, 0)
+        if seconds is None:
+            yield f"settle_after_seconds: {self.settle_after_seconds!r} is no whole number"
+        elif seconds < _SETTLE_AFTER_SECONDS and not is_loopback(self.base_url):
+            yield f"settle_after_seconds: {seconds} is shorter than {_SETTLE_AFTER_SECONDS}: that is for loopback addresses only"
+
+    def _addressing(self) -> Iterator[str]:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.instance):
+            yield (
+                f"instance: {self.instance!r} is no instance name; it is the first word of the account's address. "
+                "Put the name into host, or, with an address in host, into the extra instance"
+            )
+        if self.base_url:
+            yield from url_faults("host", self.base_url)
+        if (own := _instance_of(self.base_url)) and own != self.instance:
+            yield f"host: it is the address of instance {own!r}, not of {self.instance!r}; leave one of the two out"
+
+
+def _instance_of(base_url: str) -> str:
+    """Return the instance that an address of the vendor's names, or an empty text."""
+    host = urlsplit(base_url).hostname or ""
+    name, dot, rest = host.partition(".")
+    return name if dot and rest == _VENDOR_HOST else ""
+
+
+# --- client ------------------------------------------------------------------------------------------------------------
+
+
+class ChargeOverSite:
+    """A plain client of the calls that usage needs. Objects come back as dicts, numbers exact.
+
+    Example::
+
+        site = ChargeOverSite(ChargeOverSettings(instance="telco", public_key="...", private_key="..."))
+        package = site.package_by_external_key("pkg-001")
+        line = package["line_items"][0]["line_item_id"]
+        site.create_usage('{"line_item_id": 854, "usage_value": 22, "from": "2026-10-01 00:00:00", "to": "2026-10-01 23:59:59"}')
+        for usage in site.usages({"line_item_id": line}):
+            print(usage["from"], usage["usage_value"])
+
+    Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
+    """
+
+    def __init__(self, settings: ChargeOverSettings) -> None:
+        self.settings = settings
+        keys = (settings.public_key, settings.private_key)
+        self._http = HttpClient(
+            settings.site, settings.base_url, keys, timeouts=settings.timeouts, concurrency=settings.concurrency
+        )
+
+    def read_account(self) -> None:
+        """Ask for one customer: the cheapest proof that address and keys are right."""
+        if self._read("read a customer", "/customer", {"limit": 1}) is None:
+            raise Misconfigured(
+                f"{self.settings.site}: HTTP 404: there is no ChargeOver API at {self.settings.base_url}"
+            )
+
+    def package(self, package_id: int) -> Json | None:
+        """Return one package with its line items, or None."""
+        return self._object(f"read package {package_id}", f"/package/{int(package_id)}")
+
+    def package_by_external_key(self, key: str) -> Json | None:
+        """Return the package with an external key, with its line items, or None."""
+        found = self.packages([("external_key", "EQUALS", key)])
+        return next((package for package in found if package.get("external_key") == key), None)
+
+    def packages(self, where: Iterable[tuple[str, str, str]] = ()) -> Iterator[Json]:
+        """Yield packages with their line items, by id."""
+        return self._query("package", "package_id", where, order="package_id:ASC", expand="line_items")
+
+    def customer_by_external_key(self, key: str) -> Json | None:
+        """Return the customer with an external key, or None."""
+        found = self._query("customer", "customer_id", [("external_key", "EQUALS", key)])
+        return next((customer for customer in found if customer.get("external_key") == key), None)
+
+    def item_by_external_key(self, key: str) -> Json | None:
+        """Return the product with an external key and what only a single read tells, such as `service_data`, or None."""
+        return self._object(f"read item {key!r}", f"/item/external_key:{segment(key)}")
+
+    def create_usage(self, body: str) -> Json:
+        """Store one usage record, the JSON text of an object; return what the account says of it: its ``id``."""
+        return self._created(self._http.write("store usage", f"{_API}/usage", body), "store usage")
+
+    def create_usage_batch(self, bodies: Sequence[str]) -> list[Json]:
+        """Store up to 25 usage records in one request and return one envelope for each, in order.
+
+        Whether the batch is one transaction is not documented: unless each record has its own answer, all are in doubt.
+        """
+        call = f"store {len(bodies)} usage records in a batch"
+        requests = (f'{{"request_method":"POST","uri":"{_API}/usage","payload":{body}}}' for body in bodies)
+        reply = self._http.write(call, f"{_API}/_bulk", f"[{','.join(requests)}]", Effect.BULK)
+        answers = reply.get("response") if isinstance(reply, dict) else None
+        answers = answers.get("_bulk") if isinstance(answers, dict) else None
+        if (
+            not isinstance(answers, list)
+            or len(answers) != len(bodies)
+            or not all(_is_envelope(answer) for answer in answers)
+        ):
+            raise InDoubt(f"{self.settings.site}: {call}: the reply has no answer for each record")
+        return answers
+
+    def usages(
+        self, equal: Mapping[str, object], since: datetime | None = None, until: datetime | None = None
+    ) -> Iterator[Json]:
+        """Yield usage records whose fields equal those given and whose ``from`` lies in [`since`, `until`], each once.
+
+        Fields that may be asked for: ``line_item_id``, ``external_key``.
+        """
+        where = [(name, "EQUALS", str(value)) for name, value in equal.items()]
+        where += [("from", "GTE", self.local(since))] if since else []
+        where += [("from", "LTE", self.local(until))] if until else []
+        return self._query("usage", "usage_history_id", where, order="from:ASC")
+
+    def usages_by_external_key(self, key: str) -> list[Json]:
+        """Return the usage records with an external key: none, one, or a reason to worry."""
+        params = {"where": where_text([("external_key", "EQUALS", key)]), "limit": _FEW}
+        return [usage for usage in self._list("query usage", "/usage", params) if usage.get("external_key") == key]
+
+    def local(self, moment: datetime) -> str:
+        """Return a moment as the account writes it: in its own zone, without an offset."""
+        return moment.astimezone(self.settings.zone).strftime(_TIME)
+
+    def _query(
+        self, kind: str, key: str, where: Iterable[tuple[str, str, str]] = (), order: str = "", expand: str = ""
+    ) -> Iterator[Json]:
+        """Yield the objects that match, each once, until a page is empty.
+
+        The size of a page is the account's to say, and a list that grows moves under an offset: so pages follow what
+        came, and the key tells what came before.
+        """
+        asked = {"where": where_text(where), "order": order, "expand": expand, "limit": _LIMIT}
+        params = {name: value for name, value in asked.items() if value}
+        seen: set[object] = set()
+        offset = 0
+        while rows := self._list(f"query {kind}", f"/{kind}", {**params, "offset": offset}):
+            fresh = [row for row in rows if row[key] not in seen]
+            if not fresh:
+                return
+            yield from fresh
+            seen.update(row[key] for row in fresh)
+            offset += len(rows)
+
+    def _list(self, call: str, path: str, params: Mapping[str, Any]) -> list[Json]:
+        """Return the rows of one query; only a list, empty or not, says what there is."""
+        rows = self._read(call, path, params)
+        if not isinstance(rows, list):
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list")
+        return rows
+
+    def _object(self, call: str, path: str) -> Json | None:
+        found = self._read(call, path)
+        return found if isinstance(found, dict) else None
+
+    def _read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON is.
+        reply = self._http.read(call, _API + path, params)
+        if reply is None:
+            return None
+        if not _is_envelope(reply) or reply.get("status") != "OK" or "response" not in reply:
+            said = reply.get("message") if isinstance(reply, dict) else ""
+            raise NotApplied(f"{self.settings.site}: {call}: success, but an error inside: {said!r}")
+        return reply["response"]
+
+    def _created(self, reply: object, call: str) -> Json:
+        if not isinstance(reply, dict) or (number := record_id(reply)) is None:
+            raise InDoubt(f"{self.settings.site}: {call}: success, but no id in the reply")
+        return {"id": number}
+
+
+def where_text(conditions: Iterable[tuple[str, str, str]]) -> str:
+    """Return a ``where`` clause of (field, operator, value).
+
+    A colon or a comma inside a value is escaped: percent-encoding alone would cut the value there, without any error.
+    """
+    escaped = ((name, operator, re.sub(r"([\\:,])", r"\\\1", value)) for name, operator, value in conditions)
+    return ",".join(":".join(parts) for parts in escaped)
+
+
+def record_id(envelope: Json) -> str | None:
+    """Return the id of the record that an envelope says was created, or None if it does not say so."""
+    code, made = whole_number(envelope.get("code"), 0), envelope.get("response")
+    if code not in (200, 201, 202) or envelope.get("status") != "OK" or not isinstance(made, dict) or "id" not in made:
+        return None
+    return str(made["id"])
+
+
+def _is_envelope(reply: object) -> bool:
+    return isinstance(reply, dict) and whole_number(reply.get("code"), 0) is not None
+
+
+# --- destination -------------------------------------------------------------------------------------------------------
+
+
+class ChargeOverUsageSettings(DestinationSettings):
+    """The keys of a source that is billed to ChargeOver.
+
+    `package_by` says what the account column holds: the package's external key, or the customer's, who then must have
+    one line of the item. `item` is the product's external key. `mode` sends records in batches of 25, or singly.
+    """
+
+    name: Literal["chargeover_usage"]
+    package_by: Literal["external_key", "customer_external_key"]
+    item: str = Field(min_length=1)
+    mode: Literal["batch", "single"] = "batch"
+
+
+class ChargeOverUsage(Destination):
+    """Metered usage of the line item that a package has of one product.
+
+    An upgrade replaces a line item's id, even a change of price, so the identity is the pair of package and item, and the
+    id is looked up afresh each time. The uniqueness token travels as the record's external key.
+    """
+
+    name = "chargeover_usage"
+    connection_type = "chargeover"
+    settings_model = ChargeOverUsageSettings
+    chunk_size = _LARGEST_BATCH
+    # External keys are said to be unique for all objects; that usage is among them is said nowhere.
+    replay_window = timedelta(0)
+
+    def __init__(self, source: BillingSource, client: ChargeOverSite) -> None:
+        super().__init__(source)
+        self.client = client
+        self.settings: Any = source.destination
+        if self.settings.mode == "single":
+            self.chunk_size = 1
+
+    @property
+    def site(self) -> str:
+        return self.client.settings.site
+
+    @property
+    def settle_after(self) -> timedelta:
+        return self.client.settings.settle_after
+
+    def check(self) -> None:
+        if faults := list(self._faults()):
+            raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
+
+    def _faults(self) -> Iterator[str]:
+        item = self.client.item_by_external_key(self.settings.item)
+        if item is None:
+            yield f"destination.item: {self.site} has no item with external key {self.settings.item!r}"
+        elif not _is_true((item.get("service_data") or {}).get("is_usage", True)):
+            yield f"destination.item: {self.settings.item!r} is not metered; say in ChargeOver that you upload metered data for it"
+
+    def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        find = self._packages_by_key if self.settings.package_by == "external_key" else self._packages_by_customer
+        packages = find(accounts)
+        return [self._target(account, packages[account]) for account in accounts]
+
+    def _packages_by_key(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
+        """Return the packages of each external key, None where there is definitely none.
+
+        Many keys are first looked for in the list, as long as that takes fewer requests than asking one by one.
+        """
+        wanted = set(accounts)
+        found: dict[str, list[Json] | None] = {}
+        if len(wanted) > _FEW:
+            for package in islice(self.client.packages(), _LIMIT * (len(wanted) // 4)):
+                if (key := package.get("external_key")) in wanted:
+                    found.setdefault(key, []).append(package)  # type: ignore[union-attr]
+        return found | {key: self._packages_of(key) for key in sorted(wanted - found.keys())}
+
+    def _packages_of(self, key: str) -> list[Json] | None:
+        found = self.client.packages([("external_key", "EQUALS", key)]) if key else iter(())
+        return [package for package in found if package.get("external_key") == key] or None
+
+    def _packages_by_customer(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
+        return {key: self._packages_of_customer(key) for key in sorted(set(accounts))}
+
+    def _packages_of_customer(self, key: str) -> list[Json] | None:
+        customer = self.client.customer_by_external_key(key) if key else None
+        if customer is None:
+            return None
+        return list(self.client.packages([("customer_id", "EQUALS", str(customer["customer_id"]))]))
+
+    def _target(self, account: str, packages: list[Json] | None) -> Target:
+        holder = "package" if self.settings.package_by == "external_key" else "customer"
+        if packages is None:
+            return Target(account, unknown=f"{holder} {account!r} is unknown to {self.site}")
+        billed = [package for package in packages if package.get("package_status_state") not in _STATES]
+        if not billed:
+            states = {_STATES[package["package_status_state"]] for package in packages}
+            said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
+            return Target(account, unknown=f"{holder} {account!r} {said}: its usage would not be billed")
+        lines = [line for package in billed for line in package.get("line_items") or () if self._is_ours(line)]
+        if len(lines) != 1:
+            count = "no line" if not lines else f"{len(lines)} lines, so it is ambiguous which one to bill,"
+            return Target(account, unknown=f"{holder} {account!r} has {count} of item {self.settings.item!r}")
+        if not _is_true(lines[0].get("item_is_usage", True)):
+            return Target(
+                account, unknown=f"{holder} {account!r}: its line of item {self.settings.item!r} is not metered"
+            )
+        return Target(
+            account=account,
+            subscription=f"{holder}:{account}",
+            component=f"item:{self.settings.item}",
+            address={"line_item_id": int(lines[0]["line_item_id"])},
+        )
+
+    def _is_ours(self, line: Json) -> bool:
+        return bool(line.get("item_external_key") == self.settings.item and not line.get("cancel_datetime"))
+
+    def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
+        held = self.client.settings.negative_usage == "hold"
+        negative = proposals["quantity"].astype(object).str.startswith("-").to_numpy(dtype=bool) & held
+        why = "a negative difference waits: whether this account takes one is not known; see negative_usage of the connection"
+        return pd.Series(np.where(negative, why, ""), index=proposals.index, dtype=object)
+
+    def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        # The last second of a period belongs to it: the account reads `to` as included. In the hour that autumn repeats,
+        # two periods bear the same times; the external key tells them apart.
+        start = by_value(proposals["period_start"], self.client.local)
+        end = by_value(proposals["period_end"], lambda end: self.client.local(end - timedelta(seconds=1)))
+        line = by_value(proposals["address"], lambda address: str(int(json.loads(address)["line_item_id"])))
+        return joined(
+            '{"line_item_id":', line, ',"usage_value":', proposals["quantity"], ',"from":"', start, '","to":"', end,
+            '","external_key":"', proposals["token"], '"}',
+        )  # fmt: skip
+
+    def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        if self.settings.mode == "single":
+            (delivery,) = chunk
+            return [self._send_one(delivery)]
+        answers = self.client.create_usage_batch([delivery.body for delivery in chunk])
+        return self._read_answers(chunk, answers)
+
+    def _send_one(self, delivery: Delivery) -> Receipt:
+        try:
+            made = self.client.create_usage(delivery.body)
+        except Refused:
+            if (found := self._already_there(delivery)) is not None:
+                return found
+            raise
+        return Receipt(delivery.token, made["id"])
+
+    def _read_answers(self, chunk: Sequence[Delivery], answers: Sequence[Json]) -> list[Receipt]:
+        """Return the receipts of a batch, whose records were each answered singly.
+
+        A record that was throttled or refused goes without a receipt: it was not applied, and comes again in a later
+        chunk. Only a chunk of which nothing was taken is `Refused`, so that it is split until the culprit stands alone.
+        """
+        receipts: list[Receipt] = []
+        refused: list[str] = []
+        throttled = False
+        for delivery, answer in zip(chunk, answers, strict=True):
+            code = whole_number(answer.get("code"), 0) or 0
+            if (number := record_id(answer)) is not None:
+                receipts.append(Receipt(delivery.token, number))
+            elif code in _REFUSALS:
+                if (found := self._already_there(delivery)) is not None:
+                    receipts.append(found)
+                else:
+                    refused.append(f"HTTP {code}: {answer.get('message')}")
+            elif code == _THROTTLED:
+                throttled = True
+            else:
+                raise InDoubt(
+                    f"{self.site}: a record of the batch was answered with code {code}: {answer.get('message')}"
+                )
+        if not receipts and refused:
+            raise Refused(f"{self.site}: {'; '.join(sorted(set(refused)))[:_LIMIT]}")
+        if not receipts and throttled:
+            raise NotApplied(f"{self.site}: the batch was throttled", throttled=True)
+        return receipts
+
+    def _already_there(self, delivery: Delivery) -> Receipt | None:
+        """Return the receipt of a record that was refused because an earlier try had succeeded, or None.
+
+        Raises:
+            InDoubt: the account could not be asked, or holds the key with another quantity.
+        """
+        try:
+            return self._found(delivery)
+        except UsageBillingError as failure:
+            raise InDoubt(
+                f"{failure}; a record was refused, and whether for its own earlier success is not known"
+            ) from failure
+
+    def _found(self, delivery: Delivery) -> Receipt | None:
+        held = self.client.usages_by_external_key(delivery.token)
+        if not held:
+            return None
+        values = [Decimal(str(usage["usage_value"])) for usage in held]
+        if values != [delivery.quantity]:
+            shown = ", ".join(str(value) for value in values)
+            raise Refused(
+                f"{self.site}: external key {delivery.token} is held with {shown}, and {delivery.quantity} was sent"
+            )
+        return Receipt(delivery.token, str(held[0]["usage_history_id"]), "found by its external key")
+
+    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
+        """Ask for each token as an external key; what is not there after `settle_after` was not applied."""
+        found: dict[str, Receipt | None] = {}
+        different: list[str] = []
+        for doubt in doubts:
+            try:
+                found[doubt.token] = self._found(doubt)
+            except Refused as refusal:
+                different.append(str(refusal))
+        if different:
+            raise Refused("; ".join(different))
+        return found
+
+    def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
+        """Yield the records of the line items that `deliveries` went to, from the first to the last of their periods."""
+        for address, some in deliveries.groupby("address"):
+            line = json.loads(str(address))["line_item_id"]
+            since, until = some["period_start"].min().to_pydatetime(), some["period_end"].max().to_pydatetime()
+            for usage in self.client.usages({"line_item_id": line}, since, until - timedelta(seconds=1)):
+                key = str(usage.get("external_key") or "")
+                token = key if _TOKEN.fullmatch(key) else ""
+                yield SiteRecord(token, str(usage["usage_history_id"]), Decimal(str(usage["usage_value"])))
+
+
+_REFUSALS = (400, 404, 422)
+_THROTTLED = 429
+
+
+def _is_true(value: object) -> bool:
+    """Read a flag that comes as a boolean, a number or text."""
+    return str(value).lower() in ("true", "1")

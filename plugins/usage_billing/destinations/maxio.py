@@ -1,0 +1,797 @@
+"""Maxio Advanced Billing (formerly Chargify): its client, and usage as metered components or as streamed events.
+
+Paths, limits and the meaning of replies follow Maxio's public API reference: "Subscription Components" (usages),
+"Events-Based Billing", "Duplicate Prevention" and "API Access: Error Handling".
+"""
+
+import json
+import re
+import string
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from functools import cached_property
+from itertools import islice
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from usage_billing.destinations.base import Destination, by_value, joined
+from usage_billing.destinations.http import (
+    Effect,
+    HttpClient,
+    Outcome,
+    Timeouts,
+    is_loopback,
+    segment,
+    url_faults,
+    whole_number,
+)
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
+from usage_billing.records import Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
+from usage_billing.sources import BillingSource, DestinationSettings
+
+Json = dict[str, Any]
+
+_EVENTS_URL = "https://events.chargify.com"
+_VENDOR_HOSTS = {"us": "chargify.com", "eu": "ebilling.maxio.com"}
+_CUT_OFF = timedelta(seconds=120)
+_SETTLE_AFTER_SECONDS = 150
+_PER_PAGE = 200
+_MEMO_LENGTH = 255
+_TOKEN = re.compile(r"[0-9a-f]{64}")
+_TOKEN_LENGTH = 64
+_TOKEN_HONOURED = timedelta(minutes=61)
+_FEW = 20
+_CHARGIFY_FIELDS = ("subscription_id", "subscription_reference")
+"""Identifiers that stand inside an event's ``chargify`` object; any other is a property of the event."""
+_ENDED = frozenset(
+    {"canceled", "expired", "failed_to_create", "on_hold", "suspended", "trial_ended", "awaiting_signup"}
+)
+"""States in which a subscription accrues no charges: what would be sent there is never billed, so it is quarantined."""
+
+_SITE_WIDE = tuple(
+    Outcome((422,), Misconfigured, words=words, mend="this concerns the whole site, not this request")
+    for words in ("account has been canceled", "trial has ended", "Site data clearing", "site has been deleted")
+)
+_NO_STREAM = Outcome((404,), Misconfigured, (Effect.WRITE,), mend="the events host knows no such stream or site")
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxioSettings:
+    """How to reach one Maxio site.
+
+    `base_url` stands for the main API's address, `events_url` for ``https://events.chargify.com`` (the site's subdomain
+    is a path segment there). `settle_after_seconds` is how long after a request the site may still apply it: Maxio
+    documents a cut-off of 120 s. `subject` names the settings in an error, which also tells
+    the `known_faults` that their reader found.
+
+    Raises:
+        Misconfigured: with every fault at once.
+    """
+
+    subdomain: str
+    api_key: str = field(repr=False)
+    region: str = "us"
+    base_url: str = ""
+    events_url: str = ""
+    concurrency: int = 4
+    settle_after_seconds: int = _SETTLE_AFTER_SECONDS
+    # A write waits past the site's cut-off of 120 s: giving up sooner would only make doubts.
+    timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=10, read=60, write=125))
+    subject: InitVar[str] = "Maxio settings"
+    known_faults: InitVar[Sequence[str]] = ()
+
+    def __post_init__(self, subject: str, known_faults: Sequence[str]) -> None:
+        self._set("subdomain", str(self.subdomain or "").strip().lower())
+        self._set("region", str(self.region or "us").strip().lower())
+        self._set("base_url", str(self.base_url or "").rstrip("/"))
+        self._set("events_url", (self.events_url or _EVENTS_URL).rstrip("/"))
+        if faults := [*known_faults, *self._faults()]:
+            raise Misconfigured.all_at_once(subject, faults)
+        self._set("base_url", self.base_url or f"https://{self.subdomain}.{_VENDOR_HOSTS[self.region]}")
+        self._set("concurrency", int(self.concurrency))
+        self._set("settle_after_seconds", int(self.settle_after_seconds))
+
+    @property
+    def site(self) -> str:
+        """The canonical name of the site; it does not depend on the address through which it is reached."""
+        return f"maxio:{self.region}:{self.subdomain}"
+
+    @property
+    def settle_after(self) -> timedelta:
+        """How long after a request was sent the site may still apply it."""
+        return timedelta(seconds=self.settle_after_seconds)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _faults(self) -> Iterator[str]:
+        if not self.api_key:
+            yield "password: is empty; put the site's API key there"
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.subdomain):
+            yield f"subdomain: {self.subdomain!r} is no subdomain; it is the first word of the site's address, such as 'acme'"
+        if self.region not in _VENDOR_HOSTS:
+            yield f"region: {self.region!r} is unknown; it is 'us' or 'eu'"
+        if self.base_url:
+            yield from url_faults("host", self.base_url)
+            yield from self._another_site()
+        yield from url_faults("events_url", self.events_url)
+        if whole_number(self.concurrency, 1) is None:
+            yield f"concurrency: {self.concurrency!r} is no whole number of 1 or more; Maxio takes 4 requests at once"
+        yield from self._settling()
+
+    def _another_site(self) -> Iterator[str]:
+        """A vendor's address names its site; another one's usage must never pass for this one's."""
+        host = urlsplit(self.base_url).hostname or ""
+        for region, vendor in _VENDOR_HOSTS.items():
+            if host.endswith(f".{vendor}") and (region, host) != (self.region, f"{self.subdomain}.{vendor}"):
+                yield f"host: {host} is not the address of {self.site}; leave it empty, or mend subdomain and region"
+
+    def _settling(self) -> Iterator[str]:
+        seconds = whole_number(self.settle_after_seconds, 0)
+        if seconds is None:
+            yield f"settle_after_seconds: {self.settle_after_seconds!r} is no whole number"
+        elif seconds < _SETTLE_AFTER_SECONDS and not is_loopback(self.base_url):
+            yield (
+                f"settle_after_seconds: {seconds} is shorter than {_SETTLE_AFTER_SECONDS}: the site may still apply a request "
+                f"{_CUT_OFF.seconds} s after it was sent; shorter is for loopback addresses only"
+            )
+
+
+# --- client ------------------------------------------------------------------------------------------------------------
+
+
+class MaxioSite:
+    """A plain client of the calls that usage needs. JSON objects come back as dicts, numbers exact.
+
+    Subscriptions are addressed by numeric id alone: in a path, a reference made of digits would be taken for an id, and
+    the id wins. Look a reference up first. Components are an id or ``handle:<handle>``.
+
+    Example::
+
+        site = MaxioSite(MaxioSettings(subdomain="acme", api_key="..."))
+        subscription = site.subscription_by_reference("acct-0001")
+        site.create_usage(subscription["id"], "handle:api-calls", '{"usage": {"quantity": 3, "memo": "October"}}')
+        for usage in site.usages(subscription["id"], "handle:api-calls") or ():
+            print(usage["created_at"], usage["quantity"])
+
+    Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
+    """
+
+    def __init__(self, settings: MaxioSettings) -> None:
+        self.settings = settings
+        key = (settings.api_key, "x")
+        shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency}
+        self._main = HttpClient(settings.site, settings.base_url, key, outcomes=_SITE_WIDE, **shared)
+        events_url = f"{settings.events_url}/{settings.subdomain}"
+        self._events = HttpClient(settings.site, events_url, key, outcomes=(*_SITE_WIDE, _NO_STREAM), **shared)
+
+    def read_site(self) -> Json:
+        """Return the site's own settings; the cheapest proof that address and key are right."""
+        found = self._main.read("read the site", "/site.json")
+        if found is None:
+            raise Misconfigured(f"{self.settings.site}: HTTP 404: there is no Maxio site at {self.settings.base_url}")
+        return _unwrapped(found, "site")
+
+    def create_usage(self, subscription_id: int, component: int | str, body: str) -> Json:
+        """Record one usage; `body` is the JSON text of the request, and the created usage comes back.
+
+        The site takes no timestamp: the usage lands in the billing period that is open when it arrives. A top-level
+        ``uniqueness_token`` makes it refuse a second body with 409 for 60 minutes, where it is honoured.
+        """
+        call = f"create usage of component {component} for subscription {subscription_id}"
+        reply = self._main.write(call, _usages_path(subscription_id, component), body)
+        if not isinstance(reply, dict) or not isinstance(reply.get("usage"), dict) or "id" not in reply["usage"]:
+            raise InDoubt(f"{self.settings.site}: {call}: success, but no usage in the reply")
+        return _unwrapped(reply, "usage")
+
+    def usages(self, subscription_id: int, component: int | str, since_id: int | None = None) -> Iterator[Json] | None:
+        """Yield all usages from id `since_id` on, page by page, each once; None if there is no such subscription or component.
+
+        Pages are cut by id and not by number, so usage that arrives meanwhile shifts nothing. Neither the order of the
+        list nor its size of page is documented: this works with either order and ends at an empty page.
+        """
+        path = _usages_path(subscription_id, component)
+        first = self._usage_page(path, since_id, None)
+        return None if first is None else self._walk(path, since_id, first)
+
+    def _walk(self, path: str, since_id: int | None, first: list[Json]) -> Iterator[Json]:
+        yield from first
+        lowest = min((usage["id"] for usage in first), default=0)
+        highest = max((usage["id"] for usage in first), default=0)
+        while first:
+            fresh = [usage for usage in self._next_page(path, since_id, lowest - 1) if usage["id"] < lowest]
+            if not fresh:
+                break
+            yield from fresh
+            lowest = min(usage["id"] for usage in fresh)
+        while first:
+            fresh = [usage for usage in self._next_page(path, highest + 1, None) if usage["id"] > highest]
+            if not fresh:
+                break
+            yield from fresh
+            highest = max(usage["id"] for usage in fresh)
+
+    def _next_page(self, path: str, since_id: int | None, max_id: int | None) -> list[Json]:
+        page = self._usage_page(path, since_id, max_id)
+        if page is None:
+            # The list was there a moment ago: its end would be a guess, and a guessed end bills twice.
+            raise NotApplied(f"{self.settings.site}: list usages: HTTP 404 in the middle of the list")
+        return page
+
+    def _usage_page(self, path: str, since_id: int | None, max_id: int | None) -> list[Json] | None:
+        bounds = {"since_id": since_id, "max_id": max_id}
+        params = {"per_page": _PER_PAGE} | {name: value for name, value in bounds.items() if value is not None}
+        found = self._main.read("list usages", path, params)
+        return None if found is None else self._rows("list usages", found, "usage")
+
+    def _rows(self, call: str, found: object, key: str) -> list[Json]:
+        """Return the rows of a list; only a list, empty or not, says what there is."""
+        rows = found.get(key) if isinstance(found, dict) else found
+        if not isinstance(rows, list):
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list")
+        return [_unwrapped(row, key) for row in rows]
+
+    def component_by_handle(self, handle: str) -> Json | None:
+        """Return the component with a handle, or None."""
+        found = self._main.read(f"look up component {handle!r}", "/components/lookup.json", {"handle": handle})
+        return None if found is None else _unwrapped(found, "component")
+
+    def components(self) -> Iterator[Json]:
+        """Yield the components of the site, archived ones too."""
+        return self._pages("list components", "/components.json", "component", {"include_archived": "true"})
+
+    def price_points(self, component_id: int) -> Iterator[Json]:
+        """Yield the price points of a component."""
+        path = f"/components/{segment(component_id)}/price_points.json"
+        return self._pages("list price points", path, "price_points", {})
+
+    def subscription(self, subscription_id: int) -> Json | None:
+        """Return one subscription, or None."""
+        found = self._main.read(f"read subscription {subscription_id}", f"/subscriptions/{int(subscription_id)}.json")
+        return None if found is None else _unwrapped(found, "subscription")
+
+    def subscription_by_reference(self, reference: str) -> Json | None:
+        """Return the subscription with a reference, or None."""
+        call = f"look up subscription {reference!r}"
+        found = self._main.read(call, "/subscriptions/lookup.json", {"reference": reference})
+        return None if found is None else _unwrapped(found, "subscription")
+
+    def subscriptions(self) -> Iterator[Json]:
+        """Yield the subscriptions of the site, oldest first, so that new ones shift no page."""
+        return self._pages("list subscriptions", "/subscriptions.json", "subscription", {"direction": "asc"})
+
+    def subscription_components(self, subscription_id: int) -> list[Json] | None:
+        """Return a subscription's components with balances and the last ten periods of events, or None."""
+        path = f"/subscriptions/{int(subscription_id)}/components.json"
+        found = self._main.read(
+            f"list components of subscription {subscription_id}", path, {"include": "historic_usages"}
+        )
+        return None if found is None else self._rows("list components", found, "component")
+
+    def record_event(self, stream: str, body: str) -> None:
+        """Record one event, the JSON text of an object, in a stream.
+
+        That it returns proves neither that a subscription matched nor that anything will be billed.
+        """
+        self._events.write_blind(f"record an event in stream {stream!r}", f"/events/{segment(stream)}.json", body)
+
+    def record_events(self, stream: str, bodies: Sequence[str]) -> None:
+        """Record up to 1,000 events, JSON texts of objects, in one request; as `record_event`."""
+        call = f"record {len(bodies)} events in stream {stream!r}"
+        self._events.write_blind(call, f"/events/{segment(stream)}/bulk.json", f"[{','.join(bodies)}]")
+
+    def _pages(self, call: str, path: str, key: str, params: Mapping[str, Any]) -> Iterator[Json]:
+        """Yield the rows of a numbered list, each id once, until a page brings nothing new."""
+        seen: set[int] = set()
+        page = 1
+        while True:
+            found = self._main.read(call, path, {**params, "page": page, "per_page": _PER_PAGE})
+            fresh = [row for row in self._rows(call, found, key) if row["id"] not in seen]
+            if not fresh:
+                return
+            yield from fresh
+            seen.update(row["id"] for row in fresh)
+            page += 1
+
+
+def _unwrapped(row: Json, key: str) -> Json:
+    inner = row.get(key, row)
+    return inner if isinstance(inner, dict) else row
+
+
+def _usages_path(subscription_id: int, component: int | str) -> str:
+    return f"/subscriptions/{int(subscription_id)}/components/{segment(component)}/usages.json"
+
+
+# --- what both destinations share --------------------------------------------------------------------------------------
+
+
+def _text(value: object) -> object:
+    """YAML reads an id as a number; it is a name all the same."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+_IdOrHandle = Annotated[str, BeforeValidator(_text), Field(pattern=r"^(\d+|handle:[a-z0-9][a-z0-9\-_:.]*)$")]
+
+
+class _MaxioDestination(Destination):
+    """A component of one site, and the subscriptions that use it."""
+
+    connection_type = "maxio"
+    kind: str
+    """Maxio's name for the kind of component that takes this usage."""
+
+    def __init__(self, source: BillingSource, client: MaxioSite) -> None:
+        super().__init__(source)
+        self.client = client
+        self.settings: Any = source.destination
+
+    @property
+    def site(self) -> str:
+        return self.client.settings.site
+
+    @property
+    def settle_after(self) -> timedelta:
+        return self.client.settings.settle_after
+
+    def check(self) -> None:
+        if faults := list(self._faults()):
+            raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
+
+    def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        found = self._subscriptions(accounts)
+        return [self._target(account, found[account]) for account in accounts]
+
+    def _target(self, account: str, subscription: Json | None) -> Target:
+        if reason := self._unusable(account, subscription):
+            return Target(account, unknown=reason)
+        assert subscription is not None
+        number = str(subscription["id"])
+        return Target(
+            account=account,
+            subscription=number,
+            component=str(self._component["id"]),
+            price_point=self._price_point,
+            address=self._address(account, number),
+            open_from=_instant(subscription.get("current_period_started_at")),
+        )
+
+    def _unusable(self, account: str, subscription: Json | None) -> str:
+        """Return why usage of this subscription would not be billed, or an empty text."""
+        if subscription is None:
+            return f"subscription {account!r} is unknown to {self.site}"
+        if subscription.get("state") in _ENDED:
+            return f"subscription {account!r} is {subscription['state']}: the site would not bill its usage"
+        family = ((subscription.get("product") or {}).get("product_family") or {}).get("id")
+        if family is not None and family != self._component.get("product_family_id", family):
+            return f"subscription {account!r} belongs to a product family without component {self.settings.component}"
+        return ""
+
+    @abstractmethod
+    def _address(self, account: str, number: str) -> Json:
+        """Return what a request needs to reach the subscription `number`, which `account` named."""
+
+    @abstractmethod
+    def _by_id(self) -> bool:
+        """Say whether accounts are subscription ids; otherwise they are references."""
+
+    @abstractmethod
+    def _own_faults(self, component: Json) -> Iterator[str]:
+        """Yield what `check` finds wrong beyond the component itself."""
+
+    @cached_property
+    def _price_point(self) -> str:
+        """The numeric id of the price point that usage names, as text; empty where it names none."""
+        return ""
+
+    @cached_property
+    def _component(self) -> Json:
+        found = self._read_component()
+        if found is None:
+            raise Misconfigured(f"billing source {self.source.name!r}: {self._no_component()}")
+        return found
+
+    def _read_component(self) -> Json | None:
+        kind, _, handle = self.settings.component.partition(":")
+        if kind == "handle":
+            return self.client.component_by_handle(handle)
+        return next((row for row in self.client.components() if str(row["id"]) == self.settings.component), None)
+
+    def _no_component(self) -> str:
+        return f"destination.component: {self.site} has no component {self.settings.component!r}"
+
+    def _faults(self) -> Iterator[str]:
+        component = self._read_component()
+        if component is None:
+            yield self._no_component()
+            return
+        if component["kind"] != self.kind:
+            yield f"destination.component: {self.settings.component!r} is a {component['kind']}; {self.name} needs a {self.kind}"
+        if component.get("archived") or component.get("archived_at"):
+            yield f"destination.component: {self.settings.component!r} is archived: the site refuses its usage"
+        yield from self._own_faults(component)
+
+    def _subscriptions(self, accounts: Sequence[str]) -> dict[str, Json | None]:
+        """Return the subscription of each account, None where the site definitely has none.
+
+        Many accounts are first looked for in the list, as long as that takes fewer requests than asking one by one. The
+        list can miss one that was made meanwhile, so only the single look-up says that there is none.
+        """
+        found: dict[str, Json | None] = {}
+        wanted = set(accounts)
+        if len(wanted) > _FEW:
+            found.update(self._listed(wanted))
+        return found | {account: self._single(account) for account in sorted(wanted - found.keys())}
+
+    def _listed(self, wanted: set[str]) -> dict[str, Json]:
+        found: dict[str, Json] = {}
+        twice: set[str] = set()
+        for row in islice(self.client.subscriptions(), _PER_PAGE * (len(wanted) // 4)):
+            account = str(row["id"]) if self._by_id() else str(row.get("reference") or "")
+            if account not in wanted:
+                continue
+            if account in found:
+                twice.add(account)
+            found[account] = row
+            if len(found) == len(wanted) and self._by_id():
+                break
+        return {account: row for account, row in found.items() if account not in twice}
+
+    def _single(self, account: str) -> Json | None:
+        if self._by_id():
+            return self.client.subscription(int(account)) if account.isascii() and account.isdigit() else None
+        found = self.client.subscription_by_reference(account) if account else None
+        # A look-up that is not exact would bill somebody else.
+        return found if found is not None and found.get("reference") == account else None
+
+
+def _instant(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text).astimezone(UTC) if text else None
+
+
+# --- metered components ------------------------------------------------------------------------------------------------
+
+
+def _memo(template: str) -> str:
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    if unknown := fields - {"period"}:
+        raise ValueError(f"unknown field {{{sorted(unknown)[0]}}}; only {{period}} is filled in")
+    return template
+
+
+class MaxioMeteredSettings(DestinationSettings):
+    """The keys of a source that is billed to a metered component.
+
+    `subscription_by` says what the account column holds; `component` and `price_point` are an id or ``handle:<handle>``;
+    `memo` is what the site shows for a usage, after the token.
+    """
+
+    name: Literal["maxio_metered"]
+    subscription_by: Literal["id", "reference"]
+    component: _IdOrHandle
+    price_point: _IdOrHandle | None = None
+    memo: Annotated[str, AfterValidator(_memo)] = "{period}"
+
+
+class MaxioMetered(_MaxioDestination):
+    """Usage of a metered component: one request per delivery, the token in front of the memo.
+
+    The site knows no timestamp, no edit and no delete, and its balance never falls below 0.
+    """
+
+    name = "maxio_metered"
+    settings_model = MaxioMeteredSettings
+    kind = "metered_component"
+    chunk_size = 1
+    # The 60-minute token is a belt only: whether usages honour it is not documented, and its 409 tells no outcome.
+    replay_window = timedelta(0)
+
+    def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
+        negative = proposals["quantity"].astype(object).str.startswith("-").to_numpy(dtype=bool)
+        reason = np.where(negative, "a negative difference waits: the site's balance never falls below 0", "")
+        return pd.Series(reason, index=proposals.index, dtype=object)
+
+    def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        point = by_value(
+            proposals["price_point"].fillna(""), lambda number: f',"price_point_id":"{number}"' if number else ""
+        )
+        token = proposals["token"]
+        quantity = proposals["quantity"]
+        memo = self._memos(proposals)
+        return joined(
+            '{"uniqueness_token":"', token, '","usage":{"quantity":', quantity, point, ',"memo":"', token, memo, '"}}'
+        )
+
+    def _memos(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return what follows the token, as the inside of a JSON text, cut so that the token never is."""
+        columns = ["period_start", "period_end"]
+        spans = proposals[columns].drop_duplicates()
+        texts = [
+            self._memo_text(start, end) for start, end in zip(spans["period_start"], spans["period_end"], strict=True)
+        ]
+        which = proposals.groupby(columns, sort=False).ngroup().to_numpy()
+        return pd.Series(np.array(texts, dtype=object)[which], index=proposals.index, dtype=object)
+
+    def _memo_text(self, start: datetime, end: datetime) -> str:
+        text = self.settings.memo.format(period=self._period_text(start, end))
+        rest = f" {' '.join(text.split())}".rstrip()[: _MEMO_LENGTH - _TOKEN_LENGTH]
+        return json.dumps(rest)[1:-1]
+
+    def _period_text(self, start: datetime, end: datetime) -> str:
+        zone, kind = self.source.settings.timezone, self.source.settings.period
+        first, after = start.astimezone(zone), end.astimezone(zone)
+        # The offset tells the two hours apart that autumn gives the same name.
+        names = {"hour": f"{first:%Y-%m-%d %H:%M%z}", "day": f"{first:%Y-%m-%d}", "month": f"{first:%Y-%m}"}
+        return names.get(kind, f"{first:%Y-%m-%d %H:%M} to {after:%Y-%m-%d %H:%M}")
+
+    def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        (delivery,) = chunk
+        address = delivery.address
+        usage = self.client.create_usage(address["subscription_id"], address["component_id"], delivery.body)
+        if (stored := _quantity(usage)) != delivery.quantity:
+            # It was applied, and wrongly: settling will find the token with another quantity and report it.
+            raise InDoubt(f"{self.site}: usage {usage['id']} was sent as {delivery.quantity} and stored as {stored}")
+        return [Receipt(delivery.token, str(usage["id"]))]
+
+    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
+        """Look for each token in the usages of its stored address.
+
+        The whole list is walked, never a window of dates: with two clocks apart, a window could hide what was billed.
+
+        A usage that is not there was not applied, so None, and it may be sent again. Not so soon if it was sent more than
+        once: the last answer may have been a 409 to the site's 60-minute token, and what it will say next, and whether
+        each try renews the 60 minutes, no document tells. Then it stays in doubt for 61 minutes after the last send. A
+        first send cannot have met its own token, so it does not wait.
+        """
+        found: dict[str, Receipt | None] = {}
+        different: list[str] = []
+        for (subscription_id, component_id), some in _by_address(doubts).items():
+            usages = self.client.usages(subscription_id, component_id)
+            if usages is None:
+                continue  # A subscription that is gone answers nothing about what it was billed.
+            held = _first_with_token(usages, set(some))
+            for token, doubt in some.items():
+                usage = held.get(token)
+                if usage is None and _may_meet_its_token(doubt):
+                    continue
+                if usage is None:
+                    found[token] = None
+                elif _quantity(usage) == doubt.quantity:
+                    found[token] = Receipt(token, str(usage["id"]), "found in the list of usages")
+                else:
+                    different.append(
+                        f"usage {usage['id']} holds {_quantity(usage)}, not {doubt.quantity} (token {token})"
+                    )
+        if different:
+            raise Refused(f"{self.site}: stored with another quantity: {'; '.join(different)}")
+        return found
+
+    def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
+        """Yield the usages from the oldest of `deliveries` on: a usage does not know its usage period."""
+        known = deliveries.assign(number=pd.to_numeric(deliveries["record_id"].replace("", None)).astype("Int64"))
+        for address, some in known.groupby("address"):
+            where = json.loads(str(address))
+            since = None if some["number"].isna().any() else int(some["number"].min())
+            for usage in self.client.usages(where["subscription_id"], where["component_id"], since) or ():
+                yield SiteRecord(_token_of(usage), str(usage["id"]), _quantity(usage))
+
+    def _address(self, account: str, number: str) -> Json:  # noqa: ARG002 - the account is another stream's address.
+        return {"subscription_id": int(number), "component_id": self._component["id"]}
+
+    def _by_id(self) -> bool:
+        return bool(self.settings.subscription_by == "id")
+
+    def _read_price_point(self, component: Json) -> Json | None:
+        live = (point for point in self.client.price_points(component["id"]) if not point.get("archived_at"))
+        wanted = self.settings.price_point
+        return next((point for point in live if wanted in (str(point["id"]), f"handle:{point.get('handle')}")), None)
+
+    @cached_property
+    def _price_point(self) -> str:
+        if self.settings.price_point is None:
+            return ""
+        found = self._read_price_point(self._component)
+        if found is None:
+            raise Misconfigured(f"billing source {self.source.name!r}: {self._no_price_point()}")
+        return str(found["id"])
+
+    def _no_price_point(self) -> str:
+        return f"destination.price_point: component {self.settings.component!r} has no price point {self.settings.price_point!r}"
+
+    def _own_faults(self, component: Json) -> Iterator[str]:
+        decimals = self.source.settings.meter.decimals
+        if decimals and not component.get("allow_fractional_quantities"):
+            # The site truncates 5.5 to 5 without a word, or refuses it; which of the two is not documented for the API.
+            yield (
+                f"meter.decimals: is {decimals}, and component {self.settings.component!r} takes whole numbers only; "
+                "allow fractional quantities on the component, or measure in smaller units"
+            )
+        if self.settings.price_point is not None and self._read_price_point(component) is None:
+            yield self._no_price_point()
+
+
+def _quantity(usage: Json) -> Decimal:
+    """Return a usage's quantity, which comes as a number or as text."""
+    return Decimal(str(usage["quantity"]))
+
+
+def _token_of(usage: Json) -> str:
+    first = str(usage.get("memo") or "").partition(" ")[0]
+    return first if _TOKEN.fullmatch(first) else ""
+
+
+def _first_with_token(usages: Iterator[Json], tokens: set[str]) -> dict[str, Json]:
+    """Return the first usage of each token; the walk ends when all are found."""
+    held: dict[str, Json] = {}
+    for usage in usages:
+        if (token := _token_of(usage)) in tokens:
+            held.setdefault(token, usage)
+            if len(held) == len(tokens):
+                break
+    return held
+
+
+def _by_address(doubts: Sequence[Delivery]) -> dict[tuple[int, int], dict[str, Delivery]]:
+    groups: dict[tuple[int, int], dict[str, Delivery]] = {}
+    for doubt in doubts:
+        key = (doubt.address["subscription_id"], doubt.address["component_id"])
+        groups.setdefault(key, {})[doubt.token] = doubt
+    return groups
+
+
+def _may_meet_its_token(doubt: Delivery) -> bool:
+    if doubt.sends <= 1 or doubt.sent_at is None:
+        return False
+    return datetime.now(UTC) < doubt.sent_at + _TOKEN_HONOURED
+
+
+# --- events ------------------------------------------------------------------------------------------------------------
+
+
+class MaxioEventsSettings(DestinationSettings):
+    """The keys of a source that is billed as events of a stream.
+
+    `subscription_by` is the stream's Subscription Identifier: ``subscription_id``, ``subscription_reference``, or the
+    name of a property whose value is the subscription's reference. `property` holds the quantity, and the metric behind
+    `component` must be the sum of it: a correction is a signed difference, which only a sum takes in. No API tells the
+    metric's formula, so nobody but you can check that.
+    """
+
+    name: Literal["maxio_events"]
+    stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    subscription_by: str = Field(min_length=1)
+    component: _IdOrHandle
+    property: str = Field(min_length=1)
+
+
+class MaxioEvents(_MaxioDestination):
+    """Usage as events of a stream: a thousand to a request, each with its token, each at the start of its usage period."""
+
+    name = "maxio_events"
+    settings_model = MaxioEventsSettings
+    kind = "event_based_component"
+    chunk_size = 1000
+    # The documentation says 31 days; a day is left for clocks and for the time that the request took.
+    replay_window = timedelta(days=30)
+
+    def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
+        closed = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
+        reason = np.where(closed, "its billing period is closed: the site would take the event and never bill it", "")
+        return pd.Series(reason, index=proposals.index, dtype=object)
+
+    def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        when = by_value(proposals["period_start"], lambda start: f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        named = by_value(proposals["address"], self._subscriber)
+        key = json.dumps(self.settings.property)
+        also = by_value(
+            proposals["dimensions"].fillna("{}"), lambda text: f",{text[1:-1]}" if len(text) > len("{}") else ""
+        )
+        return joined(
+            '{"chargify":{"timestamp":"', when, '","uniqueness_token":"', proposals["token"], '"', named,
+            f",{key}:", proposals["quantity"], also, "}",
+        )  # fmt: skip
+
+    def _subscriber(self, address: str) -> str:
+        """Return the end of the ``chargify`` object and, where the stream wants it, the property that names the subscription."""
+        account = json.loads(address)["account"]
+        by = self.settings.subscription_by
+        if by == "subscription_id":
+            return f',"subscription_id":{int(account)}}}'
+        if by == "subscription_reference":
+            return f',"subscription_reference":{json.dumps(account)}}}'
+        return f"}},{json.dumps(by)}:{json.dumps(account)}"
+
+    def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        self._record(chunk)
+        return [Receipt(delivery.token) for delivery in chunk]
+
+    def _record(self, chunk: Sequence[Delivery]) -> None:
+        (stream,) = {delivery.address["stream"] for delivery in chunk}
+        self.client.record_events(stream, [delivery.body for delivery in chunk])
+
+    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
+        """Send the same events again: the stream ignores a token that it holds, for 31 days.
+
+        What was sent before the replay window stays in doubt, since a replay could bill twice. So does what belongs to a
+        billing period that has closed since: if the first request was lost, its replay would be taken and never billed.
+        """
+        replayable = self._replayable(doubts)
+        for stream in sorted({doubt.address["stream"] for doubt in replayable}):
+            of_stream = [doubt for doubt in replayable if doubt.address["stream"] == stream]
+            for first in range(0, len(of_stream), self.chunk_size):
+                self._replay(of_stream[first : first + self.chunk_size])
+        note = "replayed; the stream ignores what it holds"
+        return {doubt.token: Receipt(doubt.token, note=note) for doubt in replayable}
+
+    def _replayable(self, doubts: Sequence[Delivery]) -> list[Delivery]:
+        latest = datetime.now(UTC) - self.replay_window
+        fresh = [doubt for doubt in doubts if doubt.sent_at is not None and doubt.sent_at >= latest]
+        targets = self.resolve(sorted({_account(doubt) for doubt in fresh}))
+        opened = {target.account: target.open_from for target in targets if target.open_from is not None}
+        return [doubt for doubt in fresh if _account(doubt) in opened and _timestamp(doubt) >= opened[_account(doubt)]]
+
+    def _replay(self, chunk: Sequence[Delivery]) -> None:
+        try:
+            self._record(chunk)
+        except Refused as refusal:
+            # Refused now says nothing about then: the same request may have been taken while its reply was lost.
+            raise InDoubt(
+                f"{refusal}; a replay was refused, so what became of the first request stays open"
+            ) from refusal
+
+    def records(self, deliveries: pd.DataFrame) -> None:  # noqa: ARG002 - no endpoint returns recorded events.
+        return None
+
+    def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal]:
+        """Return the metric's value over the open billing period and up to ten closed ones."""
+        return [total for number in subscriptions for total in self._totals_of(int(number))]
+
+    def _totals_of(self, number: int) -> Iterator[SiteTotal]:
+        component = self._component["id"]
+        subscription = self.client.subscription(number) or {}
+        rows = self.client.subscription_components(number) or []
+        row = next((row for row in rows if row["component_id"] == component), {})
+        spans = {
+            (past["billing_period_starts_at"], past["billing_period_ends_at"]): past["total_usage_quantity"]
+            for past in row.get("historic_usages") or ()
+        }
+        bounds = (subscription.get("current_period_started_at"), subscription.get("current_period_ends_at"))
+        if all(bounds) and row.get("unit_balance") is not None:
+            spans.setdefault(bounds, row["unit_balance"])
+        for (start, end), quantity in spans.items():
+            period = Period(datetime.fromisoformat(start), datetime.fromisoformat(end))
+            yield SiteTotal(str(number), str(component), period, Decimal(str(quantity)))
+
+    def _address(self, account: str, number: str) -> Json:
+        return {"stream": self.settings.stream, "account": number if self._by_id() else account}
+
+    def _by_id(self) -> bool:
+        return bool(self.settings.subscription_by == "subscription_id")
+
+    def _own_faults(self, component: Json) -> Iterator[str]:  # noqa: ARG002
+        # Neither the stream and its Subscription Identifier, nor the metric's formula, nor whether the component is
+        # activated for a subscription can be read through any documented call: a wrong stream shows at the first
+        # request, the others when totals are compared.
+        names = Counter([self.settings.property, *self.source.settings.dimensions, "chargify"])
+        names.update([] if self.settings.subscription_by in _CHARGIFY_FIELDS else [self.settings.subscription_by])
+        for name in (name for name, count in names.items() if count > 1):
+            yield f"dimensions, property, subscription_by: {name!r} would stand twice in one event; rename one in usage.sql"
+
+
+def _account(delivery: Delivery) -> str:
+    return str(delivery.address["account"])
+
+
+def _timestamp(delivery: Delivery) -> datetime:
+    return datetime.fromisoformat(json.loads(delivery.body)["chargify"]["timestamp"])

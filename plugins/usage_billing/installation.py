@@ -1,0 +1,157 @@
+"""What this Airflow installation has for us: its sources, its staging area, its ledger, its pools."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from airflow.sdk import BaseHook, ObjectStoragePath, conf
+from sqlalchemy import URL
+
+from usage_billing import hooks
+from usage_billing.destinations import destination_settings
+from usage_billing.errors import Misconfigured
+from usage_billing.ledger import Ledger
+from usage_billing.sources import BillingSource, load_source, source_names
+from usage_billing.staging import Staging
+
+LEDGER_CONNECTION = "usage_ledger"
+
+
+def sources_folder() -> Path:
+    """Return the folder of billing sources: the configured one, else ``include/sources`` beside the DAGs folder."""
+    configured = conf.get("usage_billing", "sources_folder", fallback="")
+    return Path(configured) if configured else Path(conf.get("core", "dags_folder")).parent / "include" / "sources"
+
+
+def billing_source(name: str) -> BillingSource:
+    """Read the billing source called `name`.
+
+    Raises:
+        Misconfigured: with every fault of its files.
+    """
+    return load_source(sources_folder() / name, destination_settings)
+
+
+def billing_sources() -> list[BillingSource]:
+    """Read every billing source.
+
+    Raises:
+        Misconfigured: with every fault of every source.
+    """
+    found, faults = [], []
+    for name in source_names(sources_folder()):
+        try:
+            found.append(billing_source(name))
+        except Misconfigured as error:
+            faults.append(str(error))
+    if faults:
+        raise Misconfigured("\n".join(faults))
+    return found
+
+
+def staging() -> Staging:
+    """Return the configured staging area; by default a folder in Airflow's home, which only one machine sees."""
+    home = Path(os.environ.get("AIRFLOW_HOME", "~/airflow")).expanduser()
+    configured = conf.get("usage_billing", "staging_path", fallback="")
+    return Staging(ObjectStoragePath(configured or f"file://{home}/usage_billing/staging"))
+
+
+def ledger_url() -> str | URL:
+    """Return the database address behind connection ``usage_ledger``.
+
+    Raises:
+        Misconfigured: there is no such connection, or it is neither SQLite nor PostgreSQL.
+    """
+    try:
+        connection = BaseHook.get_connection(LEDGER_CONNECTION)
+    except Exception as missing:
+        # Airflow raises another class in a task, in the API server and without a database; each means the same here.
+        raise Misconfigured(
+            f"connection {LEDGER_CONNECTION!r} cannot be read ({type(missing).__name__}); create it: SQLite with the file as host, or PostgreSQL"
+        ) from missing
+    if connection.conn_type == "sqlite":
+        if not connection.host:
+            raise Misconfigured(f"connection {LEDGER_CONNECTION!r}: host is empty; put the ledger's file there")
+        return f"sqlite:///{connection.host}"
+    if connection.conn_type in {"postgres", "postgresql"}:
+        return URL.create(
+            "postgresql+psycopg",
+            username=connection.login,
+            password=connection.password,
+            host=connection.host,
+            port=connection.port,
+            database=connection.schema,
+        )
+    raise Misconfigured(
+        f"connection {LEDGER_CONNECTION!r} is of type {connection.conn_type!r}; the ledger lives in SQLite or PostgreSQL"
+    )
+
+
+def ledger() -> Ledger:
+    """Return the connected ledger, the same one for the length of this process.
+
+    Raises:
+        Misconfigured: there is none; only `usage-billing ledger init` makes one.
+    """
+    return _ledger(ledger_url())
+
+
+@cache
+def _ledger(url: str | URL) -> Ledger:
+    return Ledger.connect(url)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One billing site's Airflow pool: a slot is a request that the site processes."""
+
+    name: str
+    slots: int
+    description: str
+
+
+def pool_name(connection: str) -> str:
+    """Return the name of the pool of the site behind a connection; known at parse time, when no connection may be read."""
+    return f"usage_billing_{connection}"
+
+
+def pools(sources: Iterable[BillingSource]) -> list[Pool]:
+    """Return the pool of each billing site that `sources` call.
+
+    Raises:
+        Misconfigured: two connections lead to one site, which would have two pools and twice the requests; or a source
+            wants more threads than its site's pool has slots, and would wait for ever.
+    """
+    by_connection: dict[str, list[BillingSource]] = defaultdict(list)
+    for source in sources:
+        by_connection[source.destination.connection].append(source)
+    settings = {name: hooks.destination(some[0]).client.settings for name, some in sorted(by_connection.items())}
+    if faults := [
+        *_shared_sites({name: found.site for name, found in settings.items()}),
+        *_greedy(by_connection, settings),
+    ]:
+        raise Misconfigured.all_at_once("pools", faults)
+    return [
+        Pool(pool_name(name), found.concurrency, f"requests that {found.site} processes at once")
+        for name, found in settings.items()
+    ]
+
+
+def _shared_sites(sites: dict[str, str]) -> Iterator[str]:
+    for site in sorted(set(sites.values())):
+        if len(names := [name for name, found in sites.items() if found == site]) > 1:
+            yield f"connections {', '.join(names)} all lead to {site}: use one of them in every source, so that one pool holds its limit"
+
+
+def _greedy(by_connection: dict[str, list[BillingSource]], settings: dict[str, object]) -> Iterator[str]:
+    for name, some in by_connection.items():
+        slots = getattr(settings[name], "concurrency")  # noqa: B009 - each site has settings of its own class.
+        for source in some:
+            if source.destination.threads > slots:
+                yield (
+                    f"source {source.name}: destination.threads is {source.destination.threads}, but connection {name} "
+                    f"allows {slots} requests at once: lower the one or raise the other"
+                )

@@ -1,0 +1,304 @@
+"""Six operators, one for each stage: context in, one stage called, a reference out.
+
+Each works alone in anybody's DAG; `flow.billing_dag` composes them. Nothing happens at parse time beyond assignment.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from airflow.sdk import BaseHook, BaseOperator, Context
+from airflow.sdk.exceptions import AirflowSkipException
+
+from usage_billing import hooks
+from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused, Stale
+from usage_billing.installation import billing_source, ledger, staging
+from usage_billing.ledger.leases import kept
+from usage_billing.quantities import to_decimal
+from usage_billing.records import Comparison, Period, Plan, Run, State, Tally
+from usage_billing.sources import BillingSource
+
+_LEASE_LASTS, _LEASE_WAIT = timedelta(seconds=30), timedelta(minutes=15)
+
+
+class StageOperator(BaseOperator):
+    """The rim around one stage: finds the source, and what the stage before handed over as `reference`."""
+
+    template_fields: Sequence[str] = ("reference",)
+
+    def __init__(self, *, source: str, reference: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        self.source = source
+        self.reference = reference
+
+    def execute(self, context: Context) -> dict[str, Any] | None:
+        """Run the stage; a stale plan skips, because a newer extraction has the say."""
+        try:
+            run = self.stage(context)
+        except Stale as stale:
+            raise AirflowSkipException(str(stale)) from stale
+        return run.to_json()
+
+    def stage(self, context: Context) -> Run:
+        """Do the stage's work and return what the next stage needs."""
+        raise NotImplementedError
+
+    def handed_over(self) -> tuple[Run, BillingSource]:
+        """Return what the stage before handed over, and the source it belongs to.
+
+        Raises:
+            Misconfigured: it handed over nothing, or another source's run.
+        """
+        if not isinstance(self.reference, Mapping):
+            raise Misconfigured(
+                f"{type(self).__name__} needs reference=<the task before>.output; it got {self.reference!r}"
+            )
+        run = Run.from_json(self.reference)
+        if run.source != self.source:
+            raise Misconfigured(f"{type(self).__name__} of source {self.source!r} was handed a run of {run.source!r}")
+        return run, billing_source(self.source)
+
+
+class ExtractOperator(StageOperator):
+    """Read the usage rows of the run's whole usage periods from the warehouse, in one snapshot, into staging.
+
+    Skips when nothing was used, or no usage period ends inside the data interval. A run without a data interval takes
+    the params ``period_start`` and ``period_end``.
+    """
+
+    def stage(self, context: Context) -> Run:
+        """Open a numbered snapshot, stage its rows, and say how many they are."""
+        from usage_billing.extract import extract, open_reader  # noqa: PLC0415 - pandas and pyarrow, not at every parse.
+
+        source, interval = billing_source(self.source), _interval(context)
+        periods = source.periods(interval)
+        if not periods:
+            raise AirflowSkipException(
+                f"no whole {source.settings.period} of {source.settings.timezone.key} on or after {source.settings.bill_from} "
+                f"ends inside the data interval {interval}: nothing is owed"
+            )
+        window = Period(periods[0].start, periods[-1].end)
+        self.log.info("extracting %s for %d usage periods, %s", source.name, len(periods), window)
+        book = ledger()
+        book.register(source.name, hooks.destination(source).site, source.definition())
+        warehouse = BaseHook.get_hook(source.settings.warehouse)
+        # One at a time, so that the later number belongs to the later snapshot.
+        with kept(book, f"extract:{source.name}", _LEASE_LASTS, wait=_LEASE_WAIT) as held:
+            reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
+            number = book.begin_extraction(held.lease, source.name, interval, window)
+        folder = f"{source.name}/{interval.start:%Y%m%dT%H%M%SZ}-{interval.end:%Y%m%dT%H%M%SZ}/{number:08d}"
+        events = extract(reader, source, staging(), folder)
+        book.record_read(number, events.rows)
+        self.log.info("read %d rows as extraction %d", events.rows, number)
+        if not events.rows:
+            _skip_or_ask(book.has_usage(source.name, window), source, window)
+        return Run(source.name, number, interval, folder, {"events": events})
+
+
+class ValidateOperator(StageOperator):
+    """Part sound rows from rows that may not be billed, each with every reason; look each account up at the site."""
+
+    def stage(self, context: Context) -> Run:  # noqa: ARG002
+        """Check the destination, validate all rows, and log the quarantine by reason."""
+        from usage_billing.validate import QuarantineOverLimit, validate  # noqa: PLC0415
+
+        run, source = self.handed_over()
+        destination = hooks.destination(source)
+        destination.check()
+        periods = source.periods(run.interval)
+        try:
+            found = validate(run.tables["events"], source, periods, destination.resolve, staging(), run.folder)
+        except QuarantineOverLimit as stopped:
+            self._tell(run, stopped.validated)
+            raise
+        self._tell(run, found)
+        run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
+        return run.with_table("quarantined", found.quarantined, rows_quarantined=found.quarantined.rows)
+
+    def _tell(self, run: Run, found: Any) -> None:  # noqa: ANN401 - validate.Validated, which parse time does not import.
+        ledger().record_quarantine(run.number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
+        self.log.info("accepted %d rows, quarantined %d", found.accepted.rows, found.quarantined.rows)
+        for reason, rows in found.reasons.items():
+            self.log.warning(
+                "quarantined %d rows: %s (for example %s)", rows, reason, ", ".join(found.examples[reason])
+            )
+
+
+class AggregateOperator(StageOperator):
+    """Turn accepted rows into exact usage totals, one per subscription, component, dimensions and usage period."""
+
+    def stage(self, context: Context) -> Run:  # noqa: ARG002
+        """Group by identity and stage the totals, sorted."""
+        from usage_billing.aggregate import aggregate  # noqa: PLC0415
+
+        run, source = self.handed_over()
+        site, periods = hooks.destination(source).site, source.periods(run.interval)
+        totals = aggregate(run.tables["accepted"], run.tables["targets"], source, site, periods, staging(), run.folder)
+        self.log.info("%d rows make %d usage totals", run.tables["accepted"].rows, totals.rows)
+        return run.with_table("totals", totals)
+
+
+class PlanOperator(StageOperator):
+    """Compare what is owed with what the ledger holds, and say what would be sent; sends and reserves nothing."""
+
+    def stage(self, context: Context) -> Run:  # noqa: ARG002
+        """Stage the proposals and log the tally."""
+        run, source = self.handed_over()
+        found = _plan(run, source)
+        _log_tally(self.log, found.tally, source)
+        return run.with_table("proposals", found.proposals)
+
+
+class DeliverOperator(StageOperator):
+    """Reserve, send and settle the plan's proposals; a retry goes on with what is unsettled, and with nothing else."""
+
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**kwargs)
+        self._stop = threading.Event()
+
+    def on_kill(self) -> None:
+        """End before the next request: Airflow lets the body run on for seconds after a person pressed Clear."""
+        self._stop.set()
+
+    def stage(self, context: Context) -> Run:  # noqa: ARG002
+        """Deliver, then list whatever could not be settled.
+
+        Raises:
+            InDoubt: deliveries are still in doubt after the wait; the retry asks again.
+        """
+        from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
+
+        run, source = self.handed_over()
+        destination, book, window = hooks.destination(source), ledger(), _comparison(run, source).window
+        # The proposals are staged; the tally only tells whether to plan again, and a plan made anew knows best.
+        first = Plan(proposals=run.tables["proposals"], tally=Tally())
+        manners = Manners(threads=source.destination.threads)
+        done = deliver(
+            first, lambda: _plan(run, source), run.number, window, destination, book, staging(), self._stop, manners
+        )
+        self.log.info(
+            "delivered: %d accepted, %d accepted after asking, %d refused; %d requests in %.1f s",
+            done.accepted,
+            done.settled,
+            done.refused,
+            done.requests,
+            done.seconds,
+        )
+        left = book.open_items(source.name, window)
+        _log_open_items(self.log, left)
+        unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
+        if not unsettled.empty:
+            raise InDoubt(f"{len(unsettled)} deliveries are not settled yet; the next try goes on with them")
+        return run
+
+
+class ReconcileOperator(StageOperator):
+    """Tie the ledger out against the billing site with zero tolerance; red if anything was refused or differs."""
+
+    def stage(self, context: Context) -> Run:  # noqa: ARG002
+        """Log the closing table.
+
+        Raises:
+            Refused: deliveries of these periods were refused by the site, or the tie-out found a difference.
+        """
+        from usage_billing.reconcile import reconcile  # noqa: PLC0415
+
+        run, source = self.handed_over()
+        book, window = ledger(), _comparison(run, source).window
+        found = reconcile(hooks.destination(source), book, window)
+        left = book.open_items(source.name, window)
+        states = left["state"].value_counts()
+        lines = {
+            "rows read": run.tables["events"].rows,
+            "rows quarantined": run.rows_quarantined,
+            "rows in totals": run.tables["accepted"].rows,
+            "usage totals": run.tables["totals"].rows,
+            "accepted here": found.ours,
+            "counted there": found.theirs,
+            "matched": found.matched,
+            "missing there": found.missing,
+            "different": found.different,
+            "unknown here": found.unknown,
+            "held": states.get(State.HELD, 0),
+            "refused": states.get(State.REFUSED, 0),
+        }
+        self.log.info("closing table of %s, %s", source.name, window)
+        for label, value in lines.items():
+            self.log.info("  %-17s %20s", label, value)
+        for example in found.examples:
+            self.log.warning("difference: %s", example)
+        if not found.ties_out or states.get(State.REFUSED, 0):
+            raise Refused(
+                f"{found.missing} missing there, {found.different} different, {states.get(State.REFUSED, 0)} refused: "
+                "see the lines above; nothing was lost, each is listed in the ledger by its token"
+            )
+        return run
+
+
+def _interval(context: Context) -> Period:
+    """Return the run's data interval, or the span of its params.
+
+    Raises:
+        Misconfigured: the run has neither.
+    """
+    start, end = context.get("data_interval_start"), context.get("data_interval_end")
+    if start is None or end is None or start == end:
+        params = context.get("params") or {}
+        start, end = params.get("period_start"), params.get("period_end")
+    if not start or not end:
+        raise Misconfigured(
+            "this run has no data interval: trigger it with a logical date, or give both params period_start and "
+            "period_end (ISO 8601 with a zone, for example 2026-10-01T00:00:00+00:00)"
+        )
+    try:
+        return Period(
+            *(datetime.fromisoformat(moment) if isinstance(moment, str) else moment for moment in (start, end))
+        )
+    except ValueError as error:
+        raise Misconfigured(f"params period_start and period_end: {error}") from error
+
+
+def _comparison(run: Run, source: BillingSource) -> Comparison:
+    periods = source.periods(run.interval)
+    return Comparison(run.number, periods, run.tables["totals"], run.tables["targets"], run.rows_quarantined)
+
+
+def _plan(run: Run, source: BillingSource) -> Plan:
+    from usage_billing.plan import plan  # noqa: PLC0415
+
+    return plan(_comparison(run, source), hooks.destination(source), ledger(), staging(), run.folder)
+
+
+def _skip_or_ask(has_usage: bool, source: BillingSource, window: Period) -> None:  # noqa: FBT001
+    if has_usage:
+        raise NeedsDecision(
+            f"the warehouse has no rows of {source.name} for {window}, but the ledger has billed some: "
+            "if they are really gone, a person has to say so; nothing was withdrawn"
+        )
+    raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
+
+
+def _log_tally(log: Any, tally: Tally, source: BillingSource) -> None:  # noqa: ANN401 - structlog or logging.
+    decimals = source.settings.meter.decimals
+    log.info("owed %s, settled before %s", to_decimal(tally.owed, decimals), to_decimal(tally.settled, decimals))
+    log.info(
+        "to send: %d new, %d corrections; unchanged %d, held %d, waiting %d, withdrawn %d, blocked by a doubt %d",
+        tally.new,
+        tally.corrections,
+        tally.unchanged,
+        tally.held,
+        tally.waiting,
+        tally.withdrawn,
+        tally.blocked,
+    )
+
+
+def _log_open_items(log: Any, left: Any) -> None:  # noqa: ANN401
+    shown = 20
+    for row in left.head(shown).itertuples():
+        log.warning(
+            "%s: %s of %s, subscription %s: %s", row.state, row.quantity, row.period_start, row.subscription, row.reason
+        )
+    if len(left) > shown:
+        log.warning("and %d more; the ledger lists them all", len(left) - shown)

@@ -1,0 +1,286 @@
+"""A billing source: one folder of YAML and SQL, read into a frozen object, with every fault told at once.
+
+A folder ``include/sources/<name>/`` holds ``source.yaml`` (what is billed, to whom), ``usage.sql`` (the rows) and
+``expectations.yaml`` (which rows are sound). YAML says what is billed; it never grows conditions.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+from zoneinfo import ZoneInfo, available_timezones
+
+import yaml
+from croniter import croniter
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from usage_billing.errors import Misconfigured
+from usage_billing.periods import PeriodKind, local_midnight, usage_periods
+from usage_billing.records import Period
+
+WINDOW_BINDS = frozenset({"window_start", "window_end"})
+_BIND = re.compile(r"(?<![:\w\\]):([A-Za-z_]\w*)")
+
+
+class Settings(BaseModel):
+    """The base of all parts of ``source.yaml``: frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+_Model = TypeVar("_Model", bound=Settings)
+
+
+def _zone(value: object) -> ZoneInfo:
+    if isinstance(value, ZoneInfo):
+        return value
+    if value not in available_timezones():
+        close = difflib.get_close_matches(str(value), available_timezones(), n=1)
+        raise ValueError(f"{value!r} is no IANA time zone" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return ZoneInfo(str(value))
+
+
+def _cron(value: object) -> object:
+    if not isinstance(value, str) or not croniter.is_valid(value):
+        raise ValueError(f'{value!r} is no cron expression; daily at midnight is "0 0 * * *"')
+    return value
+
+
+class Columns(Settings):
+    """Which columns of ``usage.sql`` hold what: our word to the query's."""
+
+    event_id: str
+    time: str
+    account: str
+    quantity: str | None = None
+
+
+class Meter(Settings):
+    """The rule that turns the events of one subscription and usage period into a quantity."""
+
+    function: Literal["sum", "count", "max", "last", "unique"]
+    decimals: int = Field(default=0, ge=0, le=9)
+
+    @model_validator(mode="after")
+    def _counts_are_whole(self) -> Self:
+        if self.function in {"count", "unique"} and self.decimals:
+            raise ValueError(f"{self.function} gives whole numbers: decimals must be 0")
+        return self
+
+
+class QuarantineLimits(Settings):
+    """How many quarantined rows a run may have before it stops: whichever limit is reached first."""
+
+    max_share: float = Field(default=0.05, ge=0, le=1)
+    max_rows: int = Field(default=10_000, ge=0)
+
+
+class DestinationSettings(Settings):
+    """What every destination asks of ``source.yaml``; each destination adds its own keys."""
+
+    name: str
+    connection: str
+    threads: int = Field(default=4, ge=1, le=32)
+
+
+class SourceSettings(Settings):
+    """The keys of ``source.yaml`` that do not depend on the destination."""
+
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=80)
+    description: str
+    warehouse: str
+    schedule: Annotated[str, BeforeValidator(_cron)]
+    timezone: Annotated[ZoneInfo, BeforeValidator(_zone)]
+    period: PeriodKind
+    lookback: int = Field(default=0, ge=0)
+    bill_from: date
+    columns: Columns
+    meter: Meter
+    dimensions: tuple[str, ...] = ()
+    naive_times: Annotated[ZoneInfo, BeforeValidator(_zone)] | None = None
+    batch_rows: int = Field(default=100_000, ge=1)
+    max_withdraw_share: float = Field(default=0.10, ge=0, le=1)
+    quarantine: QuarantineLimits = QuarantineLimits()
+
+    @model_validator(mode="after")
+    def _meter_has_its_column(self) -> Self:
+        if self.meter.function != "count" and self.columns.quantity is None:
+            raise ValueError(f"meter {self.meter.function} needs columns.quantity, the column it measures")
+        reserved = {"event_id", "time", "account", "quantity", "reasons"}
+        if clash := reserved.intersection(self.dimensions):
+            raise ValueError(f"dimensions may not be called {', '.join(sorted(clash))}: rename the column in usage.sql")
+        return self
+
+
+@dataclass(frozen=True)
+class BillingSource:
+    """One stream of usage that is billed: its settings, its SQL and its expectations."""
+
+    settings: SourceSettings
+    destination: DestinationSettings
+    sql: str
+    expectations: tuple[Mapping[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """The source's name, which is its folder's."""
+        return self.settings.name
+
+    @property
+    def bill_from(self) -> datetime:
+        """The instant before which nothing is owed: the start of `bill_from` in the billing zone."""
+        return local_midnight(self.settings.bill_from, self.settings.timezone)
+
+    def periods(self, interval: Period) -> tuple[Period, ...]:
+        """Return the whole, closed usage periods that a run of `interval` compares, none of them before `bill_from`."""
+        settings = self.settings
+        found = usage_periods(settings.period, settings.timezone, interval, settings.lookback)
+        return tuple(period for period in found if period.start >= self.bill_from)
+
+    def definition(self) -> dict[str, Any]:
+        """Return the settings that name what is billed; they may not change while history hangs on them."""
+        settings = self.settings
+        addressing = self.destination.model_dump(mode="json", exclude={"connection", "threads", "memo"})
+        return {
+            "name": settings.name,
+            "destination": addressing,
+            "period": settings.period,
+            "timezone": settings.timezone.key,
+            "meter": settings.meter.model_dump(mode="json"),
+            "dimensions": list(settings.dimensions),
+        }
+
+
+def source_names(folder: Path) -> list[str]:
+    """Return the names of the sources in a sources folder, sorted.
+
+    Raises:
+        Misconfigured: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise Misconfigured(
+            f"sources folder {folder} does not exist: set sources_folder in section [usage_billing] of airflow.cfg "
+            "(or AIRFLOW__USAGE_BILLING__SOURCES_FOLDER)"
+        )
+    return sorted(path.parent.name for path in folder.glob("*/source.yaml"))
+
+
+def load_source(folder: Path, destination_settings: Callable[[str], type[DestinationSettings] | None]) -> BillingSource:
+    """Read the source in `folder`; `destination_settings` gives a destination's own settings by its name.
+
+    Raises:
+        Misconfigured: with a line for each fault of the three files: file, key, and what would mend it.
+    """
+    faults: list[str] = []
+    values = _read_yaml(folder / "source.yaml", faults)
+    destination_values = values.pop("destination", None)
+    settings = _checked(SourceSettings, values, "source.yaml", "", faults) if values else None
+    destination = _destination(destination_values, destination_settings, faults) if values else None
+    if values.get("name") not in {None, folder.name}:
+        faults.append(
+            f"source.yaml: name: {values['name']!r} is not the folder's name {folder.name!r}; make them equal"
+        )
+    sql = _read_sql(folder / "usage.sql", faults)
+    expectations = _read_expectations(folder / "expectations.yaml", faults)
+    if faults or settings is None or destination is None:
+        raise Misconfigured.all_at_once(f"billing source {folder.name!r} ({folder})", faults)
+    return BillingSource(settings=settings, destination=destination, sql=sql, expectations=expectations)
+
+
+def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        faults.append(f"{path.name}: is missing; create it in {path.parent}")
+        return {}
+    except yaml.YAMLError as error:
+        faults.append(f"{path.name}: is not YAML: {' '.join(str(error).split())}")
+        return {}
+    if not isinstance(values, dict) or not values:
+        faults.append(f"{path.name}: must be a mapping of keys to values")
+        return {}
+    return values
+
+
+def _destination(
+    values: object, destination_settings: Callable[[str], type[DestinationSettings] | None], faults: list[str]
+) -> DestinationSettings | None:
+    if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+        faults.append("source.yaml: destination: must be a mapping with at least `name` and `connection`")
+        return None
+    model = destination_settings(values["name"])
+    if model is None:
+        faults.append(f"source.yaml: destination.name: {values['name']!r} is no destination of this package")
+        return None
+    return _checked(model, values, "source.yaml", "destination.", faults)
+
+
+def _checked(
+    model: type[_Model], values: Mapping[str, Any], file: str, prefix: str, faults: list[str]
+) -> _Model | None:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        faults.extend(f"{file}: {prefix}{line}" for line in _lines(error, model))
+        return None
+
+
+def _lines(error: ValidationError, model: type[BaseModel]) -> Iterator[str]:
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(step) for step in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; {_near(str(fault['loc'][-1]), fault['loc'], model)}"
+        elif fault["type"] == "missing":
+            yield f"{key}: is required; add it"
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            yield f"{key}: {message}" if key else message
+
+
+def _near(key: str, location: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    for step in location[:-1]:
+        inner = model.model_fields[str(step)].annotation if str(step) in model.model_fields else None
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else model
+    close = difflib.get_close_matches(key, model.model_fields, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(model.model_fields)}"
+
+
+def _read_sql(path: Path, faults: list[str]) -> str:
+    try:
+        sql = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        faults.append(f"{path.name}: is missing; it selects the usage rows between :window_start and :window_end")
+        return ""
+    found = set(_BIND.findall(re.sub(r"--[^\n]*", "", sql)))
+    if missing := WINDOW_BINDS - found:
+        faults.append(
+            f"{path.name}: does not use {', '.join(sorted(':' + bind for bind in missing))}; without both it would read other periods"
+        )
+    if unknown := found - WINDOW_BINDS:
+        faults.append(
+            f"{path.name}: unknown bind {', '.join(sorted(':' + bind for bind in unknown))}; write \\: for a plain colon"
+        )
+    return sql
+
+
+def _read_expectations(path: Path, faults: list[str]) -> tuple[Mapping[str, Any], ...]:
+    values = _read_yaml(path, faults)
+    declared = values.get("expectations") if values else []
+    if not isinstance(declared, list):
+        faults.append(f"{path.name}: expectations: must be a list")
+        return ()
+    for index, rule in enumerate(declared):
+        if (
+            not isinstance(rule, dict)
+            or not isinstance(rule.get("type"), str)
+            or not isinstance(rule.get("kwargs", {}), dict)
+        ):
+            faults.append(f"{path.name}: expectations.{index}: must have a `type` (text) and `kwargs` (a mapping)")
+        elif unknown := set(rule) - {"type", "kwargs", "meta"}:
+            faults.append(
+                f"{path.name}: expectations.{index}: unknown key {', '.join(sorted(unknown))}; known keys: type, kwargs, meta"
+            )
+    return tuple(declared)

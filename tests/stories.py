@@ -1,0 +1,200 @@
+"""What the stories in these tests are told with: a sandbox, a ledger, staging, and a run of all six stages in one process."""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+
+from usage_billing.aggregate import aggregate
+from usage_billing.deliver import Delivered, Manners, deliver
+from usage_billing.destinations import destination_class, destination_settings
+from usage_billing.destinations.base import Destination
+from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
+from usage_billing.destinations.maxio import MaxioEvents, MaxioMetered, MaxioSettings, MaxioSite
+from usage_billing.ledger import Ledger
+from usage_billing.ledger.leases import kept
+from usage_billing.plan import plan
+from usage_billing.reconcile import Reconciliation, reconcile
+from usage_billing.records import Comparison, Period, Plan
+from usage_billing.sandbox import Sandbox
+from usage_billing.sources import BillingSource, load_source
+from usage_billing.staging import Staging
+from usage_billing.validate import validate
+
+CHECKOUT = Path(__file__).parents[1]
+WORLDS = sorted((CHECKOUT / "include" / "sandbox" / "worlds").glob("*.yaml"))
+SITES = {"api_calls": "maxio:us:acme", "platform_events": "maxio:us:orbit", "voip_minutes": "chargeover:telco"}
+
+KEY_SUFFIX = ""
+"""What is added to every key: a test that revokes the keys sets it."""
+
+GENTLE = Manners(threads=4, lease_lasts=timedelta(seconds=3), patience=timedelta(seconds=20))
+
+
+def shipped(name: str) -> BillingSource:
+    """Return one of the billing sources that ship with the project."""
+    return load_source(CHECKOUT / "include" / "sources" / name, destination_settings)
+
+
+def a_day(source: BillingSource, day: int) -> Period:
+    """Return a day of October 2026 in the source's billing zone."""
+    start = datetime(2026, 10, day, tzinfo=source.settings.timezone)
+    return Period(start, start + timedelta(days=1))
+
+
+@dataclass(frozen=True)
+class Event:
+    """A usage event as the warehouse gives it."""
+
+    event_id: str
+    account: str | None
+    quantity: str
+    time: datetime
+    dimensions: tuple[str, ...] = ()
+
+
+class House:
+    """A sandbox, a ledger and staging, and everything that happens between them."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
+        self.sandbox = sandbox
+        self.ledger_url = f"sqlite:///{folder}/ledger.sqlite"
+        Ledger.create(self.ledger_url)
+        self.ledger = Ledger.connect(self.ledger_url)
+        self.staging = Staging(folder / "staging")
+
+    def destination(self, source: BillingSource) -> Destination:
+        """Return the source's destination, pointed at the sandbox."""
+        kind = destination_class(source.destination.name)
+        if kind is ChargeOverUsage:
+            return ChargeOverUsage(
+                source,
+                ChargeOverSite(
+                    ChargeOverSettings(
+                        instance="telco",
+                        base_url=self.sandbox.chargeover_url("telco"),
+                        public_key="sandboxtelcopublickey00000000000",
+                        private_key=f"sandboxtelcoprivatekey0000000000{KEY_SUFFIX}",
+                        timezone="America/Chicago",
+                        settle_after_seconds=1,
+                    )
+                ),
+            )
+        subdomain = "acme" if kind is MaxioMetered else "orbit"
+        assert kind in (MaxioMetered, MaxioEvents)
+        settings = MaxioSettings(
+            subdomain=subdomain,
+            api_key=f"sandbox-{subdomain}-key{KEY_SUFFIX}",
+            base_url=self.sandbox.maxio_url(subdomain),
+            events_url=self.sandbox.events_url,
+            settle_after_seconds=1,
+        )
+        return kind(source, MaxioSite(settings))
+
+    def totals(self, source: BillingSource, interval: Period, events: Iterable[Event]) -> tuple[Comparison, str]:
+        """Extract (the given rows), validate and aggregate; return what a plan compares, and the run's folder."""
+        destination, periods = self.destination(source), source.periods(interval)
+        window = Period(periods[0].start, periods[-1].end)
+        self.ledger.register(source.name, destination.site, source.definition())
+        with kept(self.ledger, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(seconds=30)) as held:
+            number = self.ledger.begin_extraction(held.lease, source.name, interval, window)
+        folder = f"{source.name}/{number:08d}"
+        table = as_table(source, list(events))
+        extracted = self.staging.write(folder, "events", [table])
+        self.ledger.record_read(number, extracted.rows)
+        found = validate(extracted, source, periods, destination.resolve, self.staging, folder)
+        totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
+        return Comparison(number, periods, totals, found.targets, found.quarantined.rows), folder
+
+    def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
+        """Plan what was compared."""
+        return plan(comparison, self.destination(source), self.ledger, self.staging, folder)
+
+    def deliver(
+        self,
+        source: BillingSource,
+        comparison: Comparison,
+        folder: str,
+        *,
+        first: Plan | None = None,
+        manners: Manners = GENTLE,
+        stop: threading.Event | None = None,
+    ) -> Delivered:
+        """Deliver a plan, or the one that the comparison gives now."""
+        return deliver(
+            first or self.plan(source, comparison, folder),
+            lambda: self.plan(source, comparison, folder),
+            comparison.number,
+            comparison.window,
+            self.destination(source),
+            self.ledger,
+            self.staging,
+            stop or threading.Event(),
+            manners,
+        )
+
+    def run(
+        self, source: BillingSource, interval: Period, events: Iterable[Event], manners: Manners = GENTLE
+    ) -> Delivered:
+        """Run all stages but the last for one interval."""
+        comparison, folder = self.totals(source, interval, events)
+        return self.deliver(source, comparison, folder, manners=manners)
+
+    def reconcile(self, source: BillingSource, interval: Period) -> Reconciliation:
+        """Tie out one interval."""
+        periods = source.periods(interval)
+        return reconcile(self.destination(source), self.ledger, Period(periods[0].start, periods[-1].end))
+
+    def billed(self, source: BillingSource) -> dict[str, Decimal]:
+        """Return what the billing site billed by the warehouse's account, by the site's own count; nothing billed is left out."""
+        component = getattr(source.destination, "component", None) or source.destination.item
+        rows = self.sandbox.billed(SITES[source.name])
+        return {
+            row.reference: row.billed
+            for row in rows
+            if row.component == component.removeprefix("handle:") and row.billed
+        }
+
+    def writing_requests(self, source: BillingSource) -> int:
+        """Return how many requests that could change the books reached the site."""
+        return int(self.sandbox.requests(SITES[source.name])["writing"])
+
+    def states(self, source: BillingSource, interval: Period) -> dict[str, int]:
+        """Return how many deliveries of an interval stand in each state."""
+        periods = source.periods(interval)
+        standing = self.ledger.standing(source.name, Period(periods[0].start, periods[-1].end))
+        return {str(state): int(count) for state, count in standing["state"].value_counts().items()}
+
+
+@contextmanager
+def a_house(folder: Path) -> Iterator[House]:
+    """Open a house with all shipped worlds, and close it again."""
+    with Sandbox(WORLDS) as sandbox:
+        house = House(sandbox, folder)
+        try:
+            yield house
+        finally:
+            house.ledger.close()
+
+
+def as_table(source: BillingSource, events: list[Event]) -> pa.Table:
+    """Return events as the extract stage writes them."""
+    columns = {
+        "event_id": pa.array([event.event_id for event in events], pa.string()),
+        "time": pa.array([event.time.astimezone(UTC) for event in events], pa.timestamp("us", tz="UTC")),
+        "account": pa.array([event.account for event in events], pa.string()),
+        "quantity": pa.array([Decimal(event.quantity) for event in events], pa.decimal128(38, 9)),
+    }
+    for place, name in enumerate(source.settings.dimensions):
+        columns[name] = pa.array([event.dimensions[place] for event in events], pa.string())
+    return pa.table(columns)
+
+
+def small_batches(source: BillingSource, rows: int) -> BillingSource:
+    """Return the same source with another batch size."""
+    return replace(source, settings=source.settings.model_copy(update={"batch_rows": rows}))
