@@ -1,0 +1,284 @@
+"""The shipped DAGs in Airflow itself: parsed by a DagBag, run by `dag.test` and by their operators."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import duckdb
+import pytest
+from stories import CHECKOUT, SITES, WORLDS
+
+from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
+from usage_billing.sandbox import Sandbox
+
+pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns about itself in a dozen places.
+
+SOURCES = sorted(SITES)
+DAY = (datetime(2026, 10, 5, 4, tzinfo=UTC), datetime(2026, 10, 6, 4, tzinfo=UTC))
+
+
+@pytest.fixture(scope="module")
+def airflow_database() -> None:
+    """Airflow's own database, fresh, with the pools of all sites."""
+    from airflow.utils import db  # noqa: PLC0415
+
+    db.initdb()
+
+
+@pytest.fixture
+def bag(airflow_database: None) -> Any:  # noqa: ARG001
+    """Every DAG of the project as Airflow parses it."""
+    from airflow.dag_processing.dagbag import DagBag  # noqa: PLC0415
+
+    return DagBag(dag_folder=CHECKOUT / "dags")
+
+
+@pytest.fixture
+def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A sandbox, a ledger, a warehouse with one day of calls, and the connections that lead to them."""
+    from usage_billing.installation import ledger_url  # noqa: PLC0415
+    from usage_billing.ledger import Ledger  # noqa: PLC0415
+
+    warehouse = tmp_path / "usage.duckdb"
+    with duckdb.connect(str(warehouse)) as connection:
+        connection.execute(
+            "CREATE TABLE api_calls AS SELECT * FROM (VALUES"
+            " ('r1', TIMESTAMPTZ '2026-10-05 12:00:00+00', 'acct-0001', 3::DECIMAL(18, 3)),"
+            " ('r2', TIMESTAMPTZ '2026-10-05 13:00:00+00', 'acct-0001', 4),"
+            " ('r3', TIMESTAMPTZ '2026-10-06 03:59:59+00', 'acct-0002', 10),"
+            " ('r4', TIMESTAMPTZ '2026-10-06 04:00:00+00', 'acct-0002', 99)"
+            ") AS t(request_id, requested_at, account_ref, calls)"
+        )
+    with Sandbox(WORLDS) as sandbox:
+        connections = {
+            "WAREHOUSE": {"conn_type": "duckdb", "host": str(warehouse), "extra": {"read_only": True}},
+            "USAGE_LEDGER": {"conn_type": "sqlite", "host": str(tmp_path / "ledger.sqlite")},
+            "MAXIO_ACME": maxio(sandbox.maxio_url("acme"), sandbox.events_url),
+        }
+        for name, connection in connections.items():
+            monkeypatch.setenv(f"AIRFLOW_CONN_{name}", json.dumps(connection))
+        Ledger.create(ledger_url())
+        yield SimpleNamespace(sandbox=sandbox, warehouse=warehouse, connect=lambda **changes: _reconnect(monkeypatch, connections, changes))
+
+
+def maxio(url: str, events_url: str, key: str = "sandbox-acme-key") -> dict[str, Any]:
+    """Return the connection of site acme."""
+    extra = {"subdomain": "acme", "region": "us", "events_url": events_url, "settle_after_seconds": 1}
+    return {"conn_type": "maxio", "host": url, "password": key, "extra": extra}
+
+
+def _reconnect(monkeypatch: pytest.MonkeyPatch, connections: dict[str, Any], changes: dict[str, Any]) -> None:
+    connection = {**connections["MAXIO_ACME"], **changes}
+    monkeypatch.setenv("AIRFLOW_CONN_MAXIO_ACME", json.dumps(connection))
+
+
+def run_tasks(until: str = "reconcile", interval: tuple[datetime, datetime] = DAY, source: str = "api_calls") -> dict[str, Any]:
+    """Run the operators of one source one after the other, as their tasks would; return the last reference."""
+    from usage_billing import operators  # noqa: PLC0415
+
+    reference = None
+    for name in ("extract", "validate", "aggregate", "plan", "deliver", "reconcile"):
+        operator = getattr(operators, f"{name.title()}Operator")(task_id=name, source=source)
+        operator.reference = json.loads(json.dumps(reference))  # What an XCom does to it.
+        reference = operator.execute({"data_interval_start": interval[0], "data_interval_end": interval[1], "params": {}})
+        if name == until:
+            break
+    return reference
+
+
+def test_every_dag_imports_without_an_error(bag: Any) -> None:
+    """The DagBag holds one DAG for each source, and no error."""
+    assert bag.import_errors == {}
+    assert sorted(bag.dag_ids) == [f"bill_{source}" for source in SOURCES]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_days_run_has_a_days_interval_in_the_billing_zone(bag: Any, source: str) -> None:
+    """The trap of a zero-length interval: each DAG's daily interval is a whole day of its own zone."""
+    from airflow.sdk import CronDataIntervalTimetable  # noqa: PLC0415
+
+    dag = bag.dags[f"bill_{source}"]
+    assert isinstance(dag.timetable, CronDataIntervalTimetable)
+    assert str(dag.timetable.timezone) == {
+        "api_calls": "America/New_York",
+        "platform_events": "UTC",
+        "voip_minutes": "America/Chicago",
+    }[source]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_tasks_that_call_a_site_take_its_pool(bag: Any, source: str) -> None:
+    """Validate, deliver and reconcile share the site's pool; deliver takes a slot for each of its threads."""
+    dag = bag.dags[f"bill_{source}"]
+    pools = {task.task_id: (task.pool, task.pool_slots) for task in dag.tasks}
+    pool = f"usage_billing_{ {'api_calls': 'maxio_acme', 'platform_events': 'maxio_orbit', 'voip_minutes': 'chargeover_telco'}[source] }"
+    assert [task for task, (name, _) in pools.items() if name == pool] == ["validate", "deliver", "reconcile"]
+    assert pools["deliver"] == (pool, 4)
+
+
+def test_parsing_a_dag_imports_no_great_expectations_and_is_quick() -> None:
+    """What a DAG file imports is paid in every task: no Great Expectations, no DuckDB, no Alembic."""
+    program = (
+        "import sys, airflow.sdk, runpy\n"
+        f"runpy.run_path({str(CHECKOUT / 'dags' / 'api_calls.py')!r})\n"
+        "print(sorted({'great_expectations', 'duckdb', 'alembic', 'fastapi', 'uvicorn'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_dag_test_bills_the_day_that_ended_by_its_date(bag: Any, installation: SimpleNamespace) -> None:
+    """A manual run takes the last interval that ended by its logical date: the 5th, not the 6th."""
+    for task in bag.dags["bill_api_calls"].tasks:
+        task.retry_delay = timedelta(0)
+    run = bag.dags["bill_api_calls"].test(logical_date=datetime(2026, 10, 6, 4, tzinfo=UTC))
+    assert str(run.state) == "success"
+    assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_an_empty_interval_ends_green_and_skipped(bag: Any, installation: SimpleNamespace) -> None:
+    """Where nothing was used nothing is billed, and nobody is woken."""
+    run = bag.dags["bill_api_calls"].test(logical_date=datetime(2026, 11, 20, 5, tzinfo=UTC))
+    assert str(run.state) == "success"
+    assert {str(instance.state) for instance in run.get_task_instances()} == {"skipped"}
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 0
+
+
+def billed(installation: SimpleNamespace) -> dict[str, Decimal]:
+    """Return what acme billed for calls, by reference."""
+    rows = installation.sandbox.billed("maxio:us:acme")
+    return {row.reference: row.billed for row in rows if row.component == "api-calls" and row.billed}
+
+
+def test_operators_hand_over_plain_json_and_bill(installation: SimpleNamespace) -> None:
+    """Each operator works alone on what the one before returned, after a trip through JSON."""
+    reference = run_tasks()
+    assert set(reference["tables"]) == {"events", "accepted", "quarantined", "targets", "totals", "proposals"}
+    assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+    run_tasks()
+    assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"password": "wrong-key-altogether"}, ("maxio:us:acme", "401", "mend the connection")),
+        ({"host": "http://127.0.0.1:9"}, ("maxio:us:acme", "cannot be reached", "nothing was sent")),
+    ],
+)
+def test_a_site_that_cannot_be_used_gives_one_clear_error_and_nothing_is_sent(
+    installation: SimpleNamespace, change: dict[str, str], words: tuple[str, ...]
+) -> None:
+    """A wrong key and an unreachable site stop before anything is sent, and the key is in no text."""
+    installation.connect(**change)
+    with pytest.raises((Misconfigured, NotApplied)) as error:
+        run_tasks()
+    for word in words:
+        assert word in str(error.value)
+    assert change.get("password", "sandbox-acme-key") not in str(error.value)
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 0
+
+
+def test_an_unknown_component_gives_one_clear_error_and_nothing_is_sent(
+    installation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A component that the site does not have is named, with the key of source.yaml that names it."""
+    folder = tmp_path / "sources" / "api_calls"
+    folder.mkdir(parents=True)
+    for file in (CHECKOUT / "include" / "sources" / "api_calls").iterdir():
+        (folder / file.name).write_text(file.read_text().replace("handle:api-calls", "handle:no-such"))
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(folder.parent))
+    with pytest.raises(Misconfigured) as error:
+        run_tasks()
+    assert "no-such" in str(error.value)
+    assert "destination.component" in str(error.value)
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 0
+
+
+def test_five_mistakes_give_five_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All faults of a source are told at once, each with its file, its key and a mend."""
+    from usage_billing.installation import billing_source  # noqa: PLC0415
+
+    folder = tmp_path / "api_calls"
+    folder.mkdir()
+    shipped = CHECKOUT / "include" / "sources" / "api_calls"
+    text = (shipped / "source.yaml").read_text()
+    for good, bad in (
+        ("period: day", "period: fortnight"),
+        ("timezone: America/New_York", "timezone: America/NewYork"),
+        ("bill_from: 2026-10-01\n", ""),
+        ("  connection: maxio_acme", "  conection: maxio_acme"),
+    ):
+        assert good in text
+        text = text.replace(good, bad)
+    (folder / "source.yaml").write_text(text)
+    (folder / "usage.sql").write_text((shipped / "usage.sql").read_text().replace(":window_end", ":end"))
+    (folder / "expectations.yaml").write_text((shipped / "expectations.yaml").read_text())
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(tmp_path))
+    with pytest.raises(Misconfigured) as error:
+        billing_source("api_calls")
+    said = str(error.value)
+    for word in (
+        "source.yaml: period:",
+        "did you mean 'America/New_York'",
+        "source.yaml: bill_from: is required",
+        "did you mean 'connection'",
+        "usage.sql: does not use :window_end",
+        "usage.sql: unknown bind :end",
+    ):
+        assert word in said
+
+
+def test_a_run_without_an_interval_says_what_it_needs(installation: SimpleNamespace) -> None:  # noqa: ARG001
+    """A trigger without a logical date gets our message, and the two params stand in for the interval."""
+    from usage_billing.operators import ExtractOperator  # noqa: PLC0415
+
+    operator = ExtractOperator(task_id="extract", source="api_calls")
+    with pytest.raises(Misconfigured, match="period_start and period_end"):
+        operator.execute({"params": {"period_start": None, "period_end": None}})
+    params = {"period_start": DAY[0].isoformat(), "period_end": DAY[1].isoformat()}
+    assert operator.execute({"params": params})["tables"]["events"]["rows"] == 3
+
+
+def test_an_empty_reading_of_what_was_billed_stops_and_asks(installation: SimpleNamespace) -> None:
+    """A warehouse that lost a billed day withdraws nothing by itself."""
+    run_tasks()
+    with duckdb.connect(str(installation.warehouse)) as connection:
+        connection.execute("DELETE FROM api_calls")
+    with pytest.raises(NeedsDecision, match="nothing was withdrawn"):
+        run_tasks()
+    assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_the_log_tells_the_story_to_whoever_is_on_call(
+    installation: SimpleNamespace, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was read, owed, sent and counted there can be read in the task logs, and so can a stop; no key can."""
+    caplog.set_level(logging.INFO)
+    run_tasks()
+    told = capsys.readouterr().out + caplog.text
+    for line in (
+        "read 3 rows as extraction 1",
+        "accepted 3 rows, quarantined 0",
+        "3 rows make 2 usage totals",
+        "owed 17, settled before 0",
+        "to send: 2 new, 0 corrections",
+        "delivered: 2 accepted",
+        "closing table of api_calls",
+    ):
+        assert line in told
+    with duckdb.connect(str(installation.warehouse)) as connection:
+        connection.execute("UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
+    with pytest.raises(NeedsDecision, match="max_share"):
+        run_tasks()
+    told += capsys.readouterr().out + caplog.text
+    assert "quarantined 1 rows: subscription 'acct-9999' is unknown to maxio:us:acme (for example r3)" in told
+    assert "sandbox-acme-key" not in told
