@@ -1,4 +1,4 @@
-"""What the stories in these tests are told with: a sandbox, a ledger, staging, and a run of all six stages in one process."""
+"""What the stories in these tests are told with: a sandbox, a ledger, staging, and all six stages in one process."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -151,7 +151,7 @@ class House:
         return reconcile(self.destination(source), self.ledger, Period(periods[0].start, periods[-1].end))
 
     def billed(self, source: BillingSource) -> dict[str, Decimal]:
-        """Return what the billing site billed by the warehouse's account, by the site's own count; nothing billed is left out."""
+        """Return what the billing site billed by the warehouse's account, by the site's own count, without zeros."""
         component = getattr(source.destination, "component", None) or source.destination.item
         rows = self.sandbox.billed(SITES[source.name])
         return {

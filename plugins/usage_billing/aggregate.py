@@ -27,7 +27,7 @@ _UTC = pa.timestamp("us", "UTC")
 _MAX_RANGES = 256
 
 
-def aggregate(  # noqa: PLR0917 - In the order of the stages, as `operators` calls it.
+def aggregate(
     accepted: Staged,
     targets: Staged,
     source: BillingSource,

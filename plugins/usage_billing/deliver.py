@@ -1,7 +1,7 @@
 """Reserve, send, settle: what a plan proposes goes to the billing site, each delivery once.
 
-The intent is in the ledger before the request leaves, the outcome right after. Whatever happens between the two leaves a
-delivery in doubt, and a doubt is settled by asking the site, never by sending again in the hope that nothing arrived.
+The intent is in the ledger before the request leaves, the outcome right after. Whatever happens between the two leaves
+a delivery in doubt, and a doubt is settled by asking the site, never by sending again in the hope that nothing arrived.
 """
 
 import logging
@@ -30,8 +30,8 @@ _ROUNDS = 5
 class Manners:
     """How a deliver behaves toward the site and toward its own death.
 
-    `lease_lasts` is how long another worker waits before it takes over from one that died; `patience` is how long a site
-    may throttle or be out of reach before the task gives up and leaves the rest `reserved`.
+    `lease_lasts` is how long another worker waits before it takes over from one that died; `patience` is how long a
+    site may throttle or be out of reach before the task gives up and leaves the rest `reserved`.
     """
 
     threads: int = 4
@@ -41,7 +41,7 @@ class Manners:
 
 @dataclass
 class Delivered:
-    """What one deliver did: deliveries accepted at once, accepted after a doubt, refused, and requests that carried them."""
+    """What one deliver did: how many deliveries came to which end, and in how many requests."""
 
     accepted: int = 0
     settled: int = 0
@@ -65,9 +65,9 @@ def deliver(
 ) -> Delivered:
     """Bring extraction `number`'s plan to the site: write it down, send it chunk by chunk, settle what is in doubt.
 
-    `replan` compares the same totals with the ledger again; it is asked where a key had moved since the plan was made, or
-    was blocked by a doubt. `stop` ends the work before the next request. What cannot be settled in time stays listed in
-    the ledger by name.
+    `replan` compares the same totals with the ledger again; it is asked where a key had moved since the plan was made,
+    or was blocked by a doubt. `stop` ends the work before the next request. What cannot be settled in time stays listed
+    in the ledger by name.
 
     Raises:
         Stale: a newer extraction was compared; nothing more was sent.
@@ -162,16 +162,17 @@ class _Work:
         setbacks = 0
         while not self._worker.stopped:
             before = self.done.accepted
-            self._setback = None
-            self._one_pass()
-            if self._setback is None:
+            setback = self._one_pass()
+            if setback is None:
                 return
             setbacks = 1 if self.done.accepted > before else setbacks + 1
             if self._ledger.now() > give_up_at:
-                raise self._setback
-            self._pause(setbacks, self._setback)
+                raise setback
+            self._pause(setbacks, setback)
 
-    def _one_pass(self) -> None:
+    def _one_pass(self) -> NotApplied | None:
+        """Send what is reserved, chunk by chunk; return the setback that ended the pass, if one did."""
+        self._setback = None
         after = ""
         size = self._destination.chunk_size
         with ThreadPoolExecutor(self._threads, thread_name_prefix="send") as pool:
@@ -185,6 +186,7 @@ class _Work:
                 self._progress.report(self.done)
         if self._setback is None:
             self._threads = min(self._threads + 1, self._manners.threads)
+        return self._setback
 
     def _pause(self, setbacks: int, error: NotApplied) -> None:
         """Wait as the site asked, else longer each time and never in step with others; then go on more gently."""

@@ -49,7 +49,7 @@ class Hook(Protocol):
     def conn_type(self) -> str:
         """Airflow's connection type: ``duckdb``, ``postgres``, ``sqlite`` and so on."""
 
-    def get_conn(self) -> Any:  # noqa: ANN401
+    def get_conn(self) -> Any:
         """Return a new DB-API connection."""
 
 
@@ -171,7 +171,7 @@ def _array(values: Sequence[Any]) -> pa.Array:
     if float in kinds:
         # Whatever stands beside it (SQLite types each value by itself), the float is what must be told.
         return pa.array([value if isinstance(value, float) else None for value in values], pa.float64())
-    if len(kinds) < 2:  # noqa: PLR2004
+    if len(kinds) < 2 and uuid.UUID not in kinds:  # noqa: PLR2004
         try:
             return pa.array(values)
         except (OverflowError, pa.ArrowException):

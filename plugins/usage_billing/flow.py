@@ -55,7 +55,7 @@ def billing_dag(source: str) -> DAG:
             for name, text in _PARAMS.items()
         },
         tags=["usage billing", destination.name],
-        doc_md=f"{settings.description}\n\nBills `{source}` to `{destination.name}` through connection `{destination.connection}`.",
+        doc_md=f"{settings.description}\n\nBills to `{destination.name}` by connection `{destination.connection}`.",
     ) as dag:
         site = {"pool": pool_name(destination.connection)}
         extract = ExtractOperator(task_id="extract", source=source)

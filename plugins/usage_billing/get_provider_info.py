@@ -23,7 +23,7 @@ def _settle_after(seconds: int) -> dict[str, Any]:
     }
 
 
-def _text(label: str, description: str, **schema: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON schema.
+def _text(label: str, description: str, **schema: Any) -> dict[str, Any]:
     return {"label": label, "description": description, "schema": {"type": ["string", "null"], **schema}}
 
 
@@ -88,7 +88,10 @@ def _config() -> dict[str, Any]:
         "description": "Where usage billing finds its sources, and where its tasks leave rows for each other.",
         "options": {
             "sources_folder": {
-                "description": "The folder with a subfolder for each billing source. Empty: include/sources beside the DAGs folder.\n",
+                "description": (
+                    "The folder with a subfolder for each billing source.\n"
+                    "Empty: include/sources beside the DAGs folder.\n"
+                ),
                 "version_added": "0.1.0",
                 "type": "string",
                 "example": "/opt/airflow/include/sources",
@@ -96,7 +99,7 @@ def _config() -> dict[str, Any]:
             },
             "staging_path": {
                 "description": (
-                    "Where tasks leave rows for the next one: a folder that every worker reaches, or a bucket in URL format.\n"
+                    "Where tasks leave rows for the next one: a folder that every worker reaches, or a bucket as URL.\n"
                     "Empty: a folder in AIRFLOW_HOME, which is right for one machine only.\n"
                 ),
                 "version_added": "0.1.0",

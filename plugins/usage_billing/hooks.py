@@ -1,6 +1,6 @@
 """Airflow hooks of the billing sites, usable alone in anybody's DAG.
 
-A hook turns a connection into frozen settings, with every fault at once, and the settings into the site's plain client::
+A hook turns a connection into frozen settings, with every fault at once, and the settings into a plain client::
 
     from usage_billing.hooks import MaxioHook
 
@@ -27,7 +27,7 @@ from usage_billing.sources import BillingSource
 
 
 class _SiteHook(BaseHook):
-    """What the hooks of both billing sites share; a connection is read when it is needed, never when a DAG is parsed."""
+    """What both hooks share; a connection is read when it is needed, never when a DAG is parsed."""
 
     conn_name_attr: ClassVar[str]
     default_conn_name: ClassVar[str]
@@ -40,7 +40,11 @@ class _SiteHook(BaseHook):
         super().__init__()
         self.conn_id = conn_id
 
-    def get_conn(self) -> Any:  # noqa: ANN401 - each hook says which client.
+    def settings(self) -> Any:
+        """Return the connection as settings."""
+        raise NotImplementedError
+
+    def get_conn(self) -> Any:
         """Return the site's plain client."""
         raise NotImplementedError
 
@@ -54,7 +58,7 @@ class _SiteHook(BaseHook):
     def _try(self) -> str:
         raise NotImplementedError
 
-    def _connection(self) -> Any:  # noqa: ANN401 - Airflow's connection, of which core and task SDK each have one.
+    def _connection(self) -> Any:
         """Return the connection.
 
         Raises:
@@ -78,8 +82,8 @@ class _SiteHook(BaseHook):
     def _subject(self) -> str:
         return f"connection {self.conn_id!r}"
 
-    def _extras(self, connection: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Return the extras that are set and known, and the faults of those that are not, as arguments of the settings."""
+    def _extras(self, connection: Any) -> dict[str, Any]:
+        """Return the extras as arguments of the settings; those that nobody knows are faults."""
         given = {key: value for key, value in connection.extra_dejson.items() if value not in (None, "")}
         known = {key: value for key, value in given.items() if key in self.extras}
         faults = [
@@ -127,9 +131,9 @@ class MaxioHook(_SiteHook):
 class ChargeOverHook(_SiteHook):
     """A ChargeOver account.
 
-    Connection: `host` is the instance's name or the base URL; `login` and `password` are the public and the private key of
-    the REST API; extras `instance` (needed where the address does not name it), `timezone`, `negative_usage` (``hold`` or
-    ``allowed``), `concurrency`, `settle_after_seconds`.
+    Connection: `host` is the instance's name or the base URL; `login` and `password` are the public and the private key
+    of the REST API; extras `instance` (needed where the address does not name it), `timezone`, `negative_usage`
+    (``hold`` or ``allowed``), `concurrency`, `settle_after_seconds`.
     """
 
     conn_name_attr = "chargeover_conn_id"
@@ -150,9 +154,10 @@ class ChargeOverHook(_SiteHook):
         connection = self._connection()
         host = (connection.host or "").strip()
         is_name = "." not in host and ":" not in host
-        values = ({"instance": host} if is_name else {"base_url": _address(host)}) | self._extras(connection)
-        keys = {"public_key": connection.login or "", "private_key": connection.password or ""}
-        return ChargeOverSettings(**keys, **values)
+        values: dict[str, Any] = {"instance": host} if is_name else {"base_url": _address(host)}
+        values |= self._extras(connection)
+        values |= {"public_key": connection.login or "", "private_key": connection.password or ""}
+        return ChargeOverSettings(**values)
 
     def get_conn(self) -> ChargeOverSite:
         """Return the account's plain client."""
@@ -167,19 +172,37 @@ class ChargeOverHook(_SiteHook):
 HOOKS: Mapping[str, type[_SiteHook]] = {hook.conn_type: hook for hook in (MaxioHook, ChargeOverHook)}
 
 
+def settings(source: BillingSource) -> MaxioSettings | ChargeOverSettings:
+    """Return the settings of the billing site that `source` is billed to; no request is made.
+
+    Raises:
+        Misconfigured: the connection does not exist, is of another type, or has faults.
+    """
+    found: MaxioSettings | ChargeOverSettings = _hook(source).settings()
+    return found
+
+
 def destination(source: BillingSource) -> Destination:
     """Return the destination that `source` is billed to, reached through the source's connection.
 
     Raises:
         Misconfigured: the connection does not exist, is of another type, or has faults.
     """
+    kind = cast("Callable[[BillingSource, object], Destination]", _kind(source))
+    return kind(source, _hook(source).get_conn())
+
+
+def _kind(source: BillingSource) -> type[Destination]:
     found = destination_class(source.destination.name)
     if found is None:
         raise Misconfigured(
             f"billing source {source.name!r}: {source.destination.name!r} is no destination of this package"
         )
-    client = HOOKS[found.connection_type](source.destination.connection).get_conn()
-    return cast(Callable[[BillingSource, object], Destination], found)(source, client)
+    return found
+
+
+def _hook(source: BillingSource) -> _SiteHook:
+    return HOOKS[_kind(source).connection_type](source.destination.connection)
 
 
 def _address(host: str | None) -> str:

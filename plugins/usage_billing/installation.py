@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +12,8 @@ from sqlalchemy import URL
 
 from usage_billing import hooks
 from usage_billing.destinations import destination_settings
+from usage_billing.destinations.chargeover import ChargeOverSettings
+from usage_billing.destinations.maxio import MaxioSettings
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Ledger
 from usage_billing.sources import BillingSource, load_source, source_names
@@ -70,7 +72,8 @@ def ledger_url() -> str | URL:
     except Exception as missing:
         # Airflow raises another class in a task, in the API server and without a database; each means the same here.
         raise Misconfigured(
-            f"connection {LEDGER_CONNECTION!r} cannot be read ({type(missing).__name__}); create it: SQLite with the file as host, or PostgreSQL"
+            f"connection {LEDGER_CONNECTION!r} cannot be read ({type(missing).__name__}); "
+            "create it: SQLite with the file as host, or PostgreSQL"
         ) from missing
     if connection.conn_type == "sqlite":
         if not connection.host:
@@ -86,7 +89,8 @@ def ledger_url() -> str | URL:
             database=connection.schema,
         )
     raise Misconfigured(
-        f"connection {LEDGER_CONNECTION!r} is of type {connection.conn_type!r}; the ledger lives in SQLite or PostgreSQL"
+        f"connection {LEDGER_CONNECTION!r} is of type {connection.conn_type!r}; "
+        "the ledger lives in SQLite or PostgreSQL"
     )
 
 
@@ -114,7 +118,7 @@ class Pool:
 
 
 def pool_name(connection: str) -> str:
-    """Return the name of the pool of the site behind a connection; known at parse time, when no connection may be read."""
+    """Return the name of the pool of the site behind a connection; parse time, when none may be read, needs it too."""
     return f"usage_billing_{connection}"
 
 
@@ -128,7 +132,7 @@ def pools(sources: Iterable[BillingSource]) -> list[Pool]:
     by_connection: dict[str, list[BillingSource]] = defaultdict(list)
     for source in sources:
         by_connection[source.destination.connection].append(source)
-    settings = {name: hooks.destination(some[0]).client.settings for name, some in sorted(by_connection.items())}
+    settings = {name: hooks.settings(some[0]) for name, some in sorted(by_connection.items())}
     if faults := [
         *_shared_sites({name: found.site for name, found in settings.items()}),
         *_greedy(by_connection, settings),
@@ -143,12 +147,17 @@ def pools(sources: Iterable[BillingSource]) -> list[Pool]:
 def _shared_sites(sites: dict[str, str]) -> Iterator[str]:
     for site in sorted(set(sites.values())):
         if len(names := [name for name, found in sites.items() if found == site]) > 1:
-            yield f"connections {', '.join(names)} all lead to {site}: use one of them in every source, so that one pool holds its limit"
+            yield (
+                f"connections {', '.join(names)} all lead to {site}: use one of them in every source, "
+                "so that one pool holds its limit"
+            )
 
 
-def _greedy(by_connection: dict[str, list[BillingSource]], settings: dict[str, object]) -> Iterator[str]:
+def _greedy(
+    by_connection: dict[str, list[BillingSource]], settings: Mapping[str, MaxioSettings | ChargeOverSettings]
+) -> Iterator[str]:
     for name, some in by_connection.items():
-        slots = getattr(settings[name], "concurrency")  # noqa: B009 - each site has settings of its own class.
+        slots = settings[name].concurrency
         for source in some:
             if source.destination.threads > slots:
                 yield (

@@ -27,7 +27,7 @@ class StageOperator(BaseOperator):
 
     template_fields: Sequence[str] = ("reference",)
 
-    def __init__(self, *, source: str, reference: Any = None, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, *, source: str, reference: Any = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.source = source
         self.reference = reference
@@ -75,8 +75,8 @@ class ExtractOperator(StageOperator):
         periods = source.periods(interval)
         if not periods:
             raise AirflowSkipException(
-                f"no whole {source.settings.period} of {source.settings.timezone.key} on or after {source.settings.bill_from} "
-                f"ends inside the data interval {interval}: nothing is owed"
+                f"no whole {source.settings.period} of {source.settings.timezone.key} on or after "
+                f"{source.settings.bill_from} ends inside the data interval {interval}: nothing is owed"
             )
         window = Period(periods[0].start, periods[-1].end)
         self.log.info("extracting %s for %d usage periods, %s", source.name, len(periods), window)
@@ -116,7 +116,7 @@ class ValidateOperator(StageOperator):
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
         return run.with_table("quarantined", found.quarantined, rows_quarantined=found.quarantined.rows)
 
-    def _tell(self, run: Run, found: Any) -> None:  # noqa: ANN401 - validate.Validated, which parse time does not import.
+    def _tell(self, run: Run, found: Any) -> None:
         ledger().record_quarantine(run.number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
         self.log.info("accepted %d rows, quarantined %d", found.accepted.rows, found.quarantined.rows)
         for reason, rows in found.reasons.items():
@@ -153,7 +153,7 @@ class PlanOperator(StageOperator):
 class DeliverOperator(StageOperator):
     """Reserve, send and settle the plan's proposals; a retry goes on with what is unsettled, and with nothing else."""
 
-    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._stop = threading.Event()
 
@@ -279,7 +279,7 @@ def _skip_or_ask(has_usage: bool, source: BillingSource, window: Period) -> None
     raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
 
 
-def _log_tally(log: Any, tally: Tally, source: BillingSource) -> None:  # noqa: ANN401 - structlog or logging.
+def _log_tally(log: Any, tally: Tally, source: BillingSource) -> None:
     decimals = source.settings.meter.decimals
     log.info("owed %s, settled before %s", to_decimal(tally.owed, decimals), to_decimal(tally.settled, decimals))
     log.info(
@@ -294,7 +294,7 @@ def _log_tally(log: Any, tally: Tally, source: BillingSource) -> None:  # noqa: 
     )
 
 
-def _log_open_items(log: Any, left: Any) -> None:  # noqa: ANN401
+def _log_open_items(log: Any, left: Any) -> None:
     shown = 20
     for row in left.head(shown).itertuples():
         log.warning(

@@ -52,7 +52,7 @@ def locate(times: "np.ndarray", periods: Sequence[Period]) -> "np.ndarray":
 
 
 def local_midnight(day: date, zone: ZoneInfo) -> datetime:
-    """Return the instant at which `day` begins in `zone`, in UTC; where midnight is skipped, the first instant after."""
+    """Return the instant at which `day` begins in `zone`, in UTC; a skipped midnight gives the first one after it."""
     return datetime.combine(day, time.min, tzinfo=zone).astimezone(UTC)
 
 

@@ -1,12 +1,11 @@
-"""Usage totals against the ledger: what is still owed, as proposed deliveries. The plan itself sends and reserves nothing.
+"""Usage totals against the ledger: what is still owed, as proposed deliveries. A plan sends and reserves nothing.
 
 For each identity the ledger says what was accepted, the totals say what is owed, and the signed difference is proposed.
-The comparison is a full outer join over the compared usage periods, so a key that vanished from the warehouse is owed 0.
+The comparison is a full outer join over the compared periods, so a key that vanished from the warehouse is owed 0.
 Both sides are sorted by identity and walked range by range: memory holds one range, whatever the interval.
 """
 
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -86,10 +85,10 @@ def _ranges(totals: Staged, staging: Staging) -> Iterator[tuple[str, str, pa.Tab
 
 def _targets(targets: Staged, staging: Staging) -> pd.DataFrame:
     """Return today's address and open billing period by (subscription, component)."""
+    key = ["subscription", "component"]
     frame = pd.concat([part.to_pandas() for part in staging.read(targets)], ignore_index=True)
-    return frame.drop_duplicates(["subscription", "component"]).set_index(["subscription", "component"])[
-        ["address", "open_from"]
-    ]
+    known: pd.DataFrame = frame.drop_duplicates(key).set_index(key)[["address", "open_from"]]
+    return known
 
 
 def _compare(totals: pa.Table, standing: pd.DataFrame, decimals: int) -> pd.DataFrame:
@@ -176,7 +175,7 @@ def _written_out(
     reason = reason.mask(withheld, "rows are in quarantine, and quarantine withholds, it never withdraws")
     state = np.select([chosen["difference"] == 0, reason != ""], [State.SUPERSEDED, State.HELD], State.RESERVED)
     rows = rows.assign(state=state, reason=reason, body=destination.encode(rows))
-    return cast(pd.DataFrame, rows[_COLUMNS])
+    return rows[_COLUMNS]
 
 
 def _stop_if_it_withdraws_much(tally: Tally, destination: Destination) -> None:
@@ -186,5 +185,6 @@ def _stop_if_it_withdraws_much(tally: Tally, destination: Destination) -> None:
         raise NeedsDecision(
             f"this run would withdraw {quantities.to_decimal(-tally.negative, decimals)} of "
             f"{quantities.to_decimal(tally.settled, decimals)} already billed, more than max_withdraw_share = "
-            f"{settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in source.yaml for this run and clear the plan"
+            f"{settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in source.yaml for this run "
+            "and clear the plan"
         )

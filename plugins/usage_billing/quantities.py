@@ -6,7 +6,7 @@ here.
 """
 
 from collections.abc import Sequence
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal, localcontext
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import cast
 
 import numpy as np
@@ -67,7 +67,7 @@ def _too_fine(column: pa.Array, decimals: int) -> np.ndarray:
 
 
 def _mask(condition: pa.Array) -> np.ndarray:
-    return cast(np.ndarray, pc.fill_null(condition, False).to_numpy(zero_copy_only=False))  # noqa: FBT003
+    return cast("np.ndarray", pc.fill_null(condition, False).to_numpy(zero_copy_only=False))  # noqa: FBT003
 
 
 def as_decimals(column: pa.Array) -> pa.Array:
@@ -112,16 +112,15 @@ def _above(values: pa.Array, bound: Decimal, *, strict: bool) -> pa.Array:
     kind = values.type
     rounding = ROUND_FLOOR if strict else ROUND_CEILING
     # A bound between two values that the column can hold moves to the neighbour that gives the same answer.
-    with localcontext(prec=4 * PRECISION):
-        bound = bound.quantize(Decimal(1).scaleb(-kind.scale), rounding=rounding)
-    if abs(bound) >= Decimal(10) ** (kind.precision - kind.scale):
+    bound = bound.quantize(Decimal(1).scaleb(-kind.scale), rounding, Context(prec=4 * PRECISION))
+    if bound.copy_abs() >= Decimal(10) ** (kind.precision - kind.scale):
         return pc.if_else(pc.is_valid(values), bound < 0, None)
     limit = pa.scalar(bound, kind)
     return pc.greater(values, limit) if strict else pc.greater_equal(values, limit)
 
 
 def to_scaled(column: pa.Array | pa.ChunkedArray, decimals: int) -> pd.Series:
-    """Return ``decimal128(38, decimals)`` values as scaled integers: ``int64``, or Python integers if one does not fit."""
+    """Return ``decimal128(38, decimals)`` values as scaled ``int64``, or as Python integers if one does not fit."""
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty chunked array may stay chunked.
         array = pa.array([], pa.decimal128(PRECISION, decimals))
@@ -150,10 +149,10 @@ def from_scaled(scaled: pd.Series, decimals: int) -> pa.Array:
 
 
 def sum_by(frame: pd.DataFrame, keys: list[str], scaled: str) -> pd.DataFrame:
-    """Return `frame` grouped by `keys` with the exact sum of its `scaled` column; key order is the order of appearance."""
+    """Return `frame` grouped by `keys`, in order of appearance, with the exact sum of its `scaled` column."""
     values = safe_to_add(frame[scaled])
     summed = frame.assign(**{scaled: values}).groupby(keys, sort=False, dropna=False, as_index=False)[scaled].sum()
-    return cast(pd.DataFrame, summed)
+    return cast("pd.DataFrame", summed)
 
 
 def safe_to_add(scaled: pd.Series) -> pd.Series:
@@ -179,7 +178,8 @@ def to_text(scaled: pd.Series, decimals: int) -> pd.Series:
     sign = pd.Series(np.where(scaled < 0, "-", ""), index=scaled.index)
     fraction = (magnitude % unit).astype(str).str.zfill(decimals).str.rstrip("0")
     point = pd.Series(np.where(fraction == "", "", "."), index=scaled.index)
-    return sign + (magnitude // unit).astype(str) + point + fraction
+    text: pd.Series = sign + (magnitude // unit).astype(str) + point + fraction
+    return text
 
 
 def from_text(text: pd.Series, decimals: int) -> pd.Series:
@@ -193,4 +193,5 @@ def from_text(text: pd.Series, decimals: int) -> pd.Series:
 
 def to_decimal(scaled: int, decimals: int) -> Decimal:
     """Return one scaled integer as a `Decimal` with `decimals` places."""
-    return Decimal(scaled).scaleb(-decimals)
+    # With room for every digit: the ambient context would round after 28 of them.
+    return Decimal(scaled).scaleb(-decimals, Context(prec=4 * PRECISION))

@@ -6,7 +6,6 @@ total of a billing period is compared with the sum of what the ledger has accept
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import UTC
 from decimal import Decimal
 
 import pandas as pd
@@ -85,8 +84,7 @@ def _by_total(destination: Destination, ledger: Ledger, totals: list[SiteTotal],
     matched = missing = unknown = 0
     ours_sum = theirs_sum = Decimal(0)
     examples: list[str] = []
-    for (start, end, component), some in _grouped(touching).items():
-        period = Period(start, end)
+    for (period, component), some in _grouped(touching).items():
         accepted = ledger.accepted_at(destination.site, [total.subscription for total in some], component, period)
         accepted = accepted.assign(scaled=quantities.from_text(accepted["quantity"].astype(object), decimals))
         sums = quantities.sum_by(accepted, ["subscription"], "scaled").set_index("subscription")["scaled"]
@@ -103,9 +101,8 @@ def _by_total(destination: Destination, ledger: Ledger, totals: list[SiteTotal],
     return Reconciliation(matched, missing, unknown, 0, ours_sum, theirs_sum, tuple(examples[:_EXAMPLES]))
 
 
-def _grouped(totals: Iterable[SiteTotal]) -> dict[tuple[object, object, str], list[SiteTotal]]:
-    groups: dict[tuple[object, object, str], list[SiteTotal]] = {}
+def _grouped(totals: Iterable[SiteTotal]) -> dict[tuple[Period, str], list[SiteTotal]]:
+    groups: dict[tuple[Period, str], list[SiteTotal]] = {}
     for total in totals:
-        key = (total.period.start.astimezone(UTC), total.period.end.astimezone(UTC), total.component)
-        groups.setdefault(key, []).append(total)
+        groups.setdefault((total.period, total.component), []).append(total)
     return groups

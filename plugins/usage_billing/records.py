@@ -86,7 +86,7 @@ class Run:
     tables: Mapping[str, Staged]
     rows_quarantined: int = 0
 
-    def with_table(self, stage: str, table: Staged, **changes: Any) -> Self:  # noqa: ANN401
+    def with_table(self, stage: str, table: Staged, **changes: Any) -> Self:
         """Return the run with one more table."""
         return replace(self, tables={**self.tables, stage: table}, **changes)
 
@@ -131,8 +131,8 @@ class Target:
 
     `subscription` and `component` are canonical and never change for the same customer; `address` holds what today's
     request needs, which may change (ChargeOver replaces a line item's id at every upgrade). A target with `unknown` set
-    could not be found: its rows are quarantined with that reason. `open_from` is the start of the billing period that is
-    open on the site, where the site tells.
+    could not be found: its rows are quarantined with that reason. `open_from` is the start of the billing period that
+    is open on the site, where the site tells.
     """
 
     account: str

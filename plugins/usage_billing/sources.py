@@ -6,7 +6,7 @@ A folder ``include/sources/<name>/`` holds ``source.yaml`` (what is billed, to w
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
@@ -256,14 +256,14 @@ def _read_sql(path: Path, faults: list[str]) -> str:
         return ""
     found = set(_BIND.findall(re.sub(r"--[^\n]*", "", sql)))
     if missing := WINDOW_BINDS - found:
-        faults.append(
-            f"{path.name}: does not use {', '.join(sorted(':' + bind for bind in missing))}; without both it would read other periods"
-        )
+        faults.append(f"{path.name}: does not use {_binds(missing)}; without both it would read other periods")
     if unknown := found - WINDOW_BINDS:
-        faults.append(
-            f"{path.name}: unknown bind {', '.join(sorted(':' + bind for bind in unknown))}; write \\: for a plain colon"
-        )
+        faults.append(f"{path.name}: unknown bind {_binds(unknown)}; write \\: for a plain colon")
     return sql
+
+
+def _binds(names: Iterable[str]) -> str:
+    return ", ".join(sorted(f":{name}" for name in names))
 
 
 def _read_expectations(path: Path, faults: list[str]) -> tuple[Mapping[str, Any], ...]:
@@ -281,6 +281,7 @@ def _read_expectations(path: Path, faults: list[str]) -> tuple[Mapping[str, Any]
             faults.append(f"{path.name}: expectations.{index}: must have a `type` (text) and `kwargs` (a mapping)")
         elif unknown := set(rule) - {"type", "kwargs", "meta"}:
             faults.append(
-                f"{path.name}: expectations.{index}: unknown key {', '.join(sorted(unknown))}; known keys: type, kwargs, meta"
+                f"{path.name}: expectations.{index}: unknown key {', '.join(sorted(unknown))}; "
+                "known keys: type, kwargs, meta"
             )
     return tuple(declared)

@@ -24,11 +24,11 @@ from usage_billing.records import Staged
 class Folder(Protocol):
     """What staging needs of a path object."""
 
-    def __truediv__(self, name: str, /) -> Any: ...  # noqa: ANN401, D105
+    def __truediv__(self, name: str, /) -> Any: ...
 
 
 class Staging:
-    """The staging area of one installation: writes tables part by part, reads them back and checks each part's digest."""
+    """The staging area of one installation: writes tables part by part, and checks each digest when it reads them."""
 
     def __init__(self, root: Folder) -> None:
         self._root = root

@@ -1,6 +1,6 @@
-"""The names under which usage may be billed once: pure functions of what is billed, never of time, try, chunk or worker.
+"""The names under which usage may be billed once: functions of what is billed, never of time, try, chunk or worker.
 
-An identity names one usage total for ever: site, source, subscription, component, price point, dimensions, usage period.
+An identity names one usage total for ever: site, source, subscription, component, price point, dimensions, period.
 A uniqueness token names one revision of it. The quantity is in neither, so late data makes a correction with a token of
 its own and never a second bill under the first.
 """

@@ -66,7 +66,7 @@ class QuarantineOverLimit(NeedsDecision):
         self.validated = validated
 
 
-def validate(  # noqa: PLR0917 - In the order of the stages, as `operators` calls it.
+def validate(
     extracted: Staged,
     source: BillingSource,
     periods: Sequence[Period],
@@ -392,7 +392,7 @@ class _Suite:
         found = validator.validate_expectation_suite(suite)
         return {result.expectation_config.meta["rule"]: result for result in found.results}
 
-    def _rows_of(self, rule: _Rule, result: Any, frame: pd.DataFrame) -> np.ndarray:  # noqa: ANN401
+    def _rows_of(self, rule: _Rule, result: Any, frame: pd.DataFrame) -> np.ndarray:
         rows = np.asarray(_labels(result), dtype="int64")
         if rule.on_ranks:
             # What is null or no number has no rank; that is told by the package's own rules.
@@ -400,7 +400,7 @@ class _Suite:
         return rows
 
 
-def _great_expectations() -> Any:  # noqa: ANN401
+def _great_expectations() -> Any:
     """Return what makes batches of data frames, in a context of its own without files, telemetry, bars or chatter."""
     # Its import takes seconds, which only the task that validates should pay.
     import logging  # noqa: PLC0415
@@ -482,7 +482,7 @@ def _exact(value: object) -> Decimal:
     return number
 
 
-def _complaint(result: Any) -> str:  # noqa: ANN401
+def _complaint(result: Any) -> str:
     """Return why a rule did not run, empty if it did."""
     if result is None:
         return "Great Expectations left it out; check its type and arguments"
@@ -494,12 +494,12 @@ def _complaint(result: Any) -> str:  # noqa: ANN401
     return "" if result.result else "gave no result; check its arguments"
 
 
-def _labels(result: Any) -> list[int] | None:  # noqa: ANN401
+def _labels(result: Any) -> list[int] | None:
     labels: list[int] | None = result.result.get("unexpected_index_list")
     return labels
 
 
-def _observed(result: Any) -> str:  # noqa: ANN401
+def _observed(result: Any) -> str:
     found = {key: result.result[key] for key in ("observed_value", "unexpected_count") if key in result.result}
     return str(found.get("observed_value", found.get("unexpected_count", "no value")))
 

@@ -7,8 +7,8 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
 
+from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
 from usage_billing.deliver import Manners
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied, Stale
 from usage_billing.records import Period
@@ -55,7 +55,7 @@ def some_usage(source: BillingSource, interval: Period) -> list[Event]:
     return usage(source, interval, {first: ["3", "4"], second: ["10"], third: ["1", "1", "1"]})
 
 
-def expected(source: BillingSource, *factors: int) -> dict[str, Decimal]:
+def expected(source: BillingSource) -> dict[str, Decimal]:
     """Return what `some_usage` comes to."""
     return {account: Decimal(total) for account, total in zip(ACCOUNTS[source.name], (7, 10, 3), strict=True)}
 
@@ -77,7 +77,7 @@ def test_a_day_is_billed_and_the_same_day_again_sends_nothing(house: House, sour
 def test_whatever_becomes_of_a_reply_each_unit_is_billed_once(house: House, source: BillingSource, fault: str) -> None:
     """Lost replies and 5xx are settled by asking, throttling by waiting; the site's count is what was owed."""
     day = a_day(source, 5)
-    # An error without an effect spends no token here: what then meets a spent one waits an hour, which is another story.
+    # An error without an effect spends no token here: what meets a spent one waits an hour, which is another story.
     if source.name == "api_calls":
         house.sandbox.switch(SITES[source.name], token_spent_by_4xx="no")
     house.sandbox.fault(SITES[source.name], fault, count=2)

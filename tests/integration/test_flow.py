@@ -13,8 +13,8 @@ from typing import Any
 
 import duckdb
 import pytest
-from stories import CHECKOUT, SITES, WORLDS
 
+from stories import CHECKOUT, SITES, WORLDS
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.sandbox import Sandbox
 
@@ -65,7 +65,11 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
         for name, connection in connections.items():
             monkeypatch.setenv(f"AIRFLOW_CONN_{name}", json.dumps(connection))
         Ledger.create(ledger_url())
-        yield SimpleNamespace(sandbox=sandbox, warehouse=warehouse, connect=lambda **changes: _reconnect(monkeypatch, connections, changes))
+        yield SimpleNamespace(
+            sandbox=sandbox,
+            warehouse=warehouse,
+            connect=lambda **changes: _reconnect(monkeypatch, connections, changes),
+        )
 
 
 def maxio(url: str, events_url: str, key: str = "sandbox-acme-key") -> dict[str, Any]:
@@ -79,7 +83,9 @@ def _reconnect(monkeypatch: pytest.MonkeyPatch, connections: dict[str, Any], cha
     monkeypatch.setenv("AIRFLOW_CONN_MAXIO_ACME", json.dumps(connection))
 
 
-def run_tasks(until: str = "reconcile", interval: tuple[datetime, datetime] = DAY, source: str = "api_calls") -> dict[str, Any]:
+def run_tasks(
+    until: str = "reconcile", interval: tuple[datetime, datetime] = DAY, source: str = "api_calls"
+) -> dict[str, Any]:
     """Run the operators of one source one after the other, as their tasks would; return the last reference."""
     from usage_billing import operators  # noqa: PLC0415
 
@@ -87,7 +93,9 @@ def run_tasks(until: str = "reconcile", interval: tuple[datetime, datetime] = DA
     for name in ("extract", "validate", "aggregate", "plan", "deliver", "reconcile"):
         operator = getattr(operators, f"{name.title()}Operator")(task_id=name, source=source)
         operator.reference = json.loads(json.dumps(reference))  # What an XCom does to it.
-        reference = operator.execute({"data_interval_start": interval[0], "data_interval_end": interval[1], "params": {}})
+        reference = operator.execute(
+            {"data_interval_start": interval[0], "data_interval_end": interval[1], "params": {}}
+        )
         if name == until:
             break
     return reference
@@ -106,11 +114,14 @@ def test_a_days_run_has_a_days_interval_in_the_billing_zone(bag: Any, source: st
 
     dag = bag.dags[f"bill_{source}"]
     assert isinstance(dag.timetable, CronDataIntervalTimetable)
-    assert str(dag.timetable.timezone) == {
-        "api_calls": "America/New_York",
-        "platform_events": "UTC",
-        "voip_minutes": "America/Chicago",
-    }[source]
+    assert (
+        str(dag.timetable.timezone)
+        == {
+            "api_calls": "America/New_York",
+            "platform_events": "UTC",
+            "voip_minutes": "America/Chicago",
+        }[source]
+    )
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -118,7 +129,8 @@ def test_tasks_that_call_a_site_take_its_pool(bag: Any, source: str) -> None:
     """Validate, deliver and reconcile share the site's pool; deliver takes a slot for each of its threads."""
     dag = bag.dags[f"bill_{source}"]
     pools = {task.task_id: (task.pool, task.pool_slots) for task in dag.tasks}
-    pool = f"usage_billing_{ {'api_calls': 'maxio_acme', 'platform_events': 'maxio_orbit', 'voip_minutes': 'chargeover_telco'}[source] }"
+    connections = {"api_calls": "maxio_acme", "platform_events": "maxio_orbit", "voip_minutes": "chargeover_telco"}
+    pool = f"usage_billing_{connections[source]}"
     assert [task for task, (name, _) in pools.items() if name == pool] == ["validate", "deliver", "reconcile"]
     assert pools["deliver"] == (pool, 4)
 

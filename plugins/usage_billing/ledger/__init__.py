@@ -1,18 +1,32 @@
 """The ledger: the only place that remembers what was billed. One method, one query or one short transaction.
 
-Every transition names the states it may leave; a row that does not come back was moved by somebody else. Nothing accepted
-is ever edited or deleted.
+Every transition names the states it may leave; a row that does not come back was moved by somebody else. Nothing
+accepted is ever edited or deleted.
 """
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Self
 
 import pandas as pd
-from sqlalchemy import URL, Connection, Engine, Select, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    RowMapping,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
@@ -21,7 +35,7 @@ from usage_billing.ledger import engine as engines
 from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, source
 from usage_billing.records import Delivery, Extraction, Period, Receipt, State
 
-__all__ = ["Ledger", "Lease", "Reserved"]
+__all__ = ["Lease", "Ledger", "Reserved"]
 
 _BATCH = 500
 """How many values go into one IN list: SQLite and PostgreSQL both take more, plans stay readable with this."""
@@ -38,7 +52,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """What became of proposals: how many were written down, were there already, or had moved since the plan was made."""
+    """What became of proposals: how many were written down, were there already, or had moved since the plan."""
 
     written: int
     already: int
@@ -187,7 +201,7 @@ class Ledger:
         newest = newest.group_by(extraction.c.interval_start, extraction.c.interval_end)
         rows = select(extraction).where(extraction.c.number.in_(newest)).order_by(extraction.c.interval_start)
         with self._reading() as connection:
-            return [_extraction(row._mapping) for row in connection.execute(rows)]  # noqa: SLF001
+            return [_extraction(row) for row in connection.execute(rows).mappings()]
 
     # --- comparing ---------------------------------------------------------------------------------------------------
 
@@ -212,8 +226,8 @@ class Ledger:
     def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
         """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
 
-        Columns: identity, revision, state, quantity (text), extraction, token, reason, account, subscription, component,
-        price_point, dimensions, period_start, period_end, address; sorted by identity and revision.
+        Columns: identity, revision, state, quantity (text), extraction, token, reason, account, subscription,
+        component, price_point, dimensions, period_start, period_end, address; sorted by identity and revision.
         """
         return self._frame(self._standing(name, window, low, high))
 
@@ -229,9 +243,9 @@ class Ledger:
     def reserve(self, name: str, site: str, number: int, proposals: pd.DataFrame) -> Reserved:
         """Write proposals down before anything is sent, in one transaction with the check that they are still right.
 
-        `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or ``held``,
-        or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has another last
-        revision than the plan saw is not written: it has moved, and has to be planned again.
+        `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or
+        ``held``, or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has
+        another last revision than the plan saw is not written: it has moved, and has to be planned again.
 
         Raises:
             Stale: a newer extraction was compared for the window.
@@ -260,7 +274,7 @@ class Ledger:
         return Reserved(written=int(sound.sum()), already=int(already.sum()), moved=int((~already & ~sound).sum()))
 
     def reserved(self, name: str, number: int, limit: int, after: str = "") -> list[Delivery]:
-        """Return up to `limit` deliveries of one extraction that are ready to be sent, ordered by token after `after`."""
+        """Return up to `limit` deliveries of one extraction that are ready to be sent, in order of their tokens, after `after`."""
         statement = select(delivery).where(
             delivery.c.source == name,
             delivery.c.state == State.RESERVED,
@@ -340,7 +354,7 @@ class Ledger:
             return int(connection.execute(statement).scalar_one())
 
     def settle_doubt(self, doubt: Delivery, state: State, receipt: Receipt | None = None, reason: str = "") -> bool:
-        """Settle one doubt as `accepted` (with its receipt), `reserved` or `refused`; False if it is no longer that doubt.
+        """Settle one doubt as `accepted` (with its receipt), `reserved` or `refused`; False if it no longer is one.
 
         The number of sends is part of the comparison: an answer about an earlier send must not settle a later one.
         """
@@ -366,7 +380,7 @@ class Ledger:
         return self._frame(statement.order_by(delivery.c.identity, delivery.c.revision))
 
     def accepted_at(self, site: str, subscriptions: Sequence[str], component: str, window: Period) -> pd.DataFrame:
-        """Return subscription, period_start and quantity of all sources' accepted deliveries to one component of a site."""
+        """Return what all sources had accepted for one component of a site: subscription, period_start, quantity."""
         parts = [
             self._frame(
                 select(delivery.c.subscription, delivery.c.period_start, delivery.c.quantity).where(
@@ -387,20 +401,20 @@ class Ledger:
         )
 
     def open_items(self, name: str, window: Period) -> pd.DataFrame:
-        """Return what is listed by name for `window`: reserved, sending, in doubt, held and refused, with the reason."""
+        """Return what is listed by name for `window`: reserved, sending, in doubt, held, refused, and why."""
         states = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD, State.REFUSED)
         statement = select(delivery).where(*_in_window(name, window), delivery.c.state.in_(states))
         return self._frame(statement.order_by(delivery.c.state, delivery.c.identity))
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _writing(self) -> Any:  # noqa: ANN401 - a context manager of SQLAlchemy's.
+    def _writing(self) -> AbstractContextManager[Connection]:
         return self._engine.begin()
 
     def _reading(self) -> Connection:
         return self._engine.connect().execution_options(reading=True)
 
-    def _insert(self, table: Any) -> Any:  # noqa: ANN401 - both dialects' INSERT with its ON CONFLICT clause.
+    def _insert(self, table: Any) -> Any:
         return (postgresql if self._engine.dialect.name == "postgresql" else sqlite).insert(table)
 
     def _frame(self, statement: Select[Any]) -> pd.DataFrame:
@@ -414,7 +428,7 @@ class Ledger:
 
     def _deliveries(self, statement: Select[Any]) -> list[Delivery]:
         with self._reading() as connection:
-            return [_delivery(row._mapping) for row in connection.execute(statement)]  # noqa: SLF001
+            return [_delivery(row) for row in connection.execute(statement).mappings()]
 
     @staticmethod
     def _standing(name: str, window: Period, low: str, high: str) -> Select[Any]:
@@ -436,8 +450,9 @@ class Ledger:
         newer = connection.execute(statement.limit(1)).first()
         if newer is not None:
             raise Stale(
-                f"stale: extraction {newer.extraction} of {name!r} was compared for the usage period from {newer.period_start:%Y-%m-%dT%H:%MZ} "
-                f"after extraction {number} was read; this run sends nothing, the newer one has the say"
+                f"stale: extraction {newer.extraction} of {name!r} was compared for the usage period from "
+                f"{newer.period_start:%Y-%m-%dT%H:%MZ} after extraction {number} was read; "
+                "this run sends nothing, the newer one has the say"
             )
 
     @staticmethod
@@ -452,15 +467,15 @@ class Ledger:
         return True
 
 
-def _alive(now: datetime) -> Any:  # noqa: ANN401
+def _alive(now: datetime) -> Any:
     return and_(lease.c.released_at.is_(None), lease.c.expires_at > now)
 
 
-def _fence_alive(fence: int, now: datetime) -> Any:  # noqa: ANN401
+def _fence_alive(fence: int, now: datetime) -> Any:
     return exists().where(lease.c.fence == fence, _alive(now))
 
 
-def _sent_under(held: Lease, now: datetime) -> Any:  # noqa: ANN401
+def _sent_under(held: Lease, now: datetime) -> Any:
     return and_(delivery.c.state == State.SENDING, delivery.c.fence == held.fence, _fence_alive(held.fence, now))
 
 
@@ -485,7 +500,8 @@ def _periods(proposals: pd.DataFrame) -> list[Period]:
 
 
 def _rows(fresh: pd.DataFrame, name: str, site: str, number: int, now: datetime) -> list[dict[str, Any]]:
-    columns = "token identity revision account subscription component price_point dimensions quantity state reason address body".split()
+    columns = "token identity revision account subscription component price_point dimensions".split()
+    columns += "quantity state reason address body".split()
     rows = (
         fresh[columns].astype({"revision": object}).assign(source=name, site=site, extraction=number, reserved_at=now)
     )
@@ -494,12 +510,12 @@ def _rows(fresh: pd.DataFrame, name: str, site: str, number: int, now: datetime)
     return rows.to_dict("records")  # type: ignore[return-value]
 
 
-def _extraction(row: Mapping[str, Any]) -> Extraction:
+def _extraction(row: RowMapping) -> Extraction:
     names = "number source interval_start interval_end window_start window_end rows_read rows_quarantined".split()
     return Extraction(**{column: row[column] for column in names})
 
 
-def _delivery(row: Mapping[str, Any]) -> Delivery:
+def _delivery(row: RowMapping) -> Delivery:
     return Delivery(
         token=row["token"],
         identity=row["identity"],

@@ -15,7 +15,7 @@ from usage_billing.errors import Misconfigured, NotApplied
 from usage_billing.ledger import tables
 
 _ENGINES = {"sqlite", "postgresql"}
-_MEND = "run `usage-billing ledger init` once for this connection (a restored or moved ledger needs its own file or database back)"
+_MEND = "run `usage-billing ledger init` once; a ledger that was moved needs its own file or database back instead"
 
 
 def connect(url: str | URL) -> Engine:
@@ -84,7 +84,7 @@ def _engine(url: str | URL, *, must_exist: bool = True) -> Engine:
     return engine
 
 
-def _on_sqlite_connect(connection: Any, _record: object) -> None:  # noqa: ANN401
+def _on_sqlite_connect(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # The driver would start transactions late, and never for a SELECT.
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")  # A receipt must survive a power cut, not just a crash.
