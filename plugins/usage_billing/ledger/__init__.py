@@ -274,7 +274,7 @@ class Ledger:
         return Reserved(written=int(sound.sum()), already=int(already.sum()), moved=int((~already & ~sound).sum()))
 
     def reserved(self, name: str, number: int, limit: int, after: str = "") -> list[Delivery]:
-        """Return up to `limit` deliveries of one extraction that are ready to be sent, in order of their tokens, after `after`."""
+        """Return up to `limit` deliveries of one extraction that are ready to be sent, by token, above `after`."""
         statement = select(delivery).where(
             delivery.c.source == name,
             delivery.c.state == State.RESERVED,

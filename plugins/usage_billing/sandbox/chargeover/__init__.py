@@ -1,0 +1,1 @@
+"""ChargeOver: the REST API of an account, and how it bills."""

@@ -1,0 +1,205 @@
+"""`/_sandbox/`: what people, tests and the demo ask of the sandbox itself, and tell it to do."""
+
+from dataclasses import asdict
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from .billing import billed
+from .clock import ClockMovedBack, from_micros, parse_instant
+from .faults import BadFault, Fault
+from .switches import CHARGEOVER, MAXIO, UnknownSwitch
+from .wire import BadJson, Call, Reply, Route, find_route, json_reply, plain
+from .world import WorldError
+
+if TYPE_CHECKING:
+    from .app import SandboxApp, Site
+
+VERSION = "1"
+
+
+class BadOrder(ValueError):
+    """A control request that cannot be carried out: 422 with these faults."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__("; ".join(faults))
+        self.faults = list(faults)
+
+
+class Control:
+    """Answers `/_sandbox/`; every call runs in a transaction of its own."""
+
+    def __init__(self, app: "SandboxApp") -> None:
+        self.app = app
+        self.routes = [
+            Route("GET", "clock", "clock", self.read_clock),
+            Route("POST", "clock", "clock", self.move_clock),
+            Route("GET", "switches", "switches", self.read_switches),
+            Route("POST", "switches", "switches", self.turn_switches),
+            Route("GET", "switches/known", "switches", self.list_switches),
+            Route("GET", "faults", "faults", self.read_faults),
+            Route("POST", "faults", "faults", self.order_fault),
+            Route("DELETE", "faults", "faults", self.clear_faults),
+            Route("GET", "billed", "billed", self.read_billed),
+            Route("GET", "requests", "requests", self.read_requests),
+            Route("POST", "requests/reset", "requests", self.reset_requests),
+            Route("GET", "records", "records", self.read_records),
+            Route("POST", "reset", "reset", self.reset),
+        ]
+
+    def answer(self, call: Call) -> Reply:
+        """Answer one control request."""
+        if not call.segments:
+            return self.read_summary(call)
+        found = find_route(self.routes, call)
+        if found is None:
+            return json_reply({"errors": ["no such control"], "known": sorted({r.pattern for r in self.routes})}, 404)
+        try:
+            return found[0].handler(call)
+        except BadOrder as refusal:
+            return json_reply({"errors": refusal.faults}, 422)
+        except UnknownSwitch as refusal:
+            return json_reply({"errors": refusal.faults, "known": refusal.known}, 422)
+        except (BadFault, BadJson, ClockMovedBack) as refusal:
+            return json_reply({"errors": [str(refusal)]}, 422)
+
+    def read_summary(self, call: Call) -> Reply:
+        """`GET /_sandbox/`: sites, clock, version."""
+        sites = [{"site": name, "zone": site.world.zone.key, "apis": sorted(site.apis)} for name, site in self._all()]
+        return json_reply({"version": VERSION, "sites": sites, **self._clock()})
+
+    def read_clock(self, call: Call) -> Reply:
+        """`GET /_sandbox/clock`."""
+        return json_reply(self._clock())
+
+    def move_clock(self, call: Call) -> Reply:
+        """`POST /_sandbox/clock` with `now` or `advance_seconds`: moves forward and renews what is due."""
+        order = _object(call, {"now", "advance_seconds"})
+        clock = self.app.books.clock
+        if "now" in order:
+            site = next(iter(self.app.sites.values()))
+            clock.move_to(_instant(order["now"], site))
+        elif isinstance(seconds := order.get("advance_seconds"), int | Decimal):
+            clock.move_to(clock.now() + int(seconds * 1_000_000))
+        else:
+            raise BadOrder("now (an ISO 8601 time) or advance_seconds (a number) is missing")
+        self.app.books.save_clock()
+        return json_reply({**self._clock(), "renewals": self.app.renew()})
+
+    def read_switches(self, call: Call) -> Reply:
+        """`GET /_sandbox/switches?site=`: present values, by site."""
+        return json_reply({name: site.switches.as_dict() for name, site in self._asked(call)})
+
+    def list_switches(self, call: Call) -> Reply:
+        """`GET /_sandbox/switches/known`: every switch of each API, with its choices and what it decides."""
+        known = {"maxio": MAXIO, "chargeover": CHARGEOVER}
+        return json_reply({api: {name: s.as_dict() for name, s in switches.items()} for api, switches in known.items()})
+
+    def turn_switches(self, call: Call) -> Reply:
+        """`POST /_sandbox/switches`: all of the named ones, or none; they outlive a restart."""
+        order = _object(call, {"site", "switches"})
+        site = self._site(order.get("site"))
+        wanted = order.get("switches")
+        if not isinstance(wanted, dict):
+            raise BadOrder("switches must be an object")
+        site.switches.update(wanted)
+        values = site.switches.as_dict()
+        self.app.books.save_switches(site.world.site, {name: values[name] for name in wanted})
+        return json_reply(values)
+
+    def read_faults(self, call: Call) -> Reply:
+        """`GET /_sandbox/faults`: those still to come."""
+        rows = [{**asdict(fault), "seconds": Decimal(str(fault.seconds))} for fault in self.app.faults.remaining()]
+        return json_reply({"faults": rows})
+
+    def order_fault(self, call: Call) -> Reply:
+        """`POST /_sandbox/faults`: see `faults.Fault`."""
+        order = _object(call, None)
+        self._site(order.get("site"))
+        fault = Fault.from_order(order)
+        if fault.count:
+            self.app.faults.add(fault)
+        return self.read_faults(call)
+
+    def clear_faults(self, call: Call) -> Reply:
+        """`DELETE /_sandbox/faults`."""
+        self.app.faults.clear()
+        return self.read_faults(call)
+
+    def read_billed(self, call: Call) -> Reply:
+        """`GET /_sandbox/billed?site=`: see `billing.billed`; with sums by site and component."""
+        rows = [row for _, site in self._asked(call) for row in billed(self.app.books, site.biller)]
+        return json_reply({"rows": rows, "total": _totals(rows)})
+
+    def read_requests(self, call: Call) -> Reply:
+        """`GET /_sandbox/requests?site=`: counts since the last reset, by site."""
+        return json_reply({name: site.tally.as_dict() for name, site in self._asked(call)})
+
+    def reset_requests(self, call: Call) -> Reply:
+        """`POST /_sandbox/requests/reset`: count from zero again."""
+        for _, site in self._all():
+            site.tally.reset()
+        return json_reply({})
+
+    def read_records(self, call: Call) -> Reply:
+        """`GET /_sandbox/records?site=&component=`: the raw stored records, in the order they were stored."""
+        component = call.param("component")
+        rows = [row for _, site in self._asked(call) for row in site.biller.records(component)]
+        return json_reply({"records": rows})
+
+    def reset(self, call: Call) -> Reply:
+        """`POST /_sandbox/reset`: begin again from the world files."""
+        try:
+            self.app.reset()
+        except WorldError as refusal:
+            raise BadOrder(*refusal.faults) from refusal
+        return self.read_summary(call)
+
+    def _clock(self) -> dict[str, Any]:
+        clock = self.app.books.clock
+        return {"now": from_micros(clock.now()).isoformat(), "rate": Decimal(str(clock.rate))}
+
+    def _all(self) -> list[tuple[str, "Site"]]:
+        return list(self.app.sites.items())
+
+    def _asked(self, call: Call) -> list[tuple[str, "Site"]]:
+        name = call.param("site")
+        return self._all() if name is None else [(name, self._site(name))]
+
+    def _site(self, name: object) -> "Site":
+        site = self.app.sites.get(name) if isinstance(name, str) else None
+        if site is None:
+            raise BadOrder(f"unknown site {name!r}, only {', '.join(self.app.sites)}")
+        return site
+
+
+def _object(call: Call, known: set[str] | None) -> dict[str, Any]:
+    order = call.json()
+    if not isinstance(order, dict):
+        raise BadOrder("the body must be an object")
+    if known is not None and (extra := sorted(set(order) - known)):
+        raise BadOrder(*(f"unknown field {name!r}, only {', '.join(sorted(known))}" for name in extra))
+    return order
+
+
+def _instant(text: object, site: "Site") -> int:
+    try:
+        return parse_instant(str(text), site.world.zone)
+    except ValueError as error:
+        raise BadOrder(f"now is not an ISO 8601 time: {text!r}") from error
+
+
+def _totals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    figures = ("invoiced", "open", "billed", "stored")
+    sums: dict[tuple[str, str], dict[str, Decimal]] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for row in rows:
+        key = (row["site"], row["component"])
+        total = sums.setdefault(key, dict.fromkeys(figures, Decimal(0)))
+        counts[key] = counts.get(key, 0) + row["records"]
+        for figure in figures:
+            total[figure] += Decimal(row[figure])
+    return [
+        {"site": site, "component": component, "records": counts[site, component]}
+        | {figure: plain(total[figure]) for figure in figures}
+        for (site, component), total in sums.items()
+    ]

@@ -1,0 +1,1 @@
+"""Maxio: the main API and the events host of a site, and how it bills."""

@@ -1,0 +1,228 @@
+"""Maxio's events host: single events and bulk requests into streams, deduplicated by token for 31 days.
+
+A 201 says only that the request was stored. Whether a subscription matched, and whether its component is activated,
+shows at renewal. Rules follow the reference pages of the two event endpoints and of the `chargify` object.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from usage_billing.sandbox.billing import Account, find_account, find_by_reference
+from usage_billing.sandbox.clock import parse_instant
+from usage_billing.sandbox.wire import BadJson, Call, Reply, Route, dump_json, find_route
+from usage_billing.sandbox.world import Component, Stream
+
+from .api import MaxioApi
+from .billing import worth
+from .lookups import errors, without_suffix
+
+LARGEST_BULK = 1000
+TOKEN_LENGTH = 64
+TOKEN_MICROS = timedelta(days=31) // timedelta(microseconds=1)
+
+
+class BadEvent(ValueError):
+    """An event that cannot be stored; the text says why."""
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """One checked event: who it is for, when it happened, and what it said."""
+
+    token: str | None
+    account: Account | None
+    subscriber: str
+    happened_at: int
+    body: dict[str, Any]
+
+
+class MaxioEvents:
+    """Answers the events host of one site."""
+
+    def __init__(self, main: MaxioApi) -> None:
+        site = main.site
+        self.world, self.books, self.switches, self.main = site.world, site.books, site.switches, main
+        self.streams = {stream.handle: stream for stream in self.world.streams}
+        self.routes = [
+            Route("POST", "events/{stream}/bulk", "bulk_events", self.record_many, writing=True),
+            Route("POST", "events/{stream}", "record_event", self.record_one, writing=True),
+        ]
+        self._meters: dict[str, list[Component]] = {}
+        for component in self.world.components:
+            self._meters.setdefault(component.stream or "", []).append(component)
+
+    def find(self, call: Call) -> tuple[Route, dict[str, str]] | None:
+        """Return the route of a call; `.json` at the end of the path may be left out."""
+        return find_route(self.routes, without_suffix(call))
+
+    def answer(self, call: Call) -> Reply:
+        """Answer one request of the events host."""
+        if not self.main.authorized(call):
+            return self.main.unauthorized()
+        found = self.find(call)
+        if found is None:
+            return self.main.not_found()
+        route, params = found
+        if params["stream"] not in self.streams and self.switches["unknown_stream"] == "404":
+            return self.main.not_found()
+        try:
+            return route.handler(call, **params)
+        except BadJson:
+            return errors(422, "The request body is not valid JSON.")
+        except BadEvent as refusal:
+            return errors(422, str(refusal))
+
+    def unauthorized(self) -> Reply:
+        """Return a 401 as plain text."""
+        return self.main.unauthorized()
+
+    def throttled(self) -> Reply:
+        """Return a 429 like the main API's; the events host documents none."""
+        return self.main.throttled()
+
+    def server_error(self, status: int) -> Reply:
+        """Return what a gateway says when something behind it broke."""
+        return self.main.server_error(status)
+
+    def record_one(self, call: Call, stream: str) -> Reply:
+        """`POST /events/{stream}.json`: 201, no body."""
+        self._store(stream, [self._check(stream, call.json(), {})])
+        return Reply(201)
+
+    def record_many(self, call: Call, stream: str) -> Reply:
+        """`POST /events/{stream}/bulk.json`: 201, no body; more than 1,000 events are refused."""
+        events = call.json()
+        if not isinstance(events, list):
+            raise BadEvent("The body must be an array of events.")
+        if len(events) > LARGEST_BULK:
+            raise BadEvent(f"A maximum of {LARGEST_BULK} events can be published in a single request.")
+        known: dict[str, Account | None] = {}
+        checked = []
+        for event in events:
+            try:
+                checked.append(self._check(stream, event, known))
+            except BadEvent:
+                if self.switches["bulk_with_bad_event"] == "refuse_all":
+                    raise
+        self._store(stream, checked)
+        return Reply(201)
+
+    def _check(self, stream: str, event: object, known: dict[str, Account | None]) -> Incoming:
+        if not isinstance(event, dict):
+            raise BadEvent("An event must be an object.")
+        meta = event.get("chargify", {})
+        if not isinstance(meta, dict):
+            raise BadEvent("chargify must be an object.")
+        subscriber = self._subscriber(self.streams.get(stream), event, meta)
+        if subscriber not in known:
+            known[subscriber] = self._account(self.streams.get(stream), subscriber)
+        account = known[subscriber]
+        if account is None and self.switches["unknown_subscription_in_event"] == "refuse":
+            raise BadEvent(f"The event names no subscription: {subscriber!r}.")
+        return Incoming(self._token(meta), account, subscriber, self._instant(meta), event)
+
+    def _subscriber(self, stream: Stream | None, event: dict[str, Any], meta: dict[str, Any]) -> str:
+        if stream is None:
+            return ""
+        holder = meta if stream.identifier in ("subscription_id", "subscription_reference") else event
+        value = holder.get(stream.identifier)
+        return "" if value is None else str(value)
+
+    def _account(self, stream: Stream | None, subscriber: str) -> Account | None:
+        if stream is None or not subscriber:
+            return None
+        if stream.identifier != "subscription_id":
+            return find_by_reference(self.books, self.world.site, subscriber)
+        return find_account(self.books, self.world.site, int(subscriber)) if subscriber.isdecimal() else None
+
+    def _token(self, meta: dict[str, Any]) -> str | None:
+        token = meta.get("uniqueness_token")
+        if token is None:
+            return None
+        if not isinstance(token, str) or not token:
+            raise BadEvent("uniqueness_token must be text.")
+        if len(token) > TOKEN_LENGTH and self.switches["long_event_token"] == "refuse":
+            raise BadEvent(f"uniqueness_token is longer than {TOKEN_LENGTH} characters.")
+        return token[:TOKEN_LENGTH]
+
+    def _instant(self, meta: dict[str, Any]) -> int:
+        given = meta.get("timestamp")
+        if given is None:
+            return self.books.now()
+        try:
+            return parse_instant(given, self.world.zone)
+        except (TypeError, ValueError) as error:
+            raise BadEvent(f"timestamp is not an ISO 8601 time: {given!r}.") from error
+
+    def _store(self, stream: str, events: list[Incoming]) -> None:
+        now, wall = self.books.now(), time.time()
+        fresh = self._drop_duplicates(stream, events, now)
+        row = self.books.row("SELECT max(id) AS last FROM event")
+        first = ((row["last"] if row else None) or 0) + 1
+        site = self.world.site
+        numbered = list(enumerate(fresh, first))
+        self.books.write_many(
+            "INSERT INTO event VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    number,
+                    site,
+                    stream,
+                    e.token,
+                    e.account and e.account.id,
+                    e.subscriber,
+                    e.happened_at,
+                    now,
+                    wall,
+                    dump_json(e.body),
+                )
+                for number, e in numbered
+            ],
+        )
+        self.books.write_many(
+            "INSERT INTO metering VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    number,
+                    site,
+                    component.id,
+                    e.account and e.account.id,
+                    e.subscriber,
+                    self._counts_at(e, now),
+                    now,
+                    wall,
+                    worth(component.metric, e.body),
+                )
+                for component in self._meters.get(stream, [])
+                if component.metric
+                for number, e in numbered
+            ],
+        )
+
+    def _drop_duplicates(self, stream: str, events: list[Incoming], now: int) -> list[Incoming]:
+        """Return the events whose token the stream does not hold; the first one with a token wins, silently."""
+        tokens = json.dumps([event.token for event in events if event.token is not None])
+        rows = self.books.rows(
+            "SELECT token FROM event_token WHERE site = ? AND stream = ? AND expires_at > ?"
+            " AND token IN (SELECT value FROM json_each(?))",
+            *(self.world.site, stream, now, tokens),
+        )
+        seen = {row["token"] for row in rows}
+        fresh = []
+        for event in events:
+            if event.token is None or event.token not in seen:
+                fresh.append(event)
+                seen.add(event.token)
+        expires = now + TOKEN_MICROS
+        self.books.write_many(
+            "REPLACE INTO event_token VALUES (?, ?, ?, ?)",
+            [(self.world.site, stream, event.token, expires) for event in fresh if event.token is not None],
+        )
+        return fresh
+
+    def _counts_at(self, event: Incoming, now: int) -> int:
+        late = event.account is not None and event.happened_at < event.account.period_start
+        return now if late and self.switches["late_event"] == "next_period" else event.happened_at
