@@ -109,7 +109,7 @@ class House:
         self.ledger.record_read(number, extracted.rows)
         found = validate(extracted, source, periods, destination.resolve, self.staging, folder)
         totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
-        return Comparison(number, periods, totals, found.targets, found.quarantined.rows), folder
+        return Comparison(number, periods, totals, found.targets, found.accepted.rows, found.quarantined.rows), folder
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
         """Plan what was compared."""

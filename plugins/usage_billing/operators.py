@@ -206,6 +206,8 @@ class ReconcileOperator(StageOperator):
 
         run, source = self.handed_over()
         book, window = ledger(), _comparison(run, source).window
+        # The same comparison as before the delivery: by now every key must be settled, or listed with its state.
+        unsettled = _plan(run, source).tally.unsettled
         found = reconcile(hooks.destination(source), book, window)
         left = book.open_items(source.name, window)
         states = left["state"].value_counts()
@@ -222,16 +224,17 @@ class ReconcileOperator(StageOperator):
             "unknown here": found.unknown,
             "held": states.get(State.HELD, 0),
             "refused": states.get(State.REFUSED, 0),
+            "owed and unlisted": unsettled,
         }
         self.log.info("closing table of %s, %s", source.name, window)
         for label, value in lines.items():
             self.log.info("  %-17s %20s", label, value)
         for example in found.examples:
             self.log.warning("difference: %s", example)
-        if not found.ties_out or states.get(State.REFUSED, 0):
+        if not found.ties_out or unsettled or states.get(State.REFUSED, 0):
             raise Refused(
-                f"{found.missing} missing there, {found.different} different, {states.get(State.REFUSED, 0)} refused: "
-                "see the lines above; nothing was lost, each is listed in the ledger by its token"
+                f"{found.missing} missing there, {found.different} different, {states.get(State.REFUSED, 0)} refused, "
+                f"{unsettled} owed and unlisted: see above; nothing was lost, the ledger has each by its token"
             )
         return run
 
@@ -261,7 +264,9 @@ def _interval(context: Context) -> Period:
 
 def _comparison(run: Run, source: BillingSource) -> Comparison:
     periods = source.periods(run.interval)
-    return Comparison(run.number, periods, run.tables["totals"], run.tables["targets"], run.rows_quarantined)
+    tables = run.tables
+    accepted = tables["accepted"].rows
+    return Comparison(run.number, periods, tables["totals"], tables["targets"], accepted, run.rows_quarantined)
 
 
 def _plan(run: Run, source: BillingSource) -> Plan:

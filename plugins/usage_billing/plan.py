@@ -56,6 +56,8 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
             yield pa.Table.from_pandas(proposals, preserve_index=False, schema=_SCHEMA)
 
     proposals = staging.write(folder, "proposals", parts())
+    if tally.events != comparison.rows_accepted:
+        raise AssertionError(f"{comparison.rows_accepted} accepted rows, but {tally.events} in the totals")
     _stop_if_it_withdraws_much(tally, destination)
     return Plan(proposals=proposals, tally=tally)
 
@@ -148,7 +150,7 @@ def _propose(
         withdrawn=int((proposals["state"] == State.SUPERSEDED).sum()),
         owed=quantities.total(compared["owed"]),
         settled=quantities.total(compared["settled"]),
-        negative=quantities.total(difference[difference < 0]),
+        negative=quantities.total(difference[proposed & (difference < 0)]),
         events=int(compared["events"].sum()),
     )
     return proposals, tally
@@ -171,7 +173,7 @@ def _written_out(
         open_from=pd.to_datetime(pd.Series(today["open_from"].array, index=chosen.index), utc=True),
     )
     reason = destination.hold_reason(rows).astype(object)
-    withheld = (chosen["difference"] < 0) & bool(comparison.quarantined_rows) & (reason == "")
+    withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined) & (reason == "")
     reason = reason.mask(withheld, "rows are in quarantine, and quarantine withholds, it never withdraws")
     state = np.select([chosen["difference"] == 0, reason != ""], [State.SUPERSEDED, State.HELD], State.RESERVED)
     rows = rows.assign(state=state, reason=reason, body=destination.encode(rows))

@@ -210,7 +210,8 @@ class Comparison:
     periods: tuple[Period, ...]
     totals: Staged
     targets: Staged
-    quarantined_rows: int = 0
+    rows_accepted: int
+    rows_quarantined: int
 
     @property
     def window(self) -> Period:
@@ -233,6 +234,11 @@ class Tally:
     settled: int = 0
     negative: int = 0
     events: int = 0
+
+    @property
+    def unsettled(self) -> int:
+        """How many identities owe a difference that nobody has written down yet, or that a doubt blocks."""
+        return self.new + self.corrections + self.withdrawn + self.blocked
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

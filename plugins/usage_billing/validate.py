@@ -235,11 +235,9 @@ class _Suite:
         faults: list[str] = []
         declared = list(enumerate(self._source.expectations))
         numbers = {number: self._numbers(number, rule, faults) for number, rule in declared}
-        self._bounds = sorted({bound for bounds in numbers.values() for bound in bounds})
-        for number, rule in declared:
-            built = self._rule(number, rule, faults)
-            if built is not None:
-                self._rules.append(built)
+        self._bounds = sorted({bound for bounds in numbers.values() for bound in bounds or []})
+        built = [self._rule(number, rule, faults) for number, rule in declared if numbers[number] is not None]
+        self._rules = [rule for rule in built if rule is not None]
         if faults:
             raise Misconfigured.all_at_once(f"{self._source.name}: expectations.yaml", faults)
 
@@ -247,8 +245,8 @@ class _Suite:
         named = rule.get("kwargs", {}).get("column") == "quantity"
         return named and rule["type"] in _COMPARES and self._compares_quantity
 
-    def _numbers(self, number: int, rule: Mapping[str, Any], faults: list[str]) -> list[Decimal]:
-        """Return the numbers that a rule compares the quantity with."""
+    def _numbers(self, number: int, rule: Mapping[str, Any], faults: list[str]) -> list[Decimal] | None:
+        """Return the numbers that a rule compares the quantity with, None where they are wrong."""
         if not self._on_ranks(rule):
             return []
         kwargs = rule["kwargs"]
@@ -257,7 +255,7 @@ class _Suite:
             return [_exact(value) for value in declared if value is not None]
         except ValueError as error:
             faults.append(f"{_label(number, rule)}: {error}")
-            return []
+            return None
 
     def _rule(self, number: int, rule: Mapping[str, Any], faults: list[str]) -> _Rule | None:
         from great_expectations import exceptions  # noqa: PLC0415 - See `_great_expectations`.
@@ -322,20 +320,23 @@ class _Suite:
             ranked["value_set"] = [self._rank(value) for value in kwargs["value_set"] if value is not None]
         return ranked
 
-    def _rank(self, value: object) -> int | object:
-        try:
-            return 2 * self._bounds.index(_exact(value)) + 1
-        except ValueError:
-            return value  # It is among the faults already.
+    def _rank(self, value: object) -> int:
+        return 2 * self._bounds.index(_exact(value)) + 1
 
     def check_whole(self, first: pa.Table) -> None:
         """Judge the rules about the extraction as a whole, by its first part and its number of rows.
 
         Raises:
             NeedsDecision: one of them failed.
+            Misconfigured: one of them looks at all rows, which came in several parts.
         """
         counts = [rule for rule in self._rules if rule.expectation.expectation_type in _ROW_COUNTS]
         others = [rule for rule in self._rules if not rule.judges_rows and rule not in counts]
+        reaching = [rule for rule in others if rule.expectation.expectation_type not in _SCHEMA]
+        if reaching and len(first) != self._rows:
+            # Parts are also cut where a driver changes a column's type.
+            faults = [f"{rule.label}: looks at all rows at once, but they came in several types" for rule in reaching]
+            raise Misconfigured.all_at_once(f"{self._source.name}: usage.sql, cast the quantity to one type", faults)
         self._run(counts, pd.DataFrame(index=pd.RangeIndex(self._rows)))
         self._run(others, self._frame(first, others))
 
@@ -370,7 +371,7 @@ class _Suite:
         if not rules:
             return []
         results = self._results(rules, frame)
-        broken = [f"{rule.label}: {fault}" for rule in rules if (fault := _complaint(results.get(rule.number)))]
+        broken = [f"{rule.label}: {fault}" for rule in rules if (fault := _complaint(rule, results.get(rule.number)))]
         if broken:
             raise Misconfigured.all_at_once(f"{self._source.name}: expectations.yaml, rules that could not run", broken)
         failed = [rule for rule in rules if not results[rule.number].success]
@@ -405,10 +406,13 @@ def _great_expectations() -> Any:
     # Its import takes seconds, which only the task that validates should pay.
     import logging  # noqa: PLC0415
 
-    logging.getLogger("great_expectations").setLevel(logging.CRITICAL)
     import great_expectations  # noqa: PLC0415
     from great_expectations.data_context.types.base import ProgressBarsConfig  # noqa: PLC0415
 
+    # Some of its modules set a level of their own, so silencing the topmost logger is not enough.
+    for name in list(logging.root.manager.loggerDict):
+        if name.partition(".")[0] == "great_expectations":
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     context = great_expectations.get_context(mode="ephemeral")
     context.enable_analytics(enable=False)
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
@@ -482,7 +486,7 @@ def _exact(value: object) -> Decimal:
     return number
 
 
-def _complaint(result: Any) -> str:
+def _complaint(rule: _Rule, result: Any) -> str:
     """Return why a rule did not run, empty if it did."""
     if result is None:
         return "Great Expectations left it out; check its type and arguments"
@@ -491,7 +495,7 @@ def _complaint(result: Any) -> str:
     messages = {str(entry.get("exception_message")) for entry in raised if entry.get("raised_exception", True)}
     if messages:
         return f"raised: {'; '.join(sorted(messages))}; mend its arguments, or the column's type in usage.sql"
-    return "" if result.result else "gave no result; check its arguments"
+    return "gave no result; check its arguments" if rule.judges_rows and not result.result else ""
 
 
 def _labels(result: Any) -> list[int] | None:

@@ -87,13 +87,8 @@ class Ledger:
 
     def now(self) -> datetime:
         """Return the time by the ledger's clock, which alone decides about leases and settling."""
-        if self._clock is not None:
-            return self._clock()
-        if self._engine.dialect.name == "postgresql":
-            with self._reading() as connection:
-                moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
-                return moment.astimezone(UTC)
-        return datetime.now(UTC)
+        with self._reading() as connection:
+            return self._now(connection)
 
     # --- sources -----------------------------------------------------------------------------------------------------
 
@@ -104,11 +99,11 @@ class Ledger:
             Misconfigured: an identity-bearing setting differs from the one under which usage was billed.
         """
         found = json.dumps(definition, sort_keys=True)
-        now = self.now()
         with self._writing() as connection:
             known = connection.execute(select(source).where(source.c.name == name)).one_or_none()
             if known is None:
-                statement = self._insert(source).values(name=name, site=site, definition=found, registered_at=now)
+                row = {"name": name, "site": site, "definition": found, "registered_at": self._now(connection)}
+                statement = self._insert(source).values(row)
                 connection.execute(statement.on_conflict_do_nothing())
                 return
         before = {"site": known.site, **json.loads(known.definition)}
@@ -128,27 +123,25 @@ class Ledger:
 
     def acquire(self, name: str, holder: str, lasts: timedelta) -> Lease | None:
         """Take the lease `name`, or return None while somebody else holds it unexpired."""
-        now = self.now()
         try:
             with self._writing() as connection:
+                now = self._now(connection)
                 connection.execute(
                     update(lease)
                     .where(lease.c.name == name, lease.c.released_at.is_(None), lease.c.expires_at <= now)
                     .values(released_at=now)
                 )
-                statement = (
-                    insert(lease).values(name=name, holder=holder, expires_at=now + lasts).returning(lease.c.fence)
-                )
-                fence: int = connection.execute(statement).scalar_one()
+                row = {"name": name, "holder": holder, "expires_at": now + lasts}
+                fence: int = connection.execute(insert(lease).values(row).returning(lease.c.fence)).scalar_one()
         except IntegrityError:
             return None
         return Lease(name, fence, now + lasts)
 
     def renew(self, held: Lease, lasts: timedelta) -> Lease | None:
         """Extend a lease; None if it expired first, and then it is lost for good."""
-        now = self.now()
-        statement = update(lease).where(lease.c.fence == held.fence, _alive(now)).values(expires_at=now + lasts)
         with self._writing() as connection:
+            now = self._now(connection)
+            statement = update(lease).where(lease.c.fence == held.fence, _alive(now)).values(expires_at=now + lasts)
             kept = connection.execute(statement).rowcount == 1
         return Lease(held.name, held.fence, now + lasts) if kept else None
 
@@ -156,7 +149,7 @@ class Ledger:
         """Give a lease back."""
         statement = update(lease).where(lease.c.fence == held.fence, lease.c.released_at.is_(None))
         with self._writing() as connection:
-            connection.execute(statement.values(released_at=self.now()))
+            connection.execute(statement.values(released_at=self._now(connection)))
 
     # --- extractions -------------------------------------------------------------------------------------------------
 
@@ -166,11 +159,11 @@ class Ledger:
         Raises:
             NotApplied: the lease was lost meanwhile, so a later snapshot may have an earlier number.
         """
-        now = self.now()
         with self._writing() as connection:
+            now = self._now(connection)
             if (
-                connection.execute(select(lease.c.fence).where(lease.c.fence == held.fence, _alive(now))).first()
-                is None
+                connection.execute(select(exists().where(lease.c.fence == held.fence, _alive(now)))).scalar_one()
+                is False
             ):
                 raise NotApplied(f"lost the lease {held.name!r} while the warehouse opened its snapshot; try again")
             statement = insert(extraction).values(
@@ -252,13 +245,14 @@ class Ledger:
         """
         if proposals.empty:
             return Reserved(0, 0, 0)
-        now, periods = self.now(), _periods(proposals)
+        periods = _periods(proposals)
         window = Period(min(period.start for period in periods), max(period.end for period in periods))
         low, high = proposals["identity"].iloc[0], proposals["identity"].iloc[-1] + "~"
         with self._writing() as connection:
             # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
             connection.execute(select(source).where(source.c.name == name).with_for_update())
             self._raise_if_stale(connection, name, number, periods)
+            now = self._now(connection)
             known = self._frame_of(connection, self._standing(name, window, low, high))
             last = known.groupby("identity")["revision"].max()
             base = proposals["identity"].map(last).fillna(-1).astype(int)
@@ -288,59 +282,48 @@ class Ledger:
 
         A token stays behind if another worker has it, if the lease is lost, or if a newer extraction was compared.
         """
-        now = self.now()
         newer = exists().where(
             compared_period.c.source == delivery.c.source,
             compared_period.c.period_start == delivery.c.period_start,
             compared_period.c.period_end == delivery.c.period_end,
             compared_period.c.extraction > delivery.c.extraction,
         )
-        statement = (
-            update(delivery)
-            .where(
-                delivery.c.token.in_(tokens), delivery.c.state == State.RESERVED, ~newer, _fence_alive(held.fence, now)
-            )
-            .values(state=State.SENDING, fence=held.fence, sent_at=now, sends=delivery.c.sends + 1)
-            .returning(delivery.c.token)
-        )
+        ready = update(delivery).where(delivery.c.token.in_(tokens), delivery.c.state == State.RESERVED, ~newer)
         with self._writing() as connection:
+            now = self._now(connection)
+            claim = {"state": State.SENDING, "fence": held.fence, "sent_at": now, "sends": delivery.c.sends + 1}
+            statement = ready.where(_fence_alive(held.fence, now)).values(claim).returning(delivery.c.token)
             return frozenset(connection.execute(statement).scalars())
 
     def accept(self, receipts: Iterable[Receipt], held: Lease) -> int:
         """Write the receipts of deliveries that this lease sent; return how many were still its own to write."""
-        now = self.now()
-        statement = (
-            update(delivery)
-            .where(delivery.c.token == bindparam("of"), _sent_under(held, now))
-            .values(state=State.ACCEPTED, settled_at=now, record_id=bindparam("record"), reason=bindparam("note"))
-        )
         rows = [{"of": receipt.token, "record": receipt.record_id, "note": receipt.note} for receipt in receipts]
         if not rows:
             return 0
         with self._writing() as connection:
-            return connection.execute(statement, rows).rowcount
+            now = self._now(connection)
+            statement = update(delivery).where(delivery.c.token == bindparam("of"), _sent_under(held, now))
+            values = {"record_id": bindparam("record"), "reason": bindparam("note")}
+            return connection.execute(statement.values(state=State.ACCEPTED, settled_at=now, **values), rows).rowcount
 
     def land(self, tokens: Sequence[str], state: State, reason: str, held: Lease) -> int:
         """Move deliveries that this lease sent on to `reserved`, `refused` or `in_doubt`; return how many moved."""
-        now = self.now()
-        settled = now if state is State.REFUSED else None
         moved = 0
         with self._writing() as connection:
+            now = self._now(connection)
+            values = {"state": state, "reason": reason, "settled_at": now if state is State.REFUSED else None}
             for some in _batches(tokens):
                 statement = update(delivery).where(delivery.c.token.in_(some), _sent_under(held, now))
-                moved += connection.execute(statement.values(state=state, reason=reason, settled_at=settled)).rowcount
+                moved += connection.execute(statement.values(values)).rowcount
         return moved
 
     def doubt_abandoned(self, name: str) -> int:
         """Put in doubt what a worker left in the air when its lease ran out; return how many."""
-        statement = (
-            update(delivery)
-            .where(delivery.c.source == name, delivery.c.state == State.SENDING)
-            .where(~exists().where(lease.c.fence == delivery.c.fence, _alive(self.now())))
-            .values(state=State.IN_DOUBT, reason="its worker ended before it wrote down an outcome")
-        )
+        sending = update(delivery).where(delivery.c.source == name, delivery.c.state == State.SENDING)
         with self._writing() as connection:
-            return connection.execute(statement).rowcount
+            alive = exists().where(lease.c.fence == delivery.c.fence, _alive(self._now(connection)))
+            values = {"state": State.IN_DOUBT, "reason": "its worker ended before it wrote down an outcome"}
+            return connection.execute(sending.where(~alive).values(values)).rowcount
 
     def doubts(self, name: str, window: Period) -> list[Delivery]:
         """Return the deliveries in doubt of a source in `window`, the longest waiting first."""
@@ -358,18 +341,14 @@ class Ledger:
 
         The number of sends is part of the comparison: an answer about an earlier send must not settle a later one.
         """
-        statement = (
-            update(delivery)
-            .where(delivery.c.token == doubt.token, delivery.c.state == State.IN_DOUBT, delivery.c.sends == doubt.sends)
-            .values(
-                state=state,
-                settled_at=None if state is State.RESERVED else self.now(),
-                record_id=receipt.record_id if receipt else "",
-                reason=receipt.note if receipt else reason,
-            )
+        this_one = update(delivery).where(
+            delivery.c.token == doubt.token, delivery.c.state == State.IN_DOUBT, delivery.c.sends == doubt.sends
         )
+        values = {"state": state, "record_id": receipt.record_id if receipt else ""}
+        values["reason"] = receipt.note if receipt else reason
         with self._writing() as connection:
-            return connection.execute(statement).rowcount == 1
+            settled = None if state is State.RESERVED else self._now(connection)
+            return connection.execute(this_one.values(settled_at=settled, **values)).rowcount == 1
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
@@ -407,6 +386,15 @@ class Ledger:
         return self._frame(statement.order_by(delivery.c.state, delivery.c.identity))
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _now(self, connection: Connection) -> datetime:
+        """Return the ledger's time, read inside a transaction: waiting for a lock must not make it old."""
+        if self._clock is not None:
+            return self._clock()
+        if self._engine.dialect.name == "postgresql":
+            moment: datetime = connection.execute(select(func.clock_timestamp())).scalar_one()
+            return moment.astimezone(UTC)
+        return datetime.now(UTC)
 
     def _writing(self) -> AbstractContextManager[Connection]:
         return self._engine.begin()

@@ -1,0 +1,157 @@
+"""A billing source's folder: read whole, or refused with every fault at once."""
+
+from datetime import UTC, datetime
+from typing import Literal
+
+import pytest
+
+from usage_billing.errors import Misconfigured
+from usage_billing.records import Period
+from usage_billing.sources import DestinationSettings, load_source, source_names
+
+SOURCE = """\
+name: calls
+description: Calls per account and day.
+warehouse: warehouse
+schedule: "0 0 * * *"
+timezone: America/New_York
+period: day
+bill_from: 2026-10-01
+columns: {event_id: id, time: at, account: who, quantity: calls}
+meter: {function: sum, decimals: 2}
+dimensions: [region]
+destination: {name: site, connection: site_acme, stream: calls}
+"""
+SQL = "SELECT id, at, who, calls, region FROM calls WHERE at >= :window_start AND at < :window_end\n"
+SUITE = """\
+name: calls
+expectations:
+  - type: expect_column_values_to_not_be_null
+    kwargs: {column: account}
+    meta: {reason: "nobody called"}
+"""
+
+
+class SiteSettings(DestinationSettings):
+    name: Literal["site"]
+    stream: str
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Write the three files, any of them replaced, and load the source."""
+
+    def write_and_load(source=SOURCE, sql=SQL, suite=SUITE):
+        folder = tmp_path / "calls"
+        folder.mkdir(exist_ok=True)
+        for name, text in {"source.yaml": source, "usage.sql": sql, "expectations.yaml": suite}.items():
+            if text is not None:
+                (folder / name).write_text(text, encoding="utf-8")
+        return load_source(folder, {"site": SiteSettings}.get)
+
+    return write_and_load
+
+
+def faults(load, **files):
+    """Return the faults that loading tells, line by line."""
+    with pytest.raises(Misconfigured) as error:
+        load(**files)
+    return [line.removeprefix("  - ") for line in str(error.value).splitlines()[1:]]
+
+
+def test_a_sound_source_is_read_whole(load):
+    """The three files become one object, the destination's own keys included."""
+    source = load()
+    assert (source.name, source.settings.dimensions, source.destination.stream) == ("calls", ("region",), "calls")
+    assert source.settings.timezone.key == "America/New_York"
+    assert source.expectations[0]["meta"] == {"reason": "nobody called"}
+    assert source.sql == SQL
+
+
+def test_five_kinds_of_mistakes_give_five_errors(load):
+    """A person mends a source in one round: each fault names its file and key."""
+    broken = SOURCE.replace("day\n", "days\n").replace("New_York", "New_Yrok").replace("stream:", "steam:")
+    found = faults(
+        load, source=broken, sql="SELECT 1 WHERE a >= :window_start", suite="name: calls\nexpectations: [{kwargs: {}}]"
+    )
+    assert [line.split(": ")[0] for line in found] == [
+        "source.yaml",
+        "source.yaml",
+        "source.yaml",
+        "source.yaml",
+        "usage.sql",
+        "expectations.yaml",
+    ]
+    told = "\n".join(found)
+    assert "timezone: 'America/New_Yrok' is no IANA time zone; did you mean 'America/New_York'?" in told
+    assert "period: " in told
+    assert "destination.steam: unknown key; did you mean 'stream'?" in told
+    assert "destination.stream: is required; add it" in told
+    assert "does not use :window_end" in told
+    assert "expectations.0: must have a `type`" in told
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("decimals: 2", "decimals: 12", "meter.decimals"),
+        ("function: sum", "function: count", "count gives whole numbers"),
+        (", quantity: calls", "", "meter sum needs columns.quantity"),
+        ("[region]", "[quantity]", "dimensions may not be called quantity"),
+        ('"0 0 * * *"', "daily", "no cron expression"),
+        ("name: site,", "name: sight,", "'sight' is no destination of this package"),
+        ("2026-10-01", "soon", "bill_from"),
+        ("name: calls", "name: other", "name"),
+    ],
+)
+def test_each_setting_tells_its_own_fault(load, old, new, told):
+    """A value that cannot work is named together with its key."""
+    (found,) = faults(load, source=SOURCE.replace(old, new, 1))
+    assert told in found
+
+
+def test_a_misspelt_bind_is_not_a_silent_other_window(load):
+    """A bind that is not one of the two would read other rows than the run compares."""
+    (found,) = faults(load, sql=SQL + "AND until < :window_stop -- and :nothing here")
+    assert "unknown bind :window_stop" in found
+
+
+def test_casts_and_escaped_colons_are_no_binds(load):
+    """PostgreSQL's casts and a plain colon in a text may stand in the SQL."""
+    assert load(sql=SQL + r"AND at::date = '10\:30'").sql.endswith("'10\\:30'")
+
+
+def test_a_missing_file_is_told_with_the_rest(load):
+    """A folder with one file of three gets the other two named."""
+    found = faults(load, sql=None, suite=None)
+    assert [line.split(":")[0] for line in found] == ["usage.sql", "expectations.yaml"]
+
+
+def test_broken_yaml_is_told_as_such(load):
+    """A tab or an unclosed bracket is a fault of the file, not a traceback."""
+    (found,) = faults(load, source=SOURCE.replace("[region]", "[region"))
+    assert found.startswith("source.yaml: is not YAML")
+
+
+def test_nothing_before_bill_from_is_compared(load):
+    """A run that spans the beginning compares only periods that start at or after it, in the billing zone."""
+    source = load()
+    assert source.bill_from == datetime(2026, 10, 1, 4, tzinfo=UTC)
+    (period,) = source.periods(Period(datetime(2026, 9, 28, 4, tzinfo=UTC), datetime(2026, 10, 2, 4, tzinfo=UTC)))
+    assert period.start == source.bill_from
+
+
+def test_the_definition_holds_what_names_the_bill_and_nothing_else(load):
+    """Another connection or more threads may be set at any time; another stream may not."""
+    other = load(source=SOURCE.replace("site_acme", "site_acme_2, threads: 9"))
+    assert other.definition() == load().definition()
+    assert load(source=SOURCE.replace("stream: calls", "stream: other")).definition() != load().definition()
+
+
+def test_sources_are_found_by_their_yaml(load, tmp_path):
+    """A folder without source.yaml is no source, and a missing folder is told with its setting."""
+    load()
+    (tmp_path / "notes").mkdir()
+    assert source_names(tmp_path) == ["calls"]
+    with pytest.raises(Misconfigured, match="SOURCES_FOLDER"):
+        source_names(tmp_path / "nowhere")

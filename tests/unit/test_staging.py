@@ -1,0 +1,95 @@
+"""Tables between stages: what was handed over is what is read, or nothing is."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from usage_billing.errors import Misconfigured
+from usage_billing.records import Staged
+from usage_billing.staging import Spill, Staging
+
+
+def part(*values):
+    """Return a part with one column."""
+    return pa.table({"n": pa.array(values, pa.int64())})
+
+
+@pytest.fixture
+def staging(tmp_path):
+    """Stage below a temporary folder."""
+    return Staging(tmp_path)
+
+
+def files(folder: Path):
+    """Return all files below a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_reference_survives_an_xcom_and_finds_the_same_rows(staging):
+    """A task hands over a few words of JSON, and the next one reads the same parts in the same order."""
+    staged = Staged.from_json(staging.write("run", "events", [part(1, 2), part(3)]).to_json())
+    assert staged.rows == 3
+    assert [table["n"].to_pylist() for table in staging.read(staged)] == [[1, 2], [3]]
+
+
+def test_a_task_that_runs_twice_writes_the_same_files(staging, tmp_path):
+    """The second attempt of a task changes nothing that another task may be reading."""
+    first, before = staging.write("run", "events", [part(1), part(2)]), files(tmp_path)
+    assert staging.write("run", "events", [part(1), part(2)]) == first
+    assert files(tmp_path) == before
+
+
+def test_another_attempt_with_other_rows_leaves_the_first_alone(staging):
+    """Two extractions into one folder keep apart, because their names are their content."""
+    first = staging.write("run", "events", [part(1)])
+    staging.write("run", "events", [part(2)])
+    assert next(staging.read(first))["n"].to_pylist() == [1]
+
+
+def test_a_table_without_rows_keeps_its_columns(staging):
+    """An empty quarantine can still be read, and empty parts between others take no file."""
+    empty = staging.write("run", "events", [part(), part()])
+    assert [table.schema.names for table in staging.read(empty)] == [["n"]]
+    assert len(list(staging.read(staging.write("run", "events", [part(), part(1), part()])))) == 1
+
+
+def test_a_part_that_was_altered_stops_the_run(staging, tmp_path):
+    """Nobody bills from a file that somebody edited."""
+    staged = staging.write("run", "events", [part(1)])
+    (path,) = tmp_path.rglob("*.parquet")
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(Misconfigured, match="altered after it was written; clear the run from extract on"):
+        list(staging.read(staged))
+
+
+def test_a_missing_part_says_what_to_do(staging, tmp_path):
+    """A worker with another staging folder, or a cleaned one, gets the setting's name."""
+    staged = staging.write("run", "events", [part(1)])
+    for path in tmp_path.rglob("*.parquet"):
+        path.unlink()
+    with pytest.raises(Misconfigured, match="staging_path"):
+        list(staging.read(staged))
+
+
+def test_a_manifest_of_another_table_is_not_read(staging):
+    """A reference whose digest does not fit is refused before any part of it is read."""
+    staged = staging.write("run", "events", [part(1)])
+    with pytest.raises(Misconfigured, match="not the table that was handed over"):
+        list(staging.read(Staged(staged.manifest, staged.rows, "0" * 64)))
+
+
+def test_spilled_rows_come_back_by_partition_in_the_order_they_came():
+    """What was set aside in several steps is read partition by partition, and the disk is clean afterwards."""
+    with Spill() as spill:
+        spill.add(part(10, 21, 11), np.array([0, 2, 0]))
+        spill.add(part(), np.array([], dtype=int))
+        spill.add(part(22, 12), np.array([2, 0]))
+        assert {number: spill.read(number)["n"].to_pylist() for number in spill.numbers()} == {
+            0: [10, 11, 12],
+            2: [21, 22],
+        }
+        folder = Path(spill._folder.name)
+        assert folder.exists()
+    assert not folder.exists()
