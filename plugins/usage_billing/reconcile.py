@@ -51,31 +51,37 @@ def reconcile(destination: Destination, ledger: Ledger, window: Period) -> Recon
         return Reconciliation(0, 0, 0, 0, Decimal(0), Decimal(0))
     records = destination.records(accepted)
     if records is not None:
-        return _by_record(accepted, records)
+        return _by_record(ledger, accepted, records)
     totals = destination.totals(sorted(accepted["subscription"].unique())) or []
     return _by_total(destination, ledger, totals, window)
 
 
-def _by_record(accepted: pd.DataFrame, records: Iterable[SiteRecord]) -> Reconciliation:
-    expected = {
-        token: Decimal(quantity) for token, quantity in zip(accepted["token"], accepted["quantity"], strict=True)
-    }
+def _by_record(ledger: Ledger, accepted: pd.DataFrame, records: Iterable[SiteRecord]) -> Reconciliation:
+    quantities_here = (Decimal(quantity) for quantity in accepted["quantity"])
+    expected = dict(zip(accepted["token"], quantities_here, strict=True))
     ours = sum(expected.values(), Decimal(0))
-    theirs, matched, unknown = Decimal(0), 0, 0
+    theirs, matched = Decimal(0), 0
     different: list[str] = []
+    others: list[SiteRecord] = []
     for record in records:
         if record.token not in expected:
-            unknown += 1
+            others.append(record)
             continue
         wanted = expected.pop(record.token)
         theirs += record.quantity
-        if record.quantity == wanted:
-            matched += 1
-        else:
+        matched += record.quantity == wanted
+        if record.quantity != wanted:
             different.append(f"record {record.record_id}: {record.quantity} there, {wanted} here")
     missing = [f"token {token}: {quantity} accepted here, absent there" for token, quantity in expected.items()]
-    examples = (different + missing)[:_EXAMPLES]
-    return Reconciliation(matched, len(missing), unknown, len(different), ours, theirs, tuple(examples))
+    # A site that cannot tell usage periods apart also lists what other runs of ours sent.
+    known = ledger.known([record.token for record in others if record.token])
+    unknown = [
+        f"record {record.record_id}: {record.quantity} there, unknown here"
+        for record in others
+        if record.token not in known
+    ]
+    examples = (different + missing + unknown)[:_EXAMPLES]
+    return Reconciliation(matched, len(missing), len(unknown), len(different), ours, theirs, tuple(examples))
 
 
 def _by_total(destination: Destination, ledger: Ledger, totals: list[SiteTotal], window: Period) -> Reconciliation:

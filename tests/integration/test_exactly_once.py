@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
 from usage_billing.deliver import Manners
@@ -244,3 +245,40 @@ def test_usage_before_bill_from_is_not_owed(source: BillingSource) -> None:
     """A backfill to before the beginning compares no period."""
     start = datetime(2026, 9, 29, tzinfo=source.settings.timezone)
     assert source.periods(Period(start, start + timedelta(days=1))) == ()
+
+
+def test_what_somebody_else_entered_is_told_and_our_other_days_are_not(house: House) -> None:
+    """A usage typed in by hand is unknown here; the day before, which the same list holds, is not."""
+    source = shipped("api_calls")
+    for number in (5, 6):
+        day = a_day(source, number)
+        house.run(source, day, some_usage(source, day))
+    client = house.destination(source).client
+    subscription = client.subscription_by_reference(ACCOUNTS["api_calls"][0])
+    client.create_usage(subscription["id"], "handle:api-calls", '{"usage": {"quantity": 50, "memo": "by hand"}}')
+    found = house.reconcile(source, a_day(source, 5))
+    assert (found.matched, found.missing, found.different, found.unknown) == (3, 0, 0, 1)
+    assert found.ties_out
+    assert "50 there, unknown here" in found.examples[0]
+
+
+def test_a_record_that_is_gone_or_changed_at_the_site_breaks_the_tie_out(house: House) -> None:
+    """What the ledger has as accepted and the site does not hold is missing; another quantity is different."""
+    source = shipped("api_calls")
+    day = a_day(source, 5)
+    house.run(source, day, some_usage(source, day))
+    (first, second, _) = house.ledger.accepted(source.name, Period(*house_window(source, day)))["token"]
+    engine = create_engine(house.ledger_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE delivery SET quantity = '8' WHERE token = :t"), {"t": first})
+        connection.execute(text("UPDATE delivery SET token = :n WHERE token = :t"), {"n": "f" * 64, "t": second})
+    engine.dispose()
+    found = house.reconcile(source, day)
+    assert (found.matched, found.missing, found.different, found.unknown) == (1, 1, 1, 1)
+    assert not found.ties_out
+
+
+def house_window(source: BillingSource, interval: Period) -> tuple[datetime, datetime]:
+    """Return the compared span of an interval."""
+    periods = source.periods(interval)
+    return periods[0].start, periods[-1].end

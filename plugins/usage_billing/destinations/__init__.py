@@ -22,6 +22,6 @@ def destination_class(name: str) -> type[Destination] | None:
 
 
 def destination_settings(name: str) -> type[DestinationSettings] | None:
-    """Return the ``source.yaml`` keys of the destination called `name`, or None; what `sources.load_source` asks for."""
+    """Return the ``source.yaml`` keys of the destination called `name`, or None; for `sources.load_source`."""
     found = destination_class(name)
     return found.settings_model if found else None

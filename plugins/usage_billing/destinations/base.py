@@ -1,8 +1,8 @@
 """The contract of a destination: one billing API that takes usage.
 
-A destination knows how its API names things, how a delivery is written down, how many travel together and how a doubt is
-settled. It keeps no memory: that is the ledger's part. `deliver` and `reconcile` drive every destination through this
-class alone, and the contract suite in ``tests/contract`` holds each of them to it.
+A destination knows how its API names things, how a delivery is written down, how many travel together and how a
+doubt is settled. It keeps no memory: that is the ledger's part. `deliver` and `reconcile` drive every destination
+through this class alone, and the contract suite in ``tests/contract`` holds each of them to it.
 """
 
 from abc import ABC, abstractmethod
@@ -33,6 +33,9 @@ class Destination(ABC):
     """How many deliveries travel in one request at most; a class attribute, unless the source's settings lower it."""
     replay_window: ClassVar[timedelta]
     """How long the API itself ignores a repeated token; zero where it promises nothing."""
+
+    client: Any
+    """The plain client of the site; its `settings` tell the site's name and how many requests it takes at once."""
 
     def __init__(self, source: BillingSource) -> None:
         self.source = source
@@ -116,8 +119,8 @@ class Destination(ABC):
         ``period_start``, ``period_end`` of accepted deliveries. None where the API cannot list records singly.
         """
 
-    def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal] | None:  # noqa: ARG002
-        """Return what the site counts for each subscription over its billing periods; None where `records` lists singly."""
+    def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal] | None:
+        """Return what the site counts for each subscription over its billing periods; None where `records` lists."""
         return None
 
 
@@ -139,6 +142,17 @@ def by_value(column: pd.Series, write: Callable[[Any], str]) -> pd.Series:
     codes, values = pd.factorize(column)
     written = np.array([write(cast("Hashable", value)) for value in values], dtype=object)
     return pd.Series(written[codes], index=column.index, dtype=object)
+
+
+def reasons(why: str, withheld: np.ndarray, index: pd.Index) -> pd.Series:
+    """Return `why` where `withheld`, and an empty text elsewhere."""
+    texts = np.array(["", why], dtype=object)
+    return pd.Series(texts[withheld.astype(int)], index=index, dtype=object)
+
+
+def negative(quantity: pd.Series) -> np.ndarray:
+    """Say of each plain decimal text whether it is below 0."""
+    return cast("np.ndarray", pc.starts_with(_strings(quantity), "-").to_numpy(zero_copy_only=False))
 
 
 def _strings(column: pd.Series) -> pa.Array:

@@ -11,15 +11,14 @@ from dataclasses import InitVar, dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
-import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from usage_billing.destinations.base import Destination, by_value, joined
+from usage_billing.destinations.base import Destination, by_value, joined, negative, reasons
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
@@ -47,7 +46,7 @@ _STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
 """Package states that are not billed: usage sent there would be lost, so it is quarantined."""
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,8 @@ class ChargeOverSettings:
         if seconds is None:
             yield f"settle_after_seconds: {self.settle_after_seconds!r} is no whole number"
         elif seconds < _SETTLE_AFTER_SECONDS and not is_loopback(self.base_url):
-            yield f"settle_after_seconds: {seconds} is shorter than {_SETTLE_AFTER_SECONDS}: that is for loopback addresses only"
+            least = f"shorter than {_SETTLE_AFTER_SECONDS} is for loopback addresses only"
+            yield f"settle_after_seconds: {seconds} is too short: {least}"
 
     def _addressing(self) -> Iterator[str]:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.instance):
@@ -139,7 +139,7 @@ def _instance_of(base_url: str) -> str:
     return name if dot and rest == _VENDOR_HOST else ""
 
 
-# --- client ------------------------------------------------------------------------------------------------------------
+# --- client ---------------------------------------------------------------------------------------------------------
 
 
 class ChargeOverSite:
@@ -148,9 +148,9 @@ class ChargeOverSite:
     Example::
 
         site = ChargeOverSite(ChargeOverSettings(instance="telco", public_key="...", private_key="..."))
-        package = site.package_by_external_key("pkg-001")
-        line = package["line_items"][0]["line_item_id"]
-        site.create_usage('{"line_item_id": 854, "usage_value": 22, "from": "2026-10-01 00:00:00", "to": "2026-10-01 23:59:59"}')
+        line = site.package_by_external_key("pkg-001")["line_items"][0]["line_item_id"]
+        day = {"from": "2026-10-01 00:00:00", "to": "2026-10-01 23:59:59"}
+        site.create_usage(json.dumps({"line_item_id": line, "usage_value": 22, **day}))
         for usage in site.usages({"line_item_id": line}):
             print(usage["from"], usage["usage_value"])
 
@@ -166,10 +166,7 @@ class ChargeOverSite:
 
     def read_account(self) -> None:
         """Ask for one customer: the cheapest proof that address and keys are right."""
-        if self._read("read a customer", "/customer", {"limit": 1}) is None:
-            raise Misconfigured(
-                f"{self.settings.site}: HTTP 404: there is no ChargeOver API at {self.settings.base_url}"
-            )
+        self._list("read a customer", "/customer", {"limit": 1})
 
     def package(self, package_id: int) -> Json | None:
         """Return one package with its line items, or None."""
@@ -190,7 +187,7 @@ class ChargeOverSite:
         return next((customer for customer in found if customer.get("external_key") == key), None)
 
     def item_by_external_key(self, key: str) -> Json | None:
-        """Return the product with an external key and what only a single read tells, such as `service_data`, or None."""
+        """Return the product with an external key and its `service_data`, or None."""
         return self._object(f"read item {key!r}", f"/item/external_key:{segment(key)}")
 
     def create_usage(self, body: str) -> Json:
@@ -230,7 +227,13 @@ class ChargeOverSite:
     def usages_by_external_key(self, key: str) -> list[Json]:
         """Return the usage records with an external key: none, one, or a reason to worry."""
         params = {"where": where_text([("external_key", "EQUALS", key)]), "limit": _FEW}
-        return [usage for usage in self._list("query usage", "/usage", params) if usage.get("external_key") == key]
+        found = self._list("query usage", "/usage", params)
+        if others := [usage for usage in found if usage.get("external_key") != key]:
+            # The filter was not obeyed, so that our own record is not among these says nothing.
+            raise NotApplied(
+                f"{self.settings.site}: query usage: asked for {key}, told {others[0].get('external_key')!r}"
+            )
+        return found
 
     def local(self, moment: datetime) -> str:
         """Return a moment as the account writes it: in its own zone, without an offset."""
@@ -259,6 +262,10 @@ class ChargeOverSite:
     def _list(self, call: str, path: str, params: Mapping[str, Any]) -> list[Json]:
         """Return the rows of one query; only a list, empty or not, says what there is."""
         rows = self._read(call, path, params)
+        if rows is None:
+            # A query is answered by a list, empty or not: 404 comes from somewhere else.
+            where = self.settings.base_url
+            raise Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no ChargeOver API at {where}")
         if not isinstance(rows, list):
             raise NotApplied(f"{self.settings.site}: {call}: the answer is no list")
         return rows
@@ -267,11 +274,11 @@ class ChargeOverSite:
         found = self._read(call, path)
         return found if isinstance(found, dict) else None
 
-    def _read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - JSON is.
+    def _read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:
         reply = self._http.read(call, _API + path, params)
         if reply is None:
             return None
-        if not _is_envelope(reply) or reply.get("status") != "OK" or "response" not in reply:
+        if not _is_envelope(reply) or reply.get("status") != "OK" or reply.get("response") is None:
             said = reply.get("message") if isinstance(reply, dict) else ""
             raise NotApplied(f"{self.settings.site}: {call}: success, but an error inside: {said!r}")
         return reply["response"]
@@ -303,7 +310,7 @@ def _is_envelope(reply: object) -> bool:
     return isinstance(reply, dict) and whole_number(reply.get("code"), 0) is not None
 
 
-# --- destination -------------------------------------------------------------------------------------------------------
+# --- destination ----------------------------------------------------------------------------------------------------
 
 
 class ChargeOverUsageSettings(DestinationSettings):
@@ -322,8 +329,8 @@ class ChargeOverUsageSettings(DestinationSettings):
 class ChargeOverUsage(Destination):
     """Metered usage of the line item that a package has of one product.
 
-    An upgrade replaces a line item's id, even a change of price, so the identity is the pair of package and item, and the
-    id is looked up afresh each time. The uniqueness token travels as the record's external key.
+    An upgrade replaces a line item's id, even a change of price, so the identity is the pair of package and item, and
+    the id is looked up afresh each time. The uniqueness token travels as the record's external key.
     """
 
     name = "chargeover_usage"
@@ -333,22 +340,26 @@ class ChargeOverUsage(Destination):
     # External keys are said to be unique for all objects; that usage is among them is said nowhere.
     replay_window = timedelta(0)
 
+    client: ChargeOverSite
+
     def __init__(self, source: BillingSource, client: ChargeOverSite) -> None:
         super().__init__(source)
         self.client = client
-        self.settings: Any = source.destination
-        if self.settings.mode == "single":
-            self.chunk_size = 1
+        self.settings = cast("ChargeOverUsageSettings", source.destination)
+        self.chunk_size = 1 if self.settings.mode == "single" else _LARGEST_BATCH
 
     @property
     def site(self) -> str:
+        """``chargeover:<instance>``."""
         return self.client.settings.site
 
     @property
     def settle_after(self) -> timedelta:
+        """As the connection says."""
         return self.client.settings.settle_after
 
     def check(self) -> None:
+        """Tell every fault that the site's catalogue shows in the source's definition."""
         if faults := list(self._faults()):
             raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
 
@@ -357,9 +368,11 @@ class ChargeOverUsage(Destination):
         if item is None:
             yield f"destination.item: {self.site} has no item with external key {self.settings.item!r}"
         elif not _is_true((item.get("service_data") or {}).get("is_usage", True)):
-            yield f"destination.item: {self.settings.item!r} is not metered; say in ChargeOver that you upload metered data for it"
+            mend = "say in ChargeOver that you upload metered data for it"
+            yield f"destination.item: {self.settings.item!r} is not metered; {mend}"
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        """Return today's line item of each account; one that is not one billed line of the item is `unknown`."""
         find = self._packages_by_key if self.settings.package_by == "external_key" else self._packages_by_customer
         packages = find(accounts)
         return [self._target(account, packages[account]) for account in accounts]
@@ -418,14 +431,15 @@ class ChargeOverUsage(Destination):
         return bool(line.get("item_external_key") == self.settings.item and not line.get("cancel_datetime"))
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
-        held = self.client.settings.negative_usage == "hold"
-        negative = proposals["quantity"].astype(object).str.startswith("-").to_numpy(dtype=bool) & held
-        why = "a negative difference waits: whether this account takes one is not known; see negative_usage of the connection"
-        return pd.Series(np.where(negative, why, ""), index=proposals.index, dtype=object)
+        """Hold negative differences unless the connection allows them."""
+        why = "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
+        held = negative(proposals["quantity"]) & (self.client.settings.negative_usage == "hold")
+        return reasons(why, held, proposals.index)
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
-        # The last second of a period belongs to it: the account reads `to` as included. In the hour that autumn repeats,
-        # two periods bear the same times; the external key tells them apart.
+        """Return each proposal as one usage record, the token as its external key."""
+        # The last second of a period belongs to it: the account reads `to` as included. In the hour that autumn
+        # repeats, two periods bear the same times; the external key tells them apart.
         start = by_value(proposals["period_start"], self.client.local)
         end = by_value(proposals["period_end"], lambda end: self.client.local(end - timedelta(seconds=1)))
         line = by_value(proposals["address"], lambda address: str(int(json.loads(address)["line_item_id"])))
@@ -435,6 +449,7 @@ class ChargeOverUsage(Destination):
         )  # fmt: skip
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Store the chunk, singly or as a batch whose records are each answered."""
         if self.settings.mode == "single":
             (delivery,) = chunk
             return [self._send_one(delivery)]
@@ -519,7 +534,7 @@ class ChargeOverUsage(Destination):
         return found
 
     def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
-        """Yield the records of the line items that `deliveries` went to, from the first to the last of their periods."""
+        """Yield the records of the line items that `deliveries` went to, over the span of their periods."""
         for address, some in deliveries.groupby("address"):
             line = json.loads(str(address))["line_item_id"]
             since, until = some["period_start"].min().to_pydatetime(), some["period_end"].max().to_pydatetime()

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from usage_billing.destinations.base import Destination, by_value, joined
+from usage_billing.destinations.base import Destination, by_value, joined, negative, reasons
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
@@ -41,7 +41,7 @@ Json = dict[str, Any]
 
 _EVENTS_URL = "https://events.chargify.com"
 _VENDOR_HOSTS = {"us": "chargify.com", "eu": "ebilling.maxio.com"}
-_CUT_OFF = timedelta(seconds=120)
+_CUT_OFF_SECONDS = 120
 _SETTLE_AFTER_SECONDS = 150
 _PER_PAGE = 200
 _MEMO_LENGTH = 255
@@ -63,7 +63,7 @@ _SITE_WIDE = tuple(
 _NO_STREAM = Outcome((404,), Misconfigured, (Effect.WRITE,), mend="the events host knows no such stream or site")
 
 
-# --- settings ----------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +119,7 @@ class MaxioSettings:
         if not self.api_key:
             yield "password: is empty; put the site's API key there"
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.subdomain):
-            yield f"subdomain: {self.subdomain!r} is no subdomain; it is the first word of the site's address, such as 'acme'"
+            yield f"subdomain: {self.subdomain!r} is none; it is the first word of the site's address, such as 'acme'"
         if self.region not in _VENDOR_HOSTS:
             yield f"region: {self.region!r} is unknown; it is 'us' or 'eu'"
         if self.base_url:
@@ -143,12 +143,12 @@ class MaxioSettings:
             yield f"settle_after_seconds: {self.settle_after_seconds!r} is no whole number"
         elif seconds < _SETTLE_AFTER_SECONDS and not is_loopback(self.base_url):
             yield (
-                f"settle_after_seconds: {seconds} is shorter than {_SETTLE_AFTER_SECONDS}: the site may still apply a request "
-                f"{_CUT_OFF.seconds} s after it was sent; shorter is for loopback addresses only"
+                f"settle_after_seconds: {seconds} is shorter than {_SETTLE_AFTER_SECONDS}: the site may still apply "
+                f"a request {_CUT_OFF_SECONDS} s after it was sent; shorter is for loopback addresses only"
             )
 
 
-# --- client ------------------------------------------------------------------------------------------------------------
+# --- client ---------------------------------------------------------------------------------------------------------
 
 
 class MaxioSite:
@@ -180,8 +180,12 @@ class MaxioSite:
         """Return the site's own settings; the cheapest proof that address and key are right."""
         found = self._main.read("read the site", "/site.json")
         if found is None:
-            raise Misconfigured(f"{self.settings.site}: HTTP 404: there is no Maxio site at {self.settings.base_url}")
+            raise self._no_site("read the site")
         return _unwrapped(found, "site")
+
+    def _no_site(self, call: str) -> Misconfigured:
+        where = self.settings.base_url
+        return Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no Maxio site at {where}")
 
     def create_usage(self, subscription_id: int, component: int | str, body: str) -> Json:
         """Record one usage; `body` is the JSON text of the request, and the created usage comes back.
@@ -196,7 +200,7 @@ class MaxioSite:
         return _unwrapped(reply, "usage")
 
     def usages(self, subscription_id: int, component: int | str, since_id: int | None = None) -> Iterator[Json] | None:
-        """Yield all usages from id `since_id` on, page by page, each once; None if there is no such subscription or component.
+        """Yield all usages from id `since_id` on, each once; None if there is no such subscription or component.
 
         Pages are cut by id and not by number, so usage that arrives meanwhile shifts nothing. Neither the order of the
         list nor its size of page is documented: this works with either order and ends at an empty page.
@@ -297,6 +301,8 @@ class MaxioSite:
         page = 1
         while True:
             found = self._main.read(call, path, {**params, "page": page, "per_page": _PER_PAGE})
+            if found is None:
+                raise self._no_site(call)
             fresh = [row for row in self._rows(call, found, key) if row["id"] not in seen]
             if not fresh:
                 return
@@ -314,7 +320,7 @@ def _usages_path(subscription_id: int, component: int | str) -> str:
     return f"/subscriptions/{int(subscription_id)}/components/{segment(component)}/usages.json"
 
 
-# --- what both destinations share --------------------------------------------------------------------------------------
+# --- what both destinations share -----------------------------------------------------------------------------------
 
 
 def _text(value: object) -> object:
@@ -332,49 +338,58 @@ class _MaxioDestination(Destination):
     kind: str
     """Maxio's name for the kind of component that takes this usage."""
 
+    client: MaxioSite
+    settings: Any
+    """The settings of the destination at hand: `MaxioMeteredSettings` or `MaxioEventsSettings`."""
+
     def __init__(self, source: BillingSource, client: MaxioSite) -> None:
         super().__init__(source)
         self.client = client
-        self.settings: Any = source.destination
+        self.settings = source.destination
 
     @property
     def site(self) -> str:
+        """``maxio:<region>:<subdomain>``."""
         return self.client.settings.site
 
     @property
     def settle_after(self) -> timedelta:
+        """As the connection says."""
         return self.client.settings.settle_after
 
     def check(self) -> None:
+        """Tell every fault that the site's catalogue shows in the source's definition."""
         if faults := list(self._faults()):
             raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        """Return the subscription of each account; one that has ended, or lacks the component, is `unknown`."""
+        # The component first: at a wrong address everything is a 404, and that makes no account unknown.
+        component = self._component
         found = self._subscriptions(accounts)
-        return [self._target(account, found[account]) for account in accounts]
+        return [self._target(account, found[account], component) for account in accounts]
 
-    def _target(self, account: str, subscription: Json | None) -> Target:
-        if reason := self._unusable(account, subscription):
+    def _target(self, account: str, subscription: Json | None, component: Json) -> Target:
+        if subscription is None:
+            return Target(account, unknown=f"subscription {account!r} is unknown to {self.site}")
+        if reason := self._unusable(account, subscription, component):
             return Target(account, unknown=reason)
-        assert subscription is not None
         number = str(subscription["id"])
         return Target(
             account=account,
             subscription=number,
-            component=str(self._component["id"]),
+            component=str(component["id"]),
             price_point=self._price_point,
             address=self._address(account, number),
             open_from=_instant(subscription.get("current_period_started_at")),
         )
 
-    def _unusable(self, account: str, subscription: Json | None) -> str:
+    def _unusable(self, account: str, subscription: Json, component: Json) -> str:
         """Return why usage of this subscription would not be billed, or an empty text."""
-        if subscription is None:
-            return f"subscription {account!r} is unknown to {self.site}"
         if subscription.get("state") in _ENDED:
             return f"subscription {account!r} is {subscription['state']}: the site would not bill its usage"
         family = ((subscription.get("product") or {}).get("product_family") or {}).get("id")
-        if family is not None and family != self._component.get("product_family_id", family):
+        if family is not None and family != component.get("product_family_id", family):
             return f"subscription {account!r} belongs to a product family without component {self.settings.component}"
         return ""
 
@@ -390,7 +405,7 @@ class _MaxioDestination(Destination):
     def _own_faults(self, component: Json) -> Iterator[str]:
         """Yield what `check` finds wrong beyond the component itself."""
 
-    @cached_property
+    @property
     def _price_point(self) -> str:
         """The numeric id of the price point that usage names, as text; empty where it names none."""
         return ""
@@ -417,7 +432,8 @@ class _MaxioDestination(Destination):
             yield self._no_component()
             return
         if component["kind"] != self.kind:
-            yield f"destination.component: {self.settings.component!r} is a {component['kind']}; {self.name} needs a {self.kind}"
+            found = f"destination.component: {self.settings.component!r} is of kind {component['kind']}"
+            yield f"{found}; {self.name} needs {self.kind}"
         if component.get("archived") or component.get("archived_at"):
             yield f"destination.component: {self.settings.component!r} is archived: the site refuses its usage"
         yield from self._own_faults(component)
@@ -460,21 +476,21 @@ def _instant(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text).astimezone(UTC) if text else None
 
 
-# --- metered components ------------------------------------------------------------------------------------------------
+# --- metered components ---------------------------------------------------------------------------------------------
 
 
 def _memo(template: str) -> str:
     fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
     if unknown := fields - {"period"}:
-        raise ValueError(f"unknown field {{{sorted(unknown)[0]}}}; only {{period}} is filled in")
+        raise ValueError(f"unknown field {{{min(unknown)}}}; only {{period}} is filled in")
     return template
 
 
 class MaxioMeteredSettings(DestinationSettings):
     """The keys of a source that is billed to a metered component.
 
-    `subscription_by` says what the account column holds; `component` and `price_point` are an id or ``handle:<handle>``;
-    `memo` is what the site shows for a usage, after the token.
+    `subscription_by` says what the account column holds; `component` and `price_point` are an id or
+    ``handle:<handle>``; `memo` is what the site shows for a usage, after the token.
     """
 
     name: Literal["maxio_metered"]
@@ -498,11 +514,12 @@ class MaxioMetered(_MaxioDestination):
     replay_window = timedelta(0)
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
-        negative = proposals["quantity"].astype(object).str.startswith("-").to_numpy(dtype=bool)
-        reason = np.where(negative, "a negative difference waits: the site's balance never falls below 0", "")
-        return pd.Series(reason, index=proposals.index, dtype=object)
+        """Hold negative differences: what goes below a balance of 0 would be lost."""
+        why = "a negative difference waits: the site's balance never falls below 0"
+        return reasons(why, negative(proposals["quantity"]), proposals.index)
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return the body of a create-usage request: the token is the first word of the memo, and on the top level."""
         point = by_value(
             proposals["price_point"].fillna(""), lambda number: f',"price_point_id":"{number}"' if number else ""
         )
@@ -536,6 +553,7 @@ class MaxioMetered(_MaxioDestination):
         return names.get(kind, f"{first:%Y-%m-%d %H:%M} to {after:%Y-%m-%d %H:%M}")
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Create one usage; one that comes back with another quantity is in doubt."""
         (delivery,) = chunk
         address = delivery.address
         usage = self.client.create_usage(address["subscription_id"], address["component_id"], delivery.body)
@@ -549,10 +567,10 @@ class MaxioMetered(_MaxioDestination):
 
         The whole list is walked, never a window of dates: with two clocks apart, a window could hide what was billed.
 
-        A usage that is not there was not applied, so None, and it may be sent again. Not so soon if it was sent more than
-        once: the last answer may have been a 409 to the site's 60-minute token, and what it will say next, and whether
-        each try renews the 60 minutes, no document tells. Then it stays in doubt for 61 minutes after the last send. A
-        first send cannot have met its own token, so it does not wait.
+        A usage that is not there was not applied, so None, and it may be sent again. Not so soon if it was sent more
+        than once: the last answer may have been a 409 to the site's 60-minute token, and no document tells whether each
+        try renews the 60 minutes. Then it stays in doubt for 61 minutes after the last send. A first send cannot have
+        met its own token, so it does not wait.
         """
         found: dict[str, Receipt | None] = {}
         different: list[str] = []
@@ -586,7 +604,7 @@ class MaxioMetered(_MaxioDestination):
             for usage in self.client.usages(where["subscription_id"], where["component_id"], since) or ():
                 yield SiteRecord(_token_of(usage), str(usage["id"]), _quantity(usage))
 
-    def _address(self, account: str, number: str) -> Json:  # noqa: ARG002 - the account is another stream's address.
+    def _address(self, account: str, number: str) -> Json:
         return {"subscription_id": int(number), "component_id": self._component["id"]}
 
     def _by_id(self) -> bool:
@@ -607,7 +625,8 @@ class MaxioMetered(_MaxioDestination):
         return str(found["id"])
 
     def _no_price_point(self) -> str:
-        return f"destination.price_point: component {self.settings.component!r} has no price point {self.settings.price_point!r}"
+        component, wanted = self.settings.component, self.settings.price_point
+        return f"destination.price_point: component {component!r} has no price point {wanted!r}"
 
     def _own_faults(self, component: Json) -> Iterator[str]:
         decimals = self.source.settings.meter.decimals
@@ -656,7 +675,7 @@ def _may_meet_its_token(doubt: Delivery) -> bool:
     return datetime.now(UTC) < doubt.sent_at + _TOKEN_HONOURED
 
 
-# --- events ------------------------------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------------------------
 
 
 class MaxioEventsSettings(DestinationSettings):
@@ -676,7 +695,7 @@ class MaxioEventsSettings(DestinationSettings):
 
 
 class MaxioEvents(_MaxioDestination):
-    """Usage as events of a stream: a thousand to a request, each with its token, each at the start of its usage period."""
+    """Usage as events of a stream: a thousand to a request, each with its token and the start of its usage period."""
 
     name = "maxio_events"
     settings_model = MaxioEventsSettings
@@ -686,11 +705,16 @@ class MaxioEvents(_MaxioDestination):
     replay_window = timedelta(days=30)
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
+        """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
+        unknown = proposals["open_from"].isna().to_numpy(dtype=bool)
         closed = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
-        reason = np.where(closed, "its billing period is closed: the site would take the event and never bill it", "")
-        return pd.Series(reason, index=proposals.index, dtype=object)
+        why_unknown = "its account has no usage in this run, so its open billing period is not known"
+        why_closed = "its billing period is closed: the site would take the event and never bill it"
+        texts = np.select([unknown, closed], [why_unknown, why_closed], "")
+        return pd.Series(texts, index=proposals.index, dtype=object)
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return each proposal as one event, its dimensions as properties."""
         when = by_value(proposals["period_start"], lambda start: f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
         named = by_value(proposals["address"], self._subscriber)
         key = json.dumps(self.settings.property)
@@ -703,7 +727,7 @@ class MaxioEvents(_MaxioDestination):
         )  # fmt: skip
 
     def _subscriber(self, address: str) -> str:
-        """Return the end of the ``chargify`` object and, where the stream wants it, the property that names the subscription."""
+        """Return the end of the ``chargify`` object and, where it stands outside, what names the subscription."""
         account = json.loads(address)["account"]
         by = self.settings.subscription_by
         if by == "subscription_id":
@@ -713,6 +737,7 @@ class MaxioEvents(_MaxioDestination):
         return f"}},{json.dumps(by)}:{json.dumps(account)}"
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Record the chunk in one bulk request, whose success tells nothing of its single events."""
         self._record(chunk)
         return [Receipt(delivery.token) for delivery in chunk]
 
@@ -723,8 +748,8 @@ class MaxioEvents(_MaxioDestination):
     def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
         """Send the same events again: the stream ignores a token that it holds, for 31 days.
 
-        What was sent before the replay window stays in doubt, since a replay could bill twice. So does what belongs to a
-        billing period that has closed since: if the first request was lost, its replay would be taken and never billed.
+        What was sent before the replay window stays in doubt, since a replay could bill twice. So does what belongs to
+        a billing period that has closed since: if the first request was lost, its replay would be taken and not billed.
         """
         replayable = self._replayable(doubts)
         for stream in sorted({doubt.address["stream"] for doubt in replayable}):
@@ -750,18 +775,18 @@ class MaxioEvents(_MaxioDestination):
                 f"{refusal}; a replay was refused, so what became of the first request stays open"
             ) from refusal
 
-    def records(self, deliveries: pd.DataFrame) -> None:  # noqa: ARG002 - no endpoint returns recorded events.
-        return None
+    def records(self, deliveries: pd.DataFrame) -> None:
+        """Return None: no endpoint returns recorded events."""
 
     def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal]:
-        """Return the metric's value over the open billing period and up to ten closed ones."""
+        """Return the metric's value over the open billing period and up to ten closed ones, of each subscription."""
         return [total for number in subscriptions for total in self._totals_of(int(number))]
 
     def _totals_of(self, number: int) -> Iterator[SiteTotal]:
         component = self._component["id"]
         subscription = self.client.subscription(number) or {}
         rows = self.client.subscription_components(number) or []
-        row = next((row for row in rows if row["component_id"] == component), {})
+        row: Json = next((row for row in rows if row["component_id"] == component), {})
         spans = {
             (past["billing_period_starts_at"], past["billing_period_ends_at"]): past["total_usage_quantity"]
             for past in row.get("historic_usages") or ()
@@ -779,14 +804,15 @@ class MaxioEvents(_MaxioDestination):
     def _by_id(self) -> bool:
         return bool(self.settings.subscription_by == "subscription_id")
 
-    def _own_faults(self, component: Json) -> Iterator[str]:  # noqa: ARG002
+    def _own_faults(self, component: Json) -> Iterator[str]:
         # Neither the stream and its Subscription Identifier, nor the metric's formula, nor whether the component is
         # activated for a subscription can be read through any documented call: a wrong stream shows at the first
         # request, the others when totals are compared.
         names = Counter([self.settings.property, *self.source.settings.dimensions, "chargify"])
         names.update([] if self.settings.subscription_by in _CHARGIFY_FIELDS else [self.settings.subscription_by])
         for name in (name for name, count in names.items() if count > 1):
-            yield f"dimensions, property, subscription_by: {name!r} would stand twice in one event; rename one in usage.sql"
+            where = "dimensions, property, subscription_by"
+            yield f"{where}: {name!r} would stand twice in an event; rename one in usage.sql"
 
 
 def _account(delivery: Delivery) -> str:

@@ -358,6 +358,14 @@ class Ledger:
         statement = select(*columns).where(*_in_window(name, window), delivery.c.state == State.ACCEPTED)
         return self._frame(statement.order_by(delivery.c.identity, delivery.c.revision))
 
+    def known(self, tokens: Sequence[str]) -> frozenset[str]:
+        """Return those of `tokens` that this ledger has ever written down, for whatever source and period."""
+        found: set[str] = set()
+        with self._reading() as connection:
+            for some in _batches(tokens):
+                found.update(connection.execute(select(delivery.c.token).where(delivery.c.token.in_(some))).scalars())
+        return frozenset(found)
+
     def accepted_at(self, site: str, subscriptions: Sequence[str], component: str, window: Period) -> pd.DataFrame:
         """Return what all sources had accepted for one component of a site: subscription, period_start, quantity."""
         parts = [

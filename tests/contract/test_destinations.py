@@ -1,0 +1,939 @@
+"""Every destination against the running sandbox: what the billing site counted is the verdict."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import requests
+
+from usage_billing.destinations import destination_class
+from usage_billing.destinations.base import Destination
+from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite
+from usage_billing.destinations.http import Timeouts
+from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
+from usage_billing.hooks import ChargeOverHook, MaxioHook
+from usage_billing.records import Delivery, Target
+from usage_billing.sandbox import Sandbox
+from usage_billing.sources import BillingSource, SourceSettings
+from usage_billing.uniqueness import identity, uniqueness_token
+
+WORLDS = Path(__file__).parents[2] / "include" / "sandbox" / "worlds"
+DAY = datetime(2026, 10, 5, 5, tzinfo=UTC)
+HOUR_AGO = timedelta(hours=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One destination as one source of one sandbox site uses it."""
+
+    label: str
+    site: str
+    accounts: tuple[str, ...]
+    component: str
+    destination: dict[str, Any]
+    decimals: int = 0
+    zone: str = "America/Chicago"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def connect(self, sandbox: Sandbox, **changes: Any) -> Any:
+        """Return the plain client of the sandbox's site."""
+        name = self.site.rpartition(":")[2]
+        shared = {
+            "settle_after_seconds": 0,
+            "timeouts": Timeouts(connect=5, read=20, write=20),
+            **self.settings,
+            **changes,
+        }
+        if self.site.startswith("maxio"):
+            key = {
+                "api_key": f"sandbox-{name}-key",
+                "base_url": sandbox.maxio_url(name),
+                "events_url": sandbox.events_url,
+            }
+            return MaxioSite(MaxioSettings(**{"subdomain": name, **key, **shared}))
+        key = {"public_key": "sandboxtelcopublickey00000000000", "private_key": "sandboxtelcoprivatekey0000000000"}
+        return ChargeOverSite(
+            ChargeOverSettings(**{"instance": name, "base_url": sandbox.chargeover_url(name), **key, **shared})
+        )
+
+    def source(self, **changes: Any) -> BillingSource:
+        """Return the billing source; `changes` are keys of its destination."""
+        found = destination_class(self.destination["name"])
+        assert found is not None
+        return BillingSource(
+            settings=SourceSettings.model_validate(
+                {
+                    "name": self.label.replace(" ", "_"),
+                    "description": self.label,
+                    "warehouse": "warehouse",
+                    "schedule": "0 0 * * *",
+                    "timezone": self.zone,
+                    "period": "day",
+                    "bill_from": "2026-10-01",
+                    "columns": {"event_id": "id", "time": "at", "account": "who", "quantity": "units"},
+                    "meter": {"function": "sum", "decimals": self.decimals},
+                    "dimensions": ["region"] if "events" in self.destination["name"] else [],
+                }
+            ),
+            destination=found.settings_model.model_validate({**self.destination, "connection": "c", **changes}),
+            sql="",
+            expectations=(),
+        )
+
+    def made(self, sandbox: Sandbox, client: Any = None, **changes: Any) -> Destination:
+        """Return the destination, reached through `client` or the sandbox."""
+        found: Any = destination_class(self.destination["name"])
+        return found(self.source(**changes), client or self.connect(sandbox))
+
+
+METERED = Case(
+    label="metered by reference",
+    site="maxio:us:acme",
+    accounts=("acct-0001", "acct-0002", "acct-0003"),
+    component="api-calls",
+    destination={
+        "name": "maxio_metered",
+        "subscription_by": "reference",
+        "component": "handle:api-calls",
+        "price_point": "handle:standard",
+        "memo": "API calls of {period}",
+    },
+)
+FRACTIONS = replace(
+    METERED,
+    label="metered by id",
+    accounts=("50100004", "50100005"),
+    component="storage-gb",
+    destination={"name": "maxio_metered", "subscription_by": "id", "component": 61002},
+    decimals=3,
+)
+EVENTS = Case(
+    label="events",
+    site="maxio:us:orbit",
+    accounts=("orbit-01", "orbit-02", "orbit-03"),
+    component="platform-units",
+    destination={
+        "name": "maxio_events",
+        "stream": "platform-events",
+        "subscription_by": "account_id",
+        "component": "handle:platform-units",
+        "property": "units",
+    },
+    decimals=3,
+    zone="UTC",
+)
+BATCH = Case(
+    label="chargeover in batches",
+    site="chargeover:telco",
+    accounts=("pkg-001", "pkg-002", "pkg-007"),
+    component="voip",
+    destination={"name": "chargeover_usage", "package_by": "external_key", "item": "voip"},
+    decimals=2,
+)
+SINGLE = replace(BATCH, label="chargeover singly", destination={**BATCH.destination, "mode": "single"})
+BY_CUSTOMER = replace(
+    BATCH,
+    label="chargeover by customer",
+    accounts=("cust-001", "cust-003"),
+    destination={**BATCH.destination, "package_by": "customer_external_key"},
+)
+CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BY_CUSTOMER)
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
+
+SWITCHES = [
+    (METERED, {"uniqueness_token": "ignored"}),
+    (METERED, {"quantity_type": "string"}),
+    (METERED, {"usage_list_order": "ascending"}),
+    (METERED, {"memo_limit": "255", "throttle_reply": "json_retry_after", "not_found_body": "html"}),
+    (METERED, {"token_spent_by_4xx": "no", "not_found_body": "empty"}),
+    (FRACTIONS, {"quantity_type": "string", "fraction_not_allowed": "refuse"}),
+    (EVENTS, {"unknown_subscription_in_event": "refuse", "bulk_with_bad_event": "store_valid"}),
+    (FRACTIONS, {"omitted_price_point": "locked_in", "usage_on_ended_subscription": "accept", "bad_quantity": "zero"}),
+    (EVENTS, {"late_event": "next_period", "unknown_stream": "accept", "long_event_token": "truncate"}),
+    (BATCH, {"duplicate_external_key": "accept"}),
+    (BATCH, {"duplicate_external_key": "overwrite", "times_out": "iso"}),
+    (SINGLE, {"duplicate_external_key": "accept", "throttle_retry_after": "present"}),
+    (BATCH, {"cycle_by": "to", "bulk_atomicity": "stop_at_first_error", "limit_above_max": "refuse"}),
+    (SINGLE, {"negative_usage": "refuse", "usage_on_bad_line": "accept", "late_usage": "next_invoice"}),
+]
+EVERY_SETTING = pytest.mark.parametrize(
+    ("case", "switches"),
+    [*((case, {}) for case in CASES), *SWITCHES],
+    ids=lambda value: value.label if isinstance(value, Case) else ",".join(value.values()) or "as documented",
+)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Sandbox]:
+    """Run every world once for the whole module."""
+    with Sandbox([WORLDS]) as sandbox:
+        yield sandbox
+
+
+@pytest.fixture
+def sandbox(running: Sandbox) -> Sandbox:
+    """Give each test the worlds as their files describe them."""
+    running.clear_faults()
+    running.reset()
+    running.reset_requests()
+    return running
+
+
+def proposals(
+    targets: Sequence[Target], amounts: Sequence[str], day: datetime = DAY, revision: int = 0
+) -> pd.DataFrame:
+    """Return what a plan would propose for `targets`, a quantity for each."""
+    rows = []
+    for target, amount in zip(targets, amounts, strict=True):
+        name = identity([target.subscription, target.component, day.isoformat()])
+        rows.append(
+            {
+                "token": uniqueness_token(name, revision),
+                "identity": name,
+                "subscription": target.subscription,
+                "component": target.component,
+                "price_point": target.price_point,
+                "dimensions": '{"region":"eu"}',
+                "address": json.dumps(target.address, sort_keys=True),
+                "period_start": pd.Timestamp(day),
+                "period_end": pd.Timestamp(day + timedelta(days=1)),
+                "quantity": amount,
+                "open_from": target.open_from,
+            }
+        )
+    return pd.DataFrame(rows).assign(open_from=lambda frame: pd.to_datetime(frame["open_from"], utc=True))
+
+
+def deliveries(
+    destination: Destination, proposed: pd.DataFrame, sends: int = 1, ago: timedelta = HOUR_AGO
+) -> list[Delivery]:
+    """Return proposals as the ledger would hand them over, last sent some time ago."""
+    return [
+        Delivery(
+            token=row.token,
+            identity=row.identity,
+            revision=0,
+            quantity=Decimal(row.quantity),
+            address=Delivery.address_from(row.address),
+            body=row.body,
+            sent_at=datetime.now(UTC) - ago,
+            sends=sends,
+        )
+        for row in proposed.assign(body=destination.encode(proposed)).itertuples()
+    ]
+
+
+def ready(case: Case, destination: Destination, amounts: Sequence[str] | None = None, **more: Any) -> list[Delivery]:
+    """Return a delivery for each account of the case."""
+    targets = destination.resolve(case.accounts)
+    chosen = amounts or [f"{10 * (number + 1)}" for number in range(len(targets))]
+    return deliveries(destination, proposals(targets, chosen), **more)
+
+
+def send_all(destination: Destination, chosen: Sequence[Delivery]) -> list[str]:
+    """Send in chunks as large as the destination takes; return the tokens that came back with a receipt."""
+    size = destination.chunk_size
+    chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return [receipt.token for chunk in chunks for receipt in destination.send(chunk)]
+
+
+def billed(sandbox: Sandbox, case: Case) -> Decimal:
+    """Return what the site billed for the case's component, over all subscriptions."""
+    return sum((row.billed for row in sandbox.billed(case.site) if row.component == case.component), Decimal(0))
+
+
+def outcome(send: Callable[[], Any]) -> str:
+    """Return what a deliver would do next: nothing, send again, or settle."""
+    try:
+        send()
+    except NotApplied:
+        return "again"
+    except InDoubt:
+        return "settle"
+    return "done"
+
+
+def deliver_all(destination: Destination, chosen: Sequence[Delivery]) -> None:
+    """Do by hand what `deliver` does: send, settle what is in doubt, send again what was not applied."""
+    waiting = list(chosen)
+    for _ in range(5):
+        size = destination.chunk_size
+        left: list[Delivery] = []
+        for start in range(0, len(waiting), size):
+            chunk = waiting[start : start + size]
+            taken: set[str] = set()
+            what = outcome(lambda chunk=chunk, taken=taken: taken.update(r.token for r in destination.send(chunk)))
+            if what == "settle":
+                found = destination.settle(chunk)
+                taken = {token for token, receipt in found.items() if receipt is not None}
+                assert found.keys() == {delivery.token for delivery in chunk}
+            left += [delivery for delivery in chunk if delivery.token not in taken]
+        waiting = left
+        if not waiting:
+            return
+    raise AssertionError("it never ended")
+
+
+# --- what every destination does ------------------------------------------------------------------------------------
+
+
+@EVERY_CASE
+def test_a_sound_source_is_told_so(case: Case, sandbox: Sandbox) -> None:
+    """A source that can be billed passes the check, which writes nothing."""
+    case.made(sandbox).check()
+
+    assert sandbox.requests(case.site)["writing"] == 0
+
+
+@EVERY_CASE
+def test_accounts_are_found_in_order_and_strangers_are_named(case: Case, sandbox: Sandbox) -> None:
+    """Known accounts get a canonical target, an unknown one a reason, in the order they were asked for."""
+    asked = [*reversed(case.accounts), "99999999"]
+
+    targets = case.made(sandbox).resolve(asked)
+
+    assert [target.account for target in targets] == asked
+    assert all(target.subscription and target.component and target.address for target in targets[:-1])
+    assert "99999999" in targets[-1].unknown
+    assert targets[-1].subscription == ""
+    assert sandbox.requests(case.site)["writing"] == 0
+
+
+@EVERY_SETTING
+def test_everything_sent_is_billed_exactly(case: Case, switches: dict[str, str], sandbox: Sandbox) -> None:
+    """The site bills the very decimals that were sent."""
+    sandbox.switch(case.site, **switches)
+    destination = case.made(sandbox)
+    amounts = ["1.1", "2.2", "0.7"] if case.decimals else ["7", "11", "13"]
+    chosen = ready(case, destination, amounts[: len(case.accounts)])
+
+    tokens = send_all(destination, chosen)
+
+    assert tokens == [delivery.token for delivery in chosen]
+    assert billed(sandbox, case) == sum((delivery.quantity for delivery in chosen), Decimal(0))
+
+
+@EVERY_SETTING
+@pytest.mark.parametrize("fault", ["lost_reply", "server_error", "server_error_after_commit", "throttle"])
+def test_trouble_bills_once(case: Case, switches: dict[str, str], fault: str, sandbox: Sandbox) -> None:
+    """Whatever becomes of the first request, settling and sending again bills each delivery once."""
+    sandbox.switch(case.site, **switches)
+    destination = case.made(sandbox)
+    chosen = ready(case, destination)
+    sandbox.fault(case.site, fault)
+
+    deliver_all(destination, chosen)
+
+    assert billed(sandbox, case) == sum((delivery.quantity for delivery in chosen), Decimal(0))
+    assert sum(row.records for row in sandbox.billed(case.site)) == len(chosen)
+
+
+@EVERY_CASE
+def test_a_late_request_is_found_once_it_has_landed(case: Case, sandbox: Sandbox) -> None:
+    """A request that the site finishes after the client gave up is found by settling, and not sent again."""
+    hasty = case.connect(sandbox, timeouts=Timeouts(connect=5, read=20, write=0.3))
+    destination = case.made(sandbox, hasty)
+    chosen = ready(case, destination)[: destination.chunk_size]
+    sandbox.fault(case.site, "hang", seconds=1)
+    with pytest.raises(InDoubt, match="read timeout"):
+        destination.send(chosen)
+    landed = wait_for(lambda: billed(sandbox, case) > 0)
+
+    found = destination.settle(chosen)
+
+    assert landed
+    assert all(found[delivery.token] is not None for delivery in chosen)
+    assert billed(sandbox, case) == sum((delivery.quantity for delivery in chosen), Decimal(0))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
+    """Return whether the condition came true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@EVERY_CASE
+def test_sending_twice_bills_once(case: Case, sandbox: Sandbox) -> None:
+    """A delivery that a dead worker had sent already is recognised when another one sends it."""
+    destination = case.made(sandbox)
+    chosen = ready(case, destination)
+    send_all(destination, chosen)
+
+    deliver_all(destination, chosen)
+
+    assert billed(sandbox, case) == sum((delivery.quantity for delivery in chosen), Decimal(0))
+
+
+@EVERY_CASE
+def test_a_wrong_key_stops_before_anything_is_billed(case: Case, sandbox: Sandbox) -> None:
+    """Check, resolve and send say that the credentials are wrong; nothing was applied, and no key is told."""
+    chosen = ready(case, case.made(sandbox))
+    wrong = "wrong-key-31337"
+    key = {"api_key": wrong} if case.site.startswith("maxio") else {"private_key": wrong}
+    client = case.connect(sandbox, **key)
+    destination = case.made(sandbox, client)
+
+    for act in (destination.check, lambda: destination.resolve(case.accounts), lambda: send_all(destination, chosen)):
+        with pytest.raises(Misconfigured, match="401") as told:
+            act()
+        assert wrong not in str(told.value) + repr(told.value) + repr(client.settings)
+    assert billed(sandbox, case) == 0
+
+
+@EVERY_CASE
+def test_an_unknown_component_is_told_before_anything_is_sent(case: Case, sandbox: Sandbox) -> None:
+    """A component that the site does not have is a fault of the definition, told with its key."""
+    key = "item" if case.site.startswith("chargeover") else "component"
+    name = "nowhere" if key == "item" else "handle:nowhere"
+
+    with pytest.raises(Misconfigured, match=f"destination.{key}: .*nowhere"):
+        case.made(sandbox, **{key: name}).check()
+
+    assert sandbox.requests(case.site)["writing"] == 0
+
+
+@EVERY_CASE
+def test_an_unreachable_site_leaves_everything_to_be_sent_again(case: Case, sandbox: Sandbox) -> None:
+    """Nothing listens at the address: nothing may be concluded, and nothing was applied."""
+    chosen = ready(case, case.made(sandbox))
+    urls = {"base_url": "http://127.0.0.1:9"} | (
+        {"events_url": "http://127.0.0.1:9"} if case.site.startswith("maxio") else {}
+    )
+    destination = case.made(sandbox, case.connect(sandbox, **urls))
+
+    for act in (destination.check, lambda: destination.resolve(case.accounts), lambda: send_all(destination, chosen)):
+        with pytest.raises(NotApplied, match="connection refused"):
+            act()
+
+
+@EVERY_CASE
+def test_a_wrong_address_makes_no_account_unknown(case: Case, sandbox: Sandbox) -> None:
+    """Where nothing is but 404s, the definition is wrong, and not every customer gone."""
+    is_maxio = case.site.startswith("maxio")
+    url = sandbox.maxio_url("nowhere") if is_maxio else sandbox.chargeover_url("nowhere")
+    destination = case.made(sandbox, case.connect(sandbox, base_url=url))
+
+    with pytest.raises(Misconfigured):
+        destination.resolve(case.accounts)
+    with pytest.raises(Misconfigured):
+        destination.check()
+
+
+@EVERY_CASE
+def test_records_of_the_site_tie_out(case: Case, sandbox: Sandbox) -> None:
+    """What the site lists, or counts, is what was delivered, by token or by total."""
+    destination = case.made(sandbox)
+    targets = destination.resolve(case.accounts)
+    proposed = proposals(targets, ["3", "5", "8"][: len(targets)])
+    chosen = deliveries(destination, proposed)
+    receipts = [r for d in chosen for r in destination.send([d])]
+    accepted = proposed.assign(record_id=[receipt.record_id for receipt in receipts])
+
+    records = destination.records(accepted)
+
+    if records is not None:
+        assert {(r.token, r.quantity) for r in records} == {(d.token, d.quantity) for d in chosen}
+        return
+    totals = destination.totals([target.subscription for target in targets]) or []
+    counted = {total.subscription: total.quantity for total in totals if total.period.end > DAY}
+    assert counted == dict(zip(accepted["subscription"], map(Decimal, accepted["quantity"]), strict=True))
+
+
+@EVERY_CASE
+def test_settling_asks_by_the_stored_address(case: Case, sandbox: Sandbox) -> None:
+    """A doubt about what never arrived ends as absent, or is replayed where the site ignores repetitions."""
+    destination = case.made(sandbox)
+    chosen = ready(case, destination)
+
+    found = destination.settle(chosen)
+
+    replayed = case.destination["name"] == "maxio_events"
+    assert [found[delivery.token] is not None for delivery in chosen] == [replayed] * len(chosen)
+    assert billed(sandbox, case) == (60 if replayed else 0)
+
+
+# --- Maxio metered --------------------------------------------------------------------------------------------------
+
+
+def test_timeout_then_conflict_bills_once(sandbox: Sandbox) -> None:
+    """The first reply is lost, the second try meets its own token: 409 is a doubt, and the list tells the rest."""
+    destination = METERED.made(sandbox)
+    delivery = ready(METERED, destination)[0]
+    sandbox.fault(METERED.site, "lost_reply")
+    for _ in range(2):
+        with pytest.raises(InDoubt):
+            destination.send([delivery])
+
+    found = destination.settle([delivery])
+
+    assert found[delivery.token] is not None
+    assert billed(sandbox, METERED) == delivery.quantity
+
+
+def test_absent_after_a_conflict_waits_for_the_token_to_expire(sandbox: Sandbox) -> None:
+    """What was sent twice and is absent may have met its token: it stays in doubt for 61 minutes, then may go again."""
+    destination = METERED.made(sandbox)
+    early = ready(METERED, destination, sends=2, ago=timedelta(minutes=59))[0]
+    late = replace(early, sent_at=datetime.now(UTC) - timedelta(minutes=62))
+
+    assert destination.settle([early]) == {}
+    assert destination.settle([late]) == {late.token: None}
+
+
+def test_a_spent_token_without_usage_ends_after_its_hour(sandbox: Sandbox) -> None:
+    """A refused request used the token up: 409 until the hour has passed, then the same delivery is billed, once."""
+    destination = METERED.made(sandbox)
+    delivery = ready(METERED, destination, sends=2)[0]
+    body = json.loads(delivery.body)
+    body["usage"]["price_point_id"] = "1"
+    with pytest.raises(Refused):
+        destination.send([replace(delivery, body=json.dumps(body))])
+    with pytest.raises(InDoubt, match="409"):
+        destination.send([delivery])
+    sandbox.move_clock(advance_seconds=61 * 60)
+
+    found = destination.settle([replace(delivery, sent_at=datetime.now(UTC) - timedelta(minutes=62))])
+    destination.send([delivery])
+
+    assert found == {delivery.token: None}
+    assert billed(sandbox, METERED) == delivery.quantity
+
+
+def test_a_token_with_another_quantity_is_reported(sandbox: Sandbox) -> None:
+    """The site holds the token with another quantity: neither accepted nor sent again, but told."""
+    destination = METERED.made(sandbox)
+    delivery = ready(METERED, destination)[0]
+    destination.send([delivery])
+
+    with pytest.raises(Refused, match="holds 10, not 11"):
+        destination.settle([replace(delivery, quantity=Decimal(11))])
+
+
+def test_a_truncated_fraction_is_never_taken_for_the_whole(sandbox: Sandbox) -> None:
+    """The site stores 5 of 5.5 without a word: that is a doubt at once, and settling tells the difference."""
+    destination = METERED.made(sandbox)
+    (target,) = destination.resolve(["acct-0001"])
+    (delivery,) = deliveries(destination, proposals([target], ["5.5"]))
+
+    with pytest.raises(InDoubt, match=r"sent as 5\.5 and stored as 5"):
+        destination.send([delivery])
+    with pytest.raises(Refused, match=r"holds 5, not 5\.5"):
+        destination.settle([delivery])
+
+
+@pytest.mark.parametrize("order", ["descending", "ascending"])
+def test_a_long_list_is_walked_to_its_end_in_either_order(order: str, sandbox: Sandbox) -> None:
+    """Every usage is seen once, over several pages, whichever way the site sorts; so absent means absent."""
+    sandbox.switch(METERED.site, usage_list_order=order)
+    client = METERED.connect(sandbox)
+    made = [client.create_usage(50100001, 61001, '{"usage":{"quantity":1}}')["id"] for _ in range(405)]
+
+    walked = [usage["id"] for usage in client.usages(50100001, "handle:api-calls") or ()]
+    later = [usage["id"] for usage in client.usages(50100001, 61001, since_id=made[200]) or ()]
+
+    assert sorted(walked) == made
+    assert sorted(later) == made[200:]
+
+
+def test_an_ended_subscription_is_quarantined(sandbox: Sandbox) -> None:
+    """Usage of a cancelled subscription would never be billed, so its account is named with that reason."""
+    (target,) = METERED.made(sandbox).resolve(["acct-0090"])
+
+    assert "is canceled" in target.unknown
+
+
+def test_a_reference_of_digits_never_bills_the_subscription_with_that_id(tmp_path: Path) -> None:
+    """The reference 50100002 belongs to subscription 50100001: usage goes to the reference's owner."""
+    world = (WORLDS / "acme.yaml").read_text()
+    world = world.replace('"acct-{n:04d}"', '"5010000{n}"').replace("count: 12, id: 50100001", "count: 2, id: 50100002")
+    (tmp_path / "acme.yaml").write_text(world)
+    case = replace(METERED, accounts=("50100002",))
+    with Sandbox([tmp_path / "acme.yaml"]) as sandbox:
+        # Subscription 50100002 has reference 50100001, and 50100003 has 50100002.
+        destination = case.made(sandbox)
+        send_all(destination, ready(case, destination, ["4"]))
+
+        assert {row.subscription: row.billed for row in sandbox.billed(case.site) if row.billed} == {
+            "50100003": Decimal(4)
+        }
+
+
+def test_many_accounts_are_looked_up_in_few_requests(sandbox: Sandbox) -> None:
+    """Known accounts come from the list; only the strangers are asked for one by one, and a 404 makes them unknown."""
+    known = [f"acct-{number:04d}" for number in range(1, 13)]
+    strangers = [f"stranger-{number}" for number in range(15)]
+
+    targets = METERED.made(sandbox).resolve([*known, *strangers])
+
+    assert [bool(target.unknown) for target in targets] == [False] * 12 + [True] * 15
+    routes = sandbox.requests(METERED.site)["by_route"]
+    assert routes["lookup_subscription"] == len(strangers)
+
+
+def test_a_failing_look_up_concludes_nothing(sandbox: Sandbox) -> None:
+    """A look-up that fails stops the run: no account is called unknown because of it."""
+    destination = METERED.made(sandbox)
+    sandbox.fault(METERED.site, "server_error", route="lookup_subscription", reads=True, after=1)
+
+    with pytest.raises(NotApplied, match="500"):
+        destination.resolve(METERED.accounts)
+
+
+def test_every_fault_of_a_definition_is_told_at_once(sandbox: Sandbox) -> None:
+    """Wrong kind, fractions that the component does not take and an unknown price point make three lines."""
+    case = replace(METERED, decimals=2)
+    with pytest.raises(Misconfigured) as told:
+        case.made(sandbox, component="handle:seats", price_point="handle:nowhere").check()
+    assert "3 faults" in str(told.value)
+
+    with pytest.raises(Misconfigured, match="archived"):
+        METERED.made(sandbox, component="handle:legacy-calls").check()
+
+
+@pytest.mark.parametrize("access", ["account_canceled", "trial_ended", "data_clearing", "site_deleted"])
+def test_a_blocked_site_stops_the_run_and_refuses_no_record(access: str, sandbox: Sandbox) -> None:
+    """The site-wide 422 hits every request: it is no fault of the delivery."""
+    destination = METERED.made(sandbox)
+    delivery = ready(METERED, destination)[0]
+    sandbox.switch(METERED.site, access=access)
+
+    with pytest.raises(Misconfigured, match="whole site"):
+        destination.send([delivery])
+    with pytest.raises(Misconfigured, match="whole site"):
+        destination.check()
+
+
+def test_a_bad_usage_is_refused_with_the_sites_words(sandbox: Sandbox) -> None:
+    """A refusal that lies in the record carries what the site said."""
+    destination = METERED.made(sandbox, component="handle:seats", price_point=None)
+    delivery = ready(METERED, destination)[0]
+
+    with pytest.raises(Refused, match="Usages can only be added to metered or prepaid usage components"):
+        destination.send([delivery])
+
+
+def test_negative_differences_wait(sandbox: Sandbox) -> None:
+    """The balance floors at zero, so a negative difference is held with that reason."""
+    destination = METERED.made(sandbox)
+    proposed = proposals(destination.resolve(METERED.accounts), ["5", "-5", "0"])
+
+    reasons = list(destination.hold_reason(proposed))
+
+    assert reasons[0] == reasons[2] == ""
+    assert "never falls below 0" in reasons[1]
+
+
+# --- Maxio events ---------------------------------------------------------------------------------------------------
+
+
+def test_a_thousand_events_travel_in_one_request(sandbox: Sandbox) -> None:
+    """A full chunk is one request, and each event counts."""
+    destination = EVENTS.made(sandbox)
+    (target,) = destination.resolve(["orbit-01"])
+    one = proposals([target], ["0.001"])
+    many = pd.concat([one] * 1000, ignore_index=True).assign(token=[f"{number:064x}" for number in range(1000)])
+    chosen = deliveries(destination, many)
+    sandbox.reset_requests()
+
+    send_all(destination, chosen)
+
+    assert sandbox.requests(EVENTS.site)["writing"] == 1
+    assert billed(sandbox, EVENTS) == Decimal("1.000")
+
+
+def test_events_of_a_closed_billing_period_are_held(sandbox: Sandbox) -> None:
+    """The stream would take them and never bill them."""
+    destination = EVENTS.made(sandbox)
+    targets = destination.resolve(EVENTS.accounts)
+    closed = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 30, 23, tzinfo=UTC))
+
+    assert all("closed" in reason for reason in destination.hold_reason(closed))
+    assert not any(destination.hold_reason(proposals(targets, ["1", "2", "3"])))
+
+
+def test_a_replay_outside_its_window_is_forbidden(sandbox: Sandbox) -> None:
+    """After 30 days the stream may have forgotten the token: the doubt stays, nothing is sent."""
+    destination = EVENTS.made(sandbox)
+    chosen = ready(EVENTS, destination, ago=timedelta(days=30, minutes=1))
+    sandbox.reset_requests()
+
+    assert destination.settle(chosen) == {}
+    assert sandbox.requests(EVENTS.site)["writing"] == 0
+
+
+def test_a_doubt_that_outlives_its_billing_period_is_not_replayed(sandbox: Sandbox) -> None:
+    """After renewal a replay might be taken and never billed, so the doubt stays listed by name."""
+    destination = EVENTS.made(sandbox)
+    chosen = ready(EVENTS, destination)
+    sandbox.move_clock("2026-11-02T00:00:00Z")
+    sandbox.reset_requests()
+
+    assert destination.settle(chosen) == {}
+    assert sandbox.requests(EVENTS.site)["writing"] == 0
+
+
+def test_an_unknown_stream_is_a_fault_of_the_definition(sandbox: Sandbox) -> None:
+    """No record is refused for a stream that the events host does not know."""
+    destination = EVENTS.made(sandbox, stream="no-such-stream")
+    with pytest.raises(Misconfigured, match="no such stream"):
+        destination.send(ready(EVENTS, destination))
+
+
+def test_a_metered_component_takes_no_events(sandbox: Sandbox) -> None:
+    """The wrong kind of component is told by its kind."""
+    case = replace(EVENTS, site=METERED.site)
+    with pytest.raises(Misconfigured, match="metered_component; maxio_events needs event_based_component"):
+        case.made(sandbox, component="handle:api-calls").check()
+
+
+def test_a_property_may_not_stand_twice_in_an_event(sandbox: Sandbox) -> None:
+    """A dimension called like the quantity's property would hide one of the two: told by the check."""
+    with pytest.raises(Misconfigured, match="'region' would stand twice"):
+        EVENTS.made(sandbox, property="region").check()
+
+
+def test_events_by_subscription_id_count_for_it(sandbox: Sandbox) -> None:
+    """A stream identified by subscription_id takes the number, inside the chargify object."""
+    by_id = {"stream": "raw-events", "subscription_by": "subscription_id", "component": "handle:raw-count"}
+    case = replace(EVENTS, accounts=("50200001",), component="raw-count", destination={**EVENTS.destination, **by_id})
+    destination = case.made(sandbox)
+    destination.check()
+
+    send_all(destination, ready(case, destination, ["5"]))
+
+    assert {row.subscription: row.billed for row in sandbox.billed(case.site) if row.billed} == {"50200001": Decimal(1)}
+
+
+def test_totals_cover_closed_periods_too(sandbox: Sandbox) -> None:
+    """After renewal the closed period's total is still told, beside the open one's."""
+    destination = EVENTS.made(sandbox)
+    send_all(destination, ready(EVENTS, destination))
+    sandbox.move_clock("2026-11-02T00:00:00Z")
+
+    totals = destination.totals(["50200001"]) or []
+
+    assert [(total.period.start.month, total.quantity) for total in totals] == [(10, Decimal(10)), (11, Decimal(0))]
+
+
+# --- ChargeOver -----------------------------------------------------------------------------------------------------
+
+
+def test_times_are_the_accounts_own_and_the_end_is_included(sandbox: Sandbox) -> None:
+    """A day in Chicago is sent as its first and last second there, without an offset."""
+    destination = BATCH.made(sandbox)
+    body = json.loads(ready(BATCH, destination)[0].body)
+
+    assert (body["from"], body["to"]) == ("2026-10-05 00:00:00", "2026-10-05 23:59:59")
+
+
+def test_an_upgrade_changes_the_address_and_not_the_identity(sandbox: Sandbox) -> None:
+    """A new price gives the line a new id: the next run finds it, and what was billed stays the same customer's."""
+    destination = BATCH.made(sandbox)
+    (before,) = destination.resolve(["pkg-001"])
+    send_all(destination, deliveries(destination, proposals([before], ["3"])))
+    upgrade(sandbox, 713, before.address["line_item_id"])
+
+    (after,) = destination.resolve(["pkg-001"])
+    send_all(destination, deliveries(destination, proposals([after], ["4"], DAY + timedelta(days=1))))
+
+    assert (after.subscription, after.component) == (before.subscription, before.component)
+    assert after.address != before.address
+    assert billed(sandbox, BATCH) == 7
+
+
+def upgrade(sandbox: Sandbox, package: int, line: int) -> None:
+    """Change a line's price on the site, as its owner would."""
+    keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
+    body = {"line_items": [{"line_item_id": line, "tierset": {"tiers": [{"amount": 0.07}]}}]}
+    url = f"{sandbox.chargeover_url('telco')}/api/v3/package/{package}/_action/upgrade"
+    assert requests.post(url, json=body, auth=keys, timeout=5).status_code == 200
+
+
+def test_usage_of_a_replaced_line_is_refused_and_named(sandbox: Sandbox) -> None:
+    """A delivery stored before an upgrade names a line that is gone: a refusal, not a doubt, in a batch and alone."""
+    for case in (BATCH, SINGLE):
+        destination = case.made(sandbox)
+        chosen = ready(replace(case, accounts=("pkg-002",)), destination)
+        upgrade(sandbox, 714, chosen[0].address["line_item_id"])
+
+        with pytest.raises(Refused):
+            destination.send(chosen)
+    assert billed(sandbox, BATCH) == 0
+
+
+def test_one_bad_record_does_not_hold_up_its_batch(sandbox: Sandbox) -> None:
+    """The good ones get their receipts; the bad one stays without, and is refused once it travels alone."""
+    destination = BATCH.made(sandbox)
+    chosen = ready(BATCH, destination)
+    upgrade(sandbox, 714, chosen[1].address["line_item_id"])
+
+    tokens = send_all(destination, chosen)
+
+    assert tokens == [chosen[0].token, chosen[2].token]
+    with pytest.raises(Refused):
+        destination.send([chosen[1]])
+    assert billed(sandbox, BATCH) == chosen[0].quantity + chosen[2].quantity
+
+
+def test_an_external_key_with_another_value_is_reported(sandbox: Sandbox) -> None:
+    """The account holds our key with another value: in doubt when sent, told as different when settled."""
+    destination = SINGLE.made(sandbox)
+    delivery = ready(SINGLE, destination)[0]
+    destination.send([delivery])
+    other = replace(delivery, quantity=Decimal(12), body=delivery.body.replace('"usage_value":10', '"usage_value":12'))
+
+    with pytest.raises(InDoubt, match="held with 10"):
+        destination.send([other])
+    with pytest.raises(Refused, match="held with 10, and 12 was sent"):
+        destination.settle([other])
+
+
+def test_a_key_that_is_there_twice_is_reported(sandbox: Sandbox) -> None:
+    """Where the account takes a key twice, two records are no receipt but a finding."""
+    sandbox.switch(SINGLE.site, duplicate_external_key="accept")
+    destination = SINGLE.made(sandbox)
+    delivery = ready(SINGLE, destination)[0]
+    for _ in range(2):
+        destination.send([delivery])
+
+    with pytest.raises(Refused, match="held with 10, 10"):
+        destination.settle([delivery])
+
+
+def test_negative_usage_waits_unless_the_connection_allows_it(sandbox: Sandbox) -> None:
+    """No document says that an account takes negatives, so a person has to."""
+    cautious = BATCH.made(sandbox)
+    allowed = BATCH.made(sandbox, BATCH.connect(sandbox, negative_usage="allowed"))
+    proposed = proposals(cautious.resolve(BATCH.accounts), ["5", "-5", "1"])
+
+    assert [bool(reason) for reason in cautious.hold_reason(proposed)] == [False, True, False]
+    assert not any(allowed.hold_reason(proposed))
+
+
+def test_what_cannot_be_billed_is_named_with_its_reason(tmp_path: Path) -> None:
+    """Two lines of one item, no line, a line that is not metered: each has its own words; an odd key is found."""
+    world = (WORLDS / "telco.yaml").read_text()
+    world += """
+  - {package_id: 801, external_key: twice, customer: cust-001, lines: [{id: 901, item: voip}, {id: 902, item: voip}]}
+  - {package_id: 802, external_key: none, customer: cust-002, lines: [{id: 903, item: sms}]}
+  - {package_id: 803, external_key: "odd:key,with\\\\slash", customer: cust-003, lines: [{id: 904, item: voip}]}
+  - {package_id: 804, external_key: flat, customer: cust-004, lines: [{id: 905, item: support}]}
+"""
+    (tmp_path / "telco.yaml").write_text(world)
+    with Sandbox([tmp_path / "telco.yaml"]) as sandbox:
+        odd = "odd:key,with\\slash"
+        twice, none, found = BATCH.made(sandbox).resolve(["twice", "none", odd])
+        (flat,) = BATCH.made(sandbox, item="support").resolve(["flat"])
+        by_customer = BY_CUSTOMER.made(sandbox).resolve(["cust-001", "cust-002"])
+        with pytest.raises(Misconfigured, match="'support' is not metered"):
+            BATCH.made(sandbox, item="support").check()
+
+    assert "ambiguous" in twice.unknown
+    assert "no line" in none.unknown
+    assert found.address == {"line_item_id": 904}
+    assert "not metered" in flat.unknown
+    assert "3 lines" in by_customer[0].unknown
+    assert not by_customer[1].unknown
+
+
+def test_a_cancelled_package_is_quarantined(sandbox: Sandbox) -> None:
+    """Usage of a cancelled package would not be billed."""
+    keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
+    url = f"{sandbox.chargeover_url('telco')}/api/v3/package/713/_action/cancel"
+    assert requests.post(url, auth=keys, timeout=5).status_code == 200
+
+    (target,) = BATCH.made(sandbox).resolve(["pkg-001"])
+    (customer,) = BY_CUSTOMER.made(sandbox).resolve(["cust-001"])
+
+    assert "is cancelled" in target.unknown
+    assert "no active package" in customer.unknown
+
+
+def test_many_packages_come_from_one_list(sandbox: Sandbox) -> None:
+    """Known packages come from the list with their lines; only strangers are asked for one by one."""
+    known = [f"pkg-{number:03d}" for number in range(1, 9)]
+
+    targets = BATCH.made(sandbox).resolve([*known, *(f"stranger-{number}" for number in range(20))])
+
+    assert [bool(target.unknown) for target in targets] == [False] * 8 + [True] * 20
+    assert sandbox.requests(BATCH.site)["by_route"]["query_packages"] <= 2 + 20
+
+
+# --- the Test button --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "works"), [("sandbox-acme-key", True), ("wrong-key-31337", False)])
+def test_the_maxio_button_asks_the_site(
+    key: str, works: bool, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The button's word is the site's own answer, and a refused key is not repeated."""
+    extra = {"subdomain": "acme", "settle_after_seconds": 0}
+    fields = {"conn_type": "maxio", "host": sandbox.maxio_url("acme"), "password": key, "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_MAXIO_ACME", json.dumps(fields))
+
+    worked, words = MaxioHook("maxio_acme").test_connection()
+
+    assert worked is works
+    assert ("maxio:us:acme answers" in words) is works
+    assert key not in words
+    assert sandbox.requests("maxio:us:acme")["by_route"] != {}
+
+
+@pytest.mark.parametrize(("key", "works"), [("sandboxtelcoprivatekey0000000000", True), ("wrong-key-31337", False)])
+def test_the_chargeover_button_asks_the_account(
+    key: str, works: bool, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The button's word is the account's own answer, and a refused key is not repeated."""
+    fields = {
+        "conn_type": "chargeover",
+        "host": sandbox.chargeover_url("telco"),
+        "login": "sandboxtelcopublickey00000000000",
+        "password": key,
+        "extra": {"instance": "telco"},
+    }
+    monkeypatch.setenv("AIRFLOW_CONN_TELCO", json.dumps(fields))
+
+    worked, words = ChargeOverHook("telco").test_connection()
+
+    assert worked is works
+    assert ("chargeover:telco answers" in words) is works
+    assert key not in words
+
+
+def test_one_process_never_exceeds_the_sites_limit(sandbox: Sandbox) -> None:
+    """However many threads send, no more requests are in process at once than the connection allows."""
+    client = METERED.connect(sandbox, concurrency=2)
+    sandbox.fault(METERED.site, "hang", count=6, seconds=0.05)
+
+    with ThreadPoolExecutor(6) as pool:
+        made = list(
+            pool.map(lambda _: client.create_usage(50100001, 61001, '{"usage":{"quantity":1}}')["id"], range(12))
+        )
+
+    assert len(set(made)) == 12
+    assert sandbox.requests(METERED.site)["most_in_process"] == 2
+
+
+def test_a_wrong_address_is_told_by_the_button(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site that is not there answers 404 to everything: that is no site, and not an empty one."""
+    extra = {"subdomain": "acme"}
+    fields = {"conn_type": "maxio", "host": sandbox.maxio_url("nowhere"), "password": "some-key", "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_LOST", json.dumps(fields))
+
+    worked, words = MaxioHook("lost").test_connection()
+
+    assert not worked
+    assert "no Maxio site" in words

@@ -1,0 +1,75 @@
+"""The bench at a small size: its figures are of the right kind, and what the sites billed is what was owed."""
+
+import importlib
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "include" / "sandbox"
+STAGES = ["extract", "validate", "aggregate", "plan", "deliver", "reconcile"]
+ROWS = 5_000
+
+
+@pytest.fixture(name="bench")
+def _bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module("bench")
+
+
+@pytest.fixture(name="outcome")
+def _outcome(bench: ModuleType, tmp_path: Path):
+    """A month of telephone calls, in batches so small that there are several."""
+    return bench.Bench(tmp_path).run(bench.Case("voip_minutes", ROWS, 2_000))
+
+
+def test_the_bench_bills_what_is_owed_and_tells_what_it_took(
+    bench: ModuleType, outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage took time, memory and rows, only the last two and validate asked the site, and the bill is right."""
+    assert [cost.stage for cost in outcome.stages] == STAGES
+    assert all(cost.wall_seconds > 0 and cost.cpu_seconds > 0 and cost.rows > 0 for cost in outcome.stages)
+    # A process with pandas and Arrow in it has more than 50 MB; one that kept the unit wrong would have a thousandfold.
+    assert all(50 < cost.peak_mib < 5_000 for cost in outcome.stages)
+    assert 50 < outcome.start_mib <= outcome.road.peak_mib
+    requests = {cost.stage: cost.requests for cost in outcome.stages}
+    assert requests["extract"] == requests["aggregate"] == requests["plan"] == 0
+    assert min(requests["validate"], requests["deliver"], requests["reconcile"]) > 0
+    assert outcome.road.rows == pytest.approx(ROWS, rel=0.1)
+    assert outcome.owed == outcome.billed > 0
+    assert outcome.difference == 0
+    assert bench.exit_code([outcome]) == 0
+    table = bench.report(outcome)
+    assert all(stage in table for stage in [*STAGES, "whole road"])
+    assert "difference 0" in table
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bill_that_differs_fails_the_bench(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """One outcome with a difference among sound ones is told by name, and the exit code is 1."""
+    cost = bench.Cost("extract", ROWS, 1.0, 1.0, 300.0, 0)
+    sound = bench.Outcome(bench.Case("api_calls", ROWS, 100), 290.0, (cost,), Decimal(5), Decimal(5), Decimal(0))
+    wrong = replace(sound, case=bench.Case("voip_minutes", ROWS, 100), billed=Decimal(6), difference=Decimal(1))
+    assert bench.exit_code([sound, wrong]) == 1
+    said = capsys.readouterr().err
+    assert "voip_minutes" in said
+    assert "api_calls" not in said
+
+
+def test_batch_sizes_stand_side_by_side(bench: ModuleType) -> None:
+    """The memory table has a column for each batch size and a line for each stage."""
+    cost = bench.Cost("extract", ROWS, 1.0, 1.0, 300.0, 0)
+    small = bench.Outcome(bench.Case("api_calls", ROWS, 1_000), 290.0, (cost,), Decimal(5), Decimal(5), Decimal(0))
+    large = replace(small, case=bench.Case("api_calls", ROWS, 4_000), stages=(replace(cost, peak_mib=400.0),))
+    head, *lines = bench.memory_report([small, large]).splitlines()[2:]
+    assert head.split("  ")[-2:] == ["batches of 1,000", "batches of 4,000"]
+    assert [line.split()[-2:] for line in lines] == [["290", "290"], ["300", "400"], ["300", "400"]]
+
+
+def test_too_few_rows_are_turned_down(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Below the least number the planted bad rows would stop the run: the command says so at once."""
+    with pytest.raises(SystemExit):
+        bench.main(["--rows", "100"])
+    assert "at least 5000" in capsys.readouterr().err
