@@ -282,3 +282,19 @@ def house_window(source: BillingSource, interval: Period) -> tuple[datetime, dat
     """Return the compared span of an interval."""
     periods = source.periods(interval)
     return periods[0].start, periods[-1].end
+
+
+@pytest.mark.parametrize("name", ["platform_events", "voip_minutes"])
+def test_usage_of_a_closed_billing_period_is_held_by_name_where_it_would_never_be_billed(
+    house: House, name: str
+) -> None:
+    """The site would store the 31st of October after its renewal and never bill it: it waits, with the reason."""
+    source = shipped(name)
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    day = a_day(source, 31)
+    house.run(source, day, some_usage(source, day))
+    assert house.billed(source) == {}
+    left = house.ledger.open_items(source.name, Period(*house_window(source, day)))
+    assert set(left["state"]) == {"held"}
+    assert sum(Decimal(quantity) for quantity in left["quantity"]) == sum(expected(source).values())
+    assert left["reason"].str.contains("closed|invoiced").all()

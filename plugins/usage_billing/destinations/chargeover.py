@@ -15,10 +15,11 @@ from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
+import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from usage_billing.destinations.base import Destination, by_value, joined, negative, reasons
+from usage_billing.destinations.base import Destination, by_value, joined, negative
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
@@ -29,6 +30,7 @@ from usage_billing.destinations.http import (
     whole_number,
 )
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
+from usage_billing.periods import local_midnight
 from usage_billing.records import Delivery, Receipt, SiteRecord, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
@@ -43,6 +45,11 @@ _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TIME = "%Y-%m-%d %H:%M:%S"
 _FEW = 20
 _STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
+_DAYS = {"dly": 1, "1wk": 7, "2wk": 14, "4wk": 28, "30d": 30, "8wk": 56, "12w": 84}
+_MONTHS = {"mon": 1, "2mn": 2, "qtr": 3, "six": 6, "yrl": 12, "2yr": 24, "3yr": 36, "4yr": 48, "5yr": 60, "10y": 120}
+_CYCLES = {name: pd.DateOffset(days=days) for name, days in _DAYS.items()}
+_CYCLES |= {name: pd.DateOffset(months=months) for name, months in _MONTHS.items()}
+"""How long a billing cycle is, by the API's word for it (``paycycle``)."""
 """Package states that are not billed: usage sent there would be lost, so it is quarantined."""
 
 
@@ -425,16 +432,40 @@ class ChargeOverUsage(Destination):
             subscription=f"{holder}:{account}",
             component=f"item:{self.settings.item}",
             address={"line_item_id": int(lines[0]["line_item_id"])},
+            open_from=self._open_from(
+                next(package for package in billed if lines[0] in (package.get("line_items") or ()))
+            ),
         )
+
+    def _open_from(self, package: Json) -> datetime | None:
+        """Return when the package's open billing cycle began: one cycle before its next invoice, where that is known.
+
+        The API names the next invoice's day and the cycle, and says of neither end which usage it takes in.
+        """
+        text, cycle = str(package.get("next_invoice_datetime") or ""), str(package.get("paycycle") or "")
+        if not text:
+            return None
+        day = datetime.fromisoformat(text[: len("2026-10-01")]).date()
+        if cycle == "116":  # The 1st and the 16th of each month.
+            start = day.replace(day=1) if day.day > 1 else (day - timedelta(days=1)).replace(day=16)
+        elif cycle in _CYCLES:
+            start = (pd.Timestamp(day) - _CYCLES[cycle]).date()
+        else:
+            return None
+        return local_midnight(start, self.client.settings.zone)
 
     def _is_ours(self, line: Json) -> bool:
         return bool(line.get("item_external_key") == self.settings.item and not line.get("cancel_datetime"))
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
-        """Hold negative differences unless the connection allows them."""
-        why = "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
-        held = negative(proposals["quantity"]) & (self.client.settings.negative_usage == "hold")
-        return reasons(why, held, proposals.index)
+        """Hold negative differences unless the connection allows them, and what belongs to an invoiced cycle."""
+        minus = negative(proposals["quantity"]) & (self.client.settings.negative_usage == "hold")
+        late = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
+        why_minus = (
+            "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
+        )
+        why_late = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
+        return pd.Series(np.select([minus, late], [why_minus, why_late], ""), index=proposals.index, dtype=object)
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one usage record, the token as its external key."""
