@@ -1,17 +1,26 @@
-"""Requests and replies as the sandbox's handlers see them, and the routes between.
+"""Requests as the sandbox's handlers see them, the routes to the handlers, and exact JSON; Starlette does the rest.
 
-Handlers are plain functions from a `Call` to a `Reply`; the transport, threads and faults stay outside, in `app`.
+Handlers are plain functions from a `Call` to a response; threads, transactions and faults stay outside, in `app`.
 """
 
 import base64
 import binascii
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import quote, unquote
+
+from starlette import routing
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+Handler = Callable[..., Response]
 
 _NUMBER_MARK = re.compile(r'"\\u0000([-+0-9.E]+)\\u0000"')
 
@@ -22,22 +31,24 @@ class BadJson(ValueError):
 
 @dataclass(frozen=True)
 class Call:
-    """One request: decoded path segments after the site's own prefix, query pairs in order, body as sent."""
+    """One request, read whole: Starlette's request, and its body as sent."""
 
-    method: str
-    segments: tuple[str, ...]
-    query: tuple[tuple[str, str], ...] = ()
-    headers: dict[str, str] = field(default_factory=dict)
+    request: Request
     body: bytes = b""
+
+    @property
+    def params(self) -> dict[str, str]:
+        """Return what the path names; only here its segments are decoded, so that a slash may be in them."""
+        return {name: unquote(value) for name, value in self.request.path_params.items()}
 
     def param(self, name: str) -> str | None:
         """Return the last value of a query parameter, or None."""
-        values = [value for key, value in self.query if key == name]
-        return values[-1] if values else None
+        value: str | None = self.request.query_params.get(name)
+        return value
 
     def csv(self, name: str) -> list[str]:
         """Return a list parameter, sent as `a,b` or as repeated `name[]`."""
-        values = [value for key, value in self.query if key in (name, f"{name}[]")]
+        values = [value for key, value in self.request.query_params.multi_items() if key in (name, f"{name}[]")]
         return [part for value in values for part in value.split(",") if part]
 
     def json(self) -> Any:
@@ -49,7 +60,7 @@ class Call:
 
     def basic_auth(self) -> tuple[str, str] | None:
         """Return user name and password of HTTP Basic, or None."""
-        scheme, _, encoded = self.headers.get("authorization", "").partition(" ")
+        scheme, _, encoded = self.request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "basic":
             return None
         try:
@@ -59,57 +70,58 @@ class Call:
         return user, password
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One answer, ready to be written."""
+class Route(routing.Route):
+    """A documented endpoint: `path` has `{names}` for the call's `params`, which its handler is given beside the call.
 
-    status: int
-    body: bytes = b""
-    media_type: str = "application/json; charset=utf-8"
-    headers: tuple[tuple[str, str], ...] = ()
+    Tallies and faults know it by `name`; `writing` says whether it could change the books.
+    """
 
+    def __init__(self, method: str, path: str, name: str, handler: Handler, *, writing: bool = False) -> None:
+        super().__init__(path, self._arrive, methods=[method], name=name)
+        self.methods = {method}  # Without the HEAD that comes with a GET: the sites document none.
+        self.handler = handler
+        self.writing = writing
 
-@dataclass(frozen=True)
-class Route:
-    """A documented endpoint: `pattern` is its path, with `{names}` for what the handler is given."""
-
-    method: str
-    pattern: str
-    name: str
-    handler: Callable[..., Reply]
-    writing: bool = False
-
-    def match(self, call: Call) -> dict[str, str] | None:
-        """Return the path's parameters when the call is for this route."""
-        parts = self.pattern.strip("/").split("/")
-        if call.method != self.method or len(parts) != len(call.segments):
-            return None
-        params: dict[str, str] = {}
-        for part, segment in zip(parts, call.segments, strict=True):
-            if part.startswith("{"):
-                params[part[1:-1]] = segment
-            elif part != segment:
-                return None
-        return params
+    async def _arrive(self, request: Request) -> Response:
+        app: RoutedApp = request.app
+        return await app.visit(Call(request, await request.body()), self)
 
 
-def find_route(routes: Sequence[Route], call: Call) -> tuple[Route, dict[str, str]] | None:
-    """Return the first route that the call is for, with the path's parameters."""
-    for route in routes:
-        params = route.match(call)
-        if params is not None:
-            return route, params
-    return None
+class RoutedApp(Starlette):
+    """An application whose every request goes through `visit`, also one that no route is for."""
+
+    def __init__(self, **options: Any) -> None:
+        # Routing itself says 404 and 405; what a site says to either is its own.
+        super().__init__(exception_handlers={HTTPException: self._unknown}, **options)
+        # Paths are routed without a slash at their end, so there is none to redirect to.
+        self.router.redirect_slashes = False
+
+    async def visit(self, call: Call, route: Route | None) -> Response:
+        """Answer a call; `route` is None when there is none for it."""
+        raise NotImplementedError
+
+    async def _unknown(self, request: Request, _error: Exception) -> Response:
+        return await self.visit(Call(request, await request.body()), None)
 
 
-def json_reply(value: object, status: int = 200, headers: tuple[tuple[str, str], ...] = ()) -> Reply:
+class NoReply(Response):
+    """Closes the connection without a byte of reply; `server.DroppableHttp` puts the means into the scope."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Drop the connection, and wait until it is gone."""
+        scope["state"]["drop"]()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def canonical_path(path: str) -> str:
+    """Return a path with every segment in its one encoded spelling, without empty segments."""
+    return "/" + "/".join(quote(unquote(part), safe="") for part in path.split("/") if part)
+
+
+def json_reply(value: object, status: int = 200) -> Response:
     """Answer with JSON; a `Decimal` becomes a number literal with every digit it has."""
-    return Reply(status, dump_json(value).encode(), headers=headers)
-
-
-def text_reply(text: str, status: int, media_type: str = "text/plain; charset=utf-8") -> Reply:
-    """Answer with text."""
-    return Reply(status, text.encode(), media_type)
+    return Response(dump_json(value), status, media_type="application/json; charset=utf-8")
 
 
 def dump_json(value: object) -> str:
@@ -124,13 +136,6 @@ def plain(number: Decimal) -> str:
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text in ("-0", "") else text
-
-
-def split_target(raw_path: bytes, query_string: bytes) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """Return decoded path segments and query pairs; an encoded slash stays inside its segment."""
-    path = raw_path.decode("latin-1").partition("?")[0]
-    segments = tuple(unquote(part) for part in path.strip("/").split("/") if part)
-    return segments, tuple(parse_qsl(query_string.decode("latin-1"), keep_blank_values=True))
 
 
 def _mark_number(value: object) -> str:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.books import Books
 from usage_billing.sandbox.switches import SwitchBoard
-from usage_billing.sandbox.wire import Call, Reply, json_reply
+from usage_billing.sandbox.wire import Call, json_reply
 from usage_billing.sandbox.world import ChargeOverWorld
 
 from .billing import ChargeOverBiller
@@ -42,18 +44,17 @@ class ChargeOverAccount:
         return Query(call, fields, self.world.zone, self.switches["limit_above_max"])
 
 
-def ok(response: object) -> Reply:
+def ok(response: object) -> Response:
     """Answer a get, a query, a count or an action."""
     return _envelope(200, "OK", "", response)
 
 
-def created(number: int, location: str | None) -> Reply:
+def created(number: int) -> Response:
     """Answer a create with the new object's id."""
-    reply = _envelope(201, "OK", "", {"id": number})
-    return Reply(201, reply.body, headers=(("Location", location),) if location else ())
+    return _envelope(201, "OK", "", {"id": number})
 
 
-def error(code: int, message: str) -> Reply:
+def error(code: int, message: str) -> Response:
     """Answer with an error; `response` is null where an object was not found, false elsewhere."""
     return _envelope(code, "Error", message, None if code == _NOT_FOUND else False)
 
@@ -96,6 +97,6 @@ def number_of(given: object) -> Decimal:
     return number
 
 
-def _envelope(code: int, status: str, message: str, response: object) -> Reply:
+def _envelope(code: int, status: str, message: str, response: object) -> Response:
     content = {"code": code, "status": status, "message": message, "details": {}, "response": response}
     return json_reply(content, code)

@@ -1,9 +1,9 @@
 """ChargeOver's invoices: what was billed, line by line."""
 
-from collections.abc import Sequence
+from starlette.responses import Response
 
 from usage_billing.sandbox.books import Row
-from usage_billing.sandbox.wire import Call, Reply, Route
+from usage_billing.sandbox.wire import Call, Route
 
 from .envelope import ChargeOverAccount, Refusal, as_id, ok
 from .query import Field, Query
@@ -14,13 +14,13 @@ class Invoices:
 
     def __init__(self, account: ChargeOverAccount) -> None:
         self.account = account
-        self.routes: Sequence[Route] = (
-            Route("GET", "invoice/_count", "count_invoices", self.count_invoices),
-            Route("GET", "invoice", "query_invoices", self.query_invoices),
-            Route("GET", "invoice/{key}", "get_invoice", self.get_invoice),
+        self.routes = (
+            Route("GET", "/invoice/_count", "count_invoices", self.count_invoices),
+            Route("GET", "/invoice", "query_invoices", self.query_invoices),
+            Route("GET", "/invoice/{key}", "get_invoice", self.get_invoice),
         )
 
-    def get_invoice(self, call: Call, key: str) -> Reply:
+    def get_invoice(self, call: Call, key: str) -> Response:
         """`GET /invoice/{id}`, with its line items."""
         rows = self.account.books.rows(
             "SELECT * FROM invoice WHERE site = ? AND id = ?", self.account.world.site, as_id(key)
@@ -29,13 +29,13 @@ class Invoices:
             raise Refusal("This invoice does not exist.", 404)
         return ok(self.account.views.invoice(rows[0], self._invoice_lines(rows[0]["id"]), whole=True))
 
-    def query_invoices(self, call: Call) -> Reply:
+    def query_invoices(self, call: Call) -> Response:
         """`GET /invoice?where=`, without line items."""
         query = self.account.query(call, self._invoice_fields())
         rows = query.page(self._invoices(query))
         return ok([self.account.views.invoice(row, self._invoice_lines(row["id"]), whole=False) for row in rows])
 
-    def count_invoices(self, call: Call) -> Reply:
+    def count_invoices(self, call: Call) -> Response:
         """`GET /invoice/_count?where=`."""
         query = self.account.query(call, self._invoice_fields())
         return ok(len(query.matching(self._invoices(query))))

@@ -1,10 +1,12 @@
 """ChargeOver's packages (its subscriptions) with their lines, its customers and items."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.billing import Account, all_accounts, find_account, find_by_reference
-from usage_billing.sandbox.wire import Call, Reply, Route
+from usage_billing.sandbox.wire import Call, Route
 
 from .envelope import INVALID, ChargeOverAccount, Refusal, as_id, body_of, number_of, ok, pick
 from .query import Field, Query
@@ -27,36 +29,36 @@ class Packages:
 
     def __init__(self, account: ChargeOverAccount) -> None:
         self.account = account
-        self.routes: Sequence[Route] = (
-            Route("GET", "package/_count", "count_packages", self.count_packages),
-            Route("GET", "package", "query_packages", self.query_packages),
-            Route("GET", "package/{key}", "get_package", self.get_package),
-            Route("POST", "package/{key}/_action/{action}", "package_action", self.package_action, writing=True),
-            Route("POST", "package/{key}", "package_action", self.act_on_package, writing=True),
+        self.routes = (
+            Route("GET", "/package/_count", "count_packages", self.count_packages),
+            Route("GET", "/package", "query_packages", self.query_packages),
+            Route("GET", "/package/{key}", "get_package", self.get_package),
+            Route("POST", "/package/{key}/_action/{action}", "package_action", self.package_action, writing=True),
+            Route("POST", "/package/{key}", "package_action", self.act_on_package, writing=True),
         )
 
-    def get_package(self, call: Call, key: str) -> Reply:
+    def get_package(self, call: Call, key: str) -> Response:
         """`GET /package/{id}`, also `external_key:K` and `token:T`; with its line items."""
         account = self._package(key)
         return ok(self.account.views.package(account, self._lines(account.id)))
 
-    def query_packages(self, call: Call) -> Reply:
+    def query_packages(self, call: Call) -> Response:
         """`GET /package?where=`; line items only with `expand=line_items`."""
         query = self.account.query(call, self._package_fields())
         chosen = query.page(self._packages(query))
         expand = "line_items" in call.csv("expand")
         return ok([self.account.views.package(row["account"], row["lines"] if expand else None) for row in chosen])
 
-    def count_packages(self, call: Call) -> Reply:
+    def count_packages(self, call: Call) -> Response:
         """`GET /package/_count?where=`."""
         query = self.account.query(call, self._package_fields())
         return ok(len(query.matching(self._packages(query))))
 
-    def act_on_package(self, call: Call, key: str) -> Reply:
+    def act_on_package(self, call: Call, key: str) -> Response:
         """`POST /package/{id}?action=...`, the older form of `_action`."""
         return self.package_action(call, key, call.param("action") or "")
 
-    def package_action(self, call: Call, key: str, action: str) -> Reply:
+    def package_action(self, call: Call, key: str, action: str) -> Response:
         """`POST /package/{id}/_action/{upgrade or cancel}`: 200, `true`."""
         account = self._package(key)
         if action == "upgrade":
@@ -167,33 +169,33 @@ class Catalogue:
 
     def __init__(self, account: ChargeOverAccount) -> None:
         self.account = account
-        self.routes: Sequence[Route] = (
-            Route("GET", "customer/_count", "count_customers", self.count_customers),
-            Route("GET", "customer", "query_customers", self.query_customers),
-            Route("GET", "customer/{key}", "get_customer", self.get_customer),
-            Route("GET", "item", "query_items", self.query_items),
-            Route("GET", "item/{key}", "get_item", self.get_item),
+        self.routes = (
+            Route("GET", "/customer/_count", "count_customers", self.count_customers),
+            Route("GET", "/customer", "query_customers", self.query_customers),
+            Route("GET", "/customer/{key}", "get_customer", self.get_customer),
+            Route("GET", "/item", "query_items", self.query_items),
+            Route("GET", "/item/{key}", "get_item", self.get_item),
         )
 
-    def get_customer(self, call: Call, key: str) -> Reply:
+    def get_customer(self, call: Call, key: str) -> Response:
         """`GET /customer/{id}`, also `external_key:K` and `token:T`."""
         rows = [self.account.views.customer(customer) for customer in self.account.world.customers]
         return ok(pick(rows, "customer", "customer_id", key))
 
-    def query_customers(self, call: Call) -> Reply:
+    def query_customers(self, call: Call) -> Response:
         """`GET /customer?where=`."""
         return ok(self.account.query(call, _CUSTOMER_FIELDS).page(self._customers()))
 
-    def count_customers(self, call: Call) -> Reply:
+    def count_customers(self, call: Call) -> Response:
         """`GET /customer/_count?where=`."""
         return ok(len(self.account.query(call, _CUSTOMER_FIELDS).matching(self._customers())))
 
-    def get_item(self, call: Call, key: str) -> Reply:
+    def get_item(self, call: Call, key: str) -> Response:
         """`GET /item/{id}`, with `service_data.is_usage`."""
         rows = [self.account.views.item(item, whole=True) for item in self.account.world.items]
         return ok(pick(rows, "item", "item_id", key))
 
-    def query_items(self, call: Call) -> Reply:
+    def query_items(self, call: Call) -> Response:
         """`GET /item?where=`."""
         return ok(
             self.account.query(call, _ITEM_FIELDS).page(

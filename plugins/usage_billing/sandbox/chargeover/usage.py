@@ -5,14 +5,15 @@ Fields follow the documentation pages "Storing usage (metered) data", "Bulk usag
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.billing import find_account
 from usage_billing.sandbox.clock import parse_instant
-from usage_billing.sandbox.wire import Call, Reply, Route
+from usage_billing.sandbox.wire import Call, Route
 
 from .envelope import INVALID, ChargeOverAccount, Refusal, as_id, body_of, created, number_of, ok, pick
 from .query import Field, Query
@@ -47,21 +48,23 @@ class Usage:
 
     def __init__(self, account: ChargeOverAccount) -> None:
         self.account = account
-        self.routes: Sequence[Route] = (
-            Route("GET", "usage/_count", "count_usage", self.count_usage),
-            Route("POST", "usage", "create_usage", self.create_usage, writing=True),
-            Route("POST", "usage/_action/bulk", "bulk_usage", self.bulk_usage, writing=True),
-            Route("GET", "usage", "query_usage", self.query_usage),
-            Route("GET", "usage/{key}", "get_usage", self.get_usage),
+        self.routes = (
+            Route("GET", "/usage/_count", "count_usage", self.count_usage),
+            Route("POST", "/usage", "create_usage", self.create_usage, writing=True),
+            Route("POST", "/usage/_action/bulk", "bulk_usage", self.bulk_usage, writing=True),
+            Route("GET", "/usage", "query_usage", self.query_usage),
+            Route("GET", "/usage/{key}", "get_usage", self.get_usage),
         )
 
-    def create_usage(self, call: Call) -> Reply:
+    def create_usage(self, call: Call) -> Response:
         """`POST /usage`: 201 and the record's id."""
         record = body_of(call)
         number = self._store(self._check(record, in_bulk=False))
-        return created(number, self._url(call, f"usage/{number}"))
+        reply = created(number)
+        reply.headers["Location"] = f"{call.request.url.replace(query='')}/{number}"
+        return reply
 
-    def bulk_usage(self, call: Call) -> Reply:
+    def bulk_usage(self, call: Call) -> Response:
         """`POST /usage/_action/bulk`: up to 1,000 records; what one bad record does to the others is a switch."""
         records = body_of(call)
         if not isinstance(records, list) or len(records) > LARGEST_BULK:
@@ -78,19 +81,19 @@ class Usage:
                     self.account.books.write("RELEASE bulk")
                     raise
         self.account.books.write("RELEASE bulk")
-        return created(number, None)
+        return created(number)
 
-    def get_usage(self, call: Call, key: str) -> Reply:
+    def get_usage(self, call: Call, key: str) -> Response:
         """`GET /usage/{id}`, by the API's general rule; also `external_key:K`."""
         rows = [self.account.views.usage(row) for row in self._usage_rows(*_key_condition(key))]
         return ok(pick(rows, "usage", "usage_history_id", key))
 
-    def query_usage(self, call: Call) -> Reply:
+    def query_usage(self, call: Call) -> Response:
         """`GET /usage?where=`: only by line item, external key, `from` and `to`."""
         query = self.account.query(call, _USAGE_FIELDS)
         return ok([self.account.views.usage(row) for row in query.page(self._usage_for(query))])
 
-    def count_usage(self, call: Call) -> Reply:
+    def count_usage(self, call: Call) -> Response:
         """`GET /usage/_count?where=`."""
         query = self.account.query(call, _USAGE_FIELDS)
         return ok(len(query.matching(self._usage_for(query))))
@@ -222,9 +225,6 @@ class Usage:
             *(self.account.world.site, received, wall, *([] if value is None else [value])),
         )
         return [{**dict(row), "custom": json.loads(row["custom"])} for row in rows]
-
-    def _url(self, call: Call, path: str) -> str:
-        return f"http://{call.headers.get('host', 'localhost')}/chargeover/{self.account.world.name}/api/v3/{path}"
 
 
 def _key_condition(key: str) -> tuple[str, object]:

@@ -1,14 +1,15 @@
 """What a Maxio site tells about itself: site events, invoices, and the preview of a renewal."""
 
 import json
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
+
+from starlette.responses import Response
 
 from usage_billing.sandbox.billing import Account, next_period
 from usage_billing.sandbox.books import Row
 from usage_billing.sandbox.clock import midnight, parse_instant
-from usage_billing.sandbox.wire import Call, Reply, Route, json_reply
+from usage_billing.sandbox.wire import Call, Route, json_reply
 
 from .lookups import MaxioSite, NotFound, Unprocessable, day_param, paging, whole_param
 
@@ -18,17 +19,17 @@ class Activity:
 
     def __init__(self, site: MaxioSite) -> None:
         self.site = site
-        one = "subscriptions/{subscription}"
-        self.routes: Sequence[Route] = (
+        one = "/subscriptions/{subscription}"
+        self.routes = (
             Route("POST", f"{one}/renewals/preview", "preview_renewal", self.preview_renewal),
-            Route("GET", "events/count", "count_site_events", self.count_site_events),
-            Route("GET", "events", "list_site_events", self.list_site_events),
+            Route("GET", "/events/count", "count_site_events", self.count_site_events),
+            Route("GET", "/events", "list_site_events", self.list_site_events),
             Route("GET", f"{one}/events", "list_subscription_events", self.list_subscription_events),
-            Route("GET", "invoices/{uid}", "read_invoice", self.read_invoice),
-            Route("GET", "invoices", "list_invoices", self.list_invoices),
+            Route("GET", "/invoices/{uid}", "read_invoice", self.read_invoice),
+            Route("GET", "/invoices", "list_invoices", self.list_invoices),
         )
 
-    def preview_renewal(self, call: Call, subscription: str) -> Reply:
+    def preview_renewal(self, call: Call, subscription: str) -> Response:
         """`POST /subscriptions/{id}/renewals/preview.json`: what the open period would invoice; changes nothing."""
         account = self.site.account(subscription)
         if not account.live:
@@ -52,21 +53,21 @@ class Activity:
         }
         return json_reply({"renewal_preview": preview})
 
-    def list_site_events(self, call: Call) -> Reply:
+    def list_site_events(self, call: Call) -> Response:
         """`GET /events.json`."""
         return json_reply(self._site_events(call, None))
 
-    def list_subscription_events(self, call: Call, subscription: str) -> Reply:
+    def list_subscription_events(self, call: Call, subscription: str) -> Response:
         """`GET /subscriptions/{id}/events.json`."""
         return json_reply(self._site_events(call, self.site.account(subscription)))
 
-    def count_site_events(self, call: Call) -> Reply:
+    def count_site_events(self, call: Call) -> Response:
         """`GET /events/count.json`."""
         where, args = self._site_event_filter(call, None)
         row = self.site.books.row(f"SELECT count(*) AS n FROM site_event WHERE {where}", *args)
         return json_reply({"count": row["n"] if row else 0})
 
-    def list_invoices(self, call: Call) -> Reply:
+    def list_invoices(self, call: Call) -> Response:
         """`GET /invoices.json`: newest first; lines with `line_items=true`."""
         limit, offset = paging(call)
         where, args = ["site = ?"], [self.site.world.site]
@@ -85,7 +86,7 @@ class Activity:
             {"invoices": [self.site.views.invoice(row, self._lines(row["id"]), with_lines=with_lines) for row in rows]}
         )
 
-    def read_invoice(self, call: Call, uid: str) -> Reply:
+    def read_invoice(self, call: Call, uid: str) -> Response:
         """`GET /invoices/{uid}.json`, with lines."""
         try:
             number = int(uid.removeprefix("inv_"), 16)

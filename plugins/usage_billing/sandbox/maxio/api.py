@@ -5,11 +5,13 @@ Paths, parameters and shapes follow the Advanced Billing API reference; what it 
 
 from collections.abc import Sequence
 
-from usage_billing.sandbox.wire import BadJson, Call, Reply, Route, find_route, json_reply, text_reply
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+
+from usage_billing.sandbox.wire import BadJson, Call, Route
 
 from .activity import Activity
 from .catalogue import Catalogue
-from .lookups import MaxioSite, NotFound, Unprocessable, errors, without_suffix
+from .lookups import MaxioSite, NotFound, Unprocessable, errors
 from .subscriptions import Subscriptions
 from .usages import Usages
 
@@ -26,71 +28,72 @@ THROTTLED = (
 )
 
 
-class MaxioApi:
-    """Answers the main API of one site."""
+class MaxioHost:
+    """What both hosts of one site have in common: who may ask, and how they say no."""
 
     def __init__(self, site: MaxioSite) -> None:
         self.site = site
-        resources = (Usages(site), Subscriptions(site), Catalogue(site), Activity(site))
-        self.routes: Sequence[Route] = [route for resource in resources for route in resource.routes]
-
-    def find(self, call: Call) -> tuple[Route, dict[str, str]] | None:
-        """Return the route of a call; `.json` at the end of the path may be left out."""
-        return find_route(self.routes, without_suffix(call))
-
-    def answer(self, call: Call) -> Reply:
-        """Answer one request: credentials, then site-wide blocks, then the duplicate token, then the resource."""
-        if not self.authorized(call):
-            return text_reply("HTTP Basic: Access denied.\n", 401)
-        if (blocked := self.site.switches["access"]) != "open":
-            return errors(422, _BLOCKED[blocked])
-        found = self.find(call)
-        if found is None:
-            return self.not_found()
-        token = self._token(call) if call.method in ("POST", "PUT") else None
-        if token is not None and self._spent(token):
-            return errors(409, "DuplicatePrevention::DuplicateSubmissionError")
-        reply = self._carry_out(*found, call)
-        if token is not None and (reply.status < 400 or self.site.switches["token_spent_by_4xx"] == "yes"):
-            self.site.books.write(
-                "REPLACE INTO request_token VALUES (?, ?, ?)", self.site.world.site, token, self.site.books.now()
-            )
-        return reply
 
     def authorized(self, call: Call) -> bool:
         """Check HTTP Basic with the API key and the password `x`."""
         return call.basic_auth() in ((self.site.world.api_key, "x"), (self.site.world.api_key, "X"))
 
-    def not_found(self) -> Reply:
+    def not_found(self) -> Response:
         """Return a 404, whose body no document settles."""
         body = self.site.switches["not_found_body"]
         if body == "json":
             return errors(404, "Not found")
         if body == "empty":
-            return Reply(404)
-        return text_reply("<!DOCTYPE html><html><body><h1>Not Found</h1></body></html>", 404, "text/html")
+            return Response(status_code=404)
+        return HTMLResponse("<!DOCTYPE html><html><body><h1>Not Found</h1></body></html>", 404)
 
-    def throttled(self) -> Reply:
+    def throttled(self) -> Response:
         """Return a 429, whose body and headers no document settles."""
         text = THROTTLED.format(name=self.site.world.name)
         if self.site.switches["throttle_reply"] == "text":
-            return text_reply(text, 429)
-        wait = (("Retry-After", str(self.site.world.limits.retry_after_seconds)),)
-        return json_reply({"errors": [text]}, 429, wait)
+            return PlainTextResponse(text, 429)
+        reply = errors(429, text)
+        reply.headers["Retry-After"] = str(self.site.world.limits.retry_after_seconds)
+        return reply
 
-    def server_error(self, status: int) -> Reply:
+    def server_error(self, status: int) -> Response:
         """Return what a gateway says when something behind it broke."""
-        return text_reply(
-            "<html><body><h1>We're sorry, but something went wrong.</h1></body></html>", status, "text/html"
-        )
+        return HTMLResponse("<html><body><h1>We're sorry, but something went wrong.</h1></body></html>", status)
 
-    def unauthorized(self) -> Reply:
+    def unauthorized(self) -> Response:
         """Return a 401 as plain text."""
-        return text_reply("HTTP Basic: Access denied.\n", 401)
+        return PlainTextResponse("HTTP Basic: Access denied.\n", 401)
 
-    def _carry_out(self, route: Route, params: dict[str, str], call: Call) -> Reply:
+
+class MaxioApi(MaxioHost):
+    """Answers the main API of one site."""
+
+    def __init__(self, site: MaxioSite) -> None:
+        super().__init__(site)
+        resources = (Usages(site), Subscriptions(site), Catalogue(site), Activity(site))
+        self.routes: Sequence[Route] = [route for resource in resources for route in resource.routes]
+
+    def answer(self, call: Call, route: Route | None) -> Response:
+        """Answer one request: credentials, then site-wide blocks, then the duplicate token, then the resource."""
+        if not self.authorized(call):
+            return self.unauthorized()
+        if (blocked := self.site.switches["access"]) != "open":
+            return errors(422, _BLOCKED[blocked])
+        if route is None:
+            return self.not_found()
+        token = self._token(call) if call.request.method in ("POST", "PUT") else None
+        if token is not None and self._spent(token):
+            return errors(409, "DuplicatePrevention::DuplicateSubmissionError")
+        reply = self._carry_out(route, call)
+        if token is not None and (reply.status_code < 400 or self.site.switches["token_spent_by_4xx"] == "yes"):
+            self.site.books.write(
+                "REPLACE INTO request_token VALUES (?, ?, ?)", self.site.world.site, token, self.site.books.now()
+            )
+        return reply
+
+    def _carry_out(self, route: Route, call: Call) -> Response:
         try:
-            return route.handler(call, **params)
+            return route.handler(call, **call.params)
         except NotFound:
             return self.not_found()
         except Unprocessable as refusal:

@@ -1,8 +1,8 @@
 """The catalogue of a Maxio site: components, price points, and the site itself."""
 
-from collections.abc import Sequence
+from starlette.responses import Response
 
-from usage_billing.sandbox.wire import Call, Reply, Route, json_reply
+from usage_billing.sandbox.wire import Call, Route, json_reply
 from usage_billing.sandbox.world import Component
 
 from .lookups import MaxioSite, NotFound, paging
@@ -13,37 +13,37 @@ class Catalogue:
 
     def __init__(self, site: MaxioSite) -> None:
         self.site = site
-        family = "product_families/{family}/components"
-        self.routes: Sequence[Route] = (
-            Route("GET", "components/lookup", "lookup_component", self.lookup_component),
-            Route("GET", "components/{component}/price_points", "list_price_points", self.list_price_points),
-            Route("GET", "components", "list_components", self.list_components),
+        family = "/product_families/{family}/components"
+        self.routes = (
+            Route("GET", "/components/lookup", "lookup_component", self.lookup_component),
+            Route("GET", "/components/{component}/price_points", "list_price_points", self.list_price_points),
+            Route("GET", "/components", "list_components", self.list_components),
             Route("GET", family, "list_family_components", self.list_family_components),
             Route("GET", f"{family}/{{component}}", "read_component", self.read_component),
-            Route("GET", "site", "read_site", self.read_site),
+            Route("GET", "/site", "read_site", self.read_site),
         )
 
-    def list_components(self, call: Call) -> Reply:
+    def list_components(self, call: Call) -> Response:
         """`GET /components.json`."""
         return self._page_of_components(call, list(self.site.world.components))
 
-    def list_family_components(self, call: Call, family: str) -> Reply:
+    def list_family_components(self, call: Call, family: str) -> Response:
         """`GET /product_families/{id}/components.json`."""
         return self._page_of_components(call, self.site.of_family(family))
 
-    def read_component(self, call: Call, family: str, component: str) -> Reply:
+    def read_component(self, call: Call, family: str, component: str) -> Response:
         """`GET /product_families/{id}/components/{id or handle:...}.json`."""
         part = self.site.component(component)
         if part not in self.site.of_family(family):
             raise NotFound
         return json_reply(self.site.views.component(part))
 
-    def lookup_component(self, call: Call) -> Reply:
+    def lookup_component(self, call: Call) -> Response:
         """`GET /components/lookup.json?handle=`, without the `handle:` prefix."""
         part = self.site.component(f"handle:{call.param('handle')}")
         return json_reply(self.site.views.component(part))
 
-    def list_price_points(self, call: Call, component: str) -> Reply:
+    def list_price_points(self, call: Call, component: str) -> Response:
         """`GET /components/{id}/price_points.json`."""
         part = self.site.component(component)
         limit, offset = paging(call)
@@ -58,11 +58,11 @@ class Catalogue:
         }
         return json_reply({"price_points": chosen[offset : offset + limit], "meta": meta})
 
-    def read_site(self, call: Call) -> Reply:
+    def read_site(self, call: Call) -> Response:
         """`GET /site.json`."""
         return json_reply(self.site.views.site())
 
-    def _page_of_components(self, call: Call, parts: list[Component]) -> Reply:
+    def _page_of_components(self, call: Call, parts: list[Component]) -> Response:
         limit, offset = paging(call)
         wanted = call.csv("filter[ids]")
         archived = call.param("include_archived") == "true"

@@ -6,18 +6,21 @@ shows at renewal. Rules follow the reference pages of the two event endpoints an
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.billing import Account, find_account, find_by_reference
 from usage_billing.sandbox.clock import parse_instant
-from usage_billing.sandbox.wire import BadJson, Call, Reply, Route, dump_json, find_route
+from usage_billing.sandbox.wire import BadJson, Call, Route, dump_json
 from usage_billing.sandbox.world import Component, Stream
 
-from .api import MaxioApi
+from .api import MaxioHost
 from .billing import worth
-from .lookups import errors, without_suffix
+from .lookups import MaxioSite, errors
 
 LARGEST_BULK = 1000
 TOKEN_LENGTH = 64
@@ -39,60 +42,42 @@ class Incoming:
     body: dict[str, Any]
 
 
-class MaxioEvents:
+class MaxioEvents(MaxioHost):
     """Answers the events host of one site."""
 
-    def __init__(self, main: MaxioApi) -> None:
-        site = main.site
-        self.world, self.books, self.switches, self.main = site.world, site.books, site.switches, main
+    def __init__(self, site: MaxioSite) -> None:
+        super().__init__(site)
+        self.world, self.books, self.switches = site.world, site.books, site.switches
         self.streams = {stream.handle: stream for stream in self.world.streams}
-        self.routes = [
-            Route("POST", "events/{stream}/bulk", "bulk_events", self.record_many, writing=True),
-            Route("POST", "events/{stream}", "record_event", self.record_one, writing=True),
-        ]
+        self.routes: Sequence[Route] = (
+            Route("POST", "/events/{stream}/bulk", "bulk_events", self.record_many, writing=True),
+            Route("POST", "/events/{stream}", "record_event", self.record_one, writing=True),
+        )
         self._meters: dict[str, list[Component]] = {}
         for component in self.world.components:
             self._meters.setdefault(component.stream or "", []).append(component)
 
-    def find(self, call: Call) -> tuple[Route, dict[str, str]] | None:
-        """Return the route of a call; `.json` at the end of the path may be left out."""
-        return find_route(self.routes, without_suffix(call))
-
-    def answer(self, call: Call) -> Reply:
+    def answer(self, call: Call, route: Route | None) -> Response:
         """Answer one request of the events host."""
-        if not self.main.authorized(call):
-            return self.main.unauthorized()
-        found = self.find(call)
-        if found is None:
-            return self.main.not_found()
-        route, params = found
-        if params["stream"] not in self.streams and self.switches["unknown_stream"] == "404":
-            return self.main.not_found()
+        if not self.authorized(call):
+            return self.unauthorized()
+        if route is None:
+            return self.not_found()
+        if call.params["stream"] not in self.streams and self.switches["unknown_stream"] == "404":
+            return self.not_found()
         try:
-            return route.handler(call, **params)
+            return route.handler(call, **call.params)
         except BadJson:
             return errors(422, "The request body is not valid JSON.")
         except BadEvent as refusal:
             return errors(422, str(refusal))
 
-    def unauthorized(self) -> Reply:
-        """Return a 401 as plain text."""
-        return self.main.unauthorized()
-
-    def throttled(self) -> Reply:
-        """Return a 429 like the main API's; the events host documents none."""
-        return self.main.throttled()
-
-    def server_error(self, status: int) -> Reply:
-        """Return what a gateway says when something behind it broke."""
-        return self.main.server_error(status)
-
-    def record_one(self, call: Call, stream: str) -> Reply:
+    def record_one(self, call: Call, stream: str) -> Response:
         """`POST /events/{stream}.json`: 201, no body."""
         self._store(stream, [self._check(stream, call.json(), {})])
-        return Reply(201)
+        return Response(status_code=201)
 
-    def record_many(self, call: Call, stream: str) -> Reply:
+    def record_many(self, call: Call, stream: str) -> Response:
         """`POST /events/{stream}/bulk.json`: 201, no body; more than 1,000 events are refused."""
         events = call.json()
         if not isinstance(events, list):
@@ -108,7 +93,7 @@ class MaxioEvents:
                 if self.switches["bulk_with_bad_event"] == "refuse_all":
                     raise
         self._store(stream, checked)
-        return Reply(201)
+        return Response(status_code=201)
 
     def _check(self, stream: str, event: object, known: dict[str, Account | None]) -> Incoming:
         if not isinstance(event, dict):

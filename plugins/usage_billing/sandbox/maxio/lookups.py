@@ -5,10 +5,12 @@ from datetime import date
 from functools import cached_property
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.billing import Account, find_account, find_by_reference
 from usage_billing.sandbox.books import Books
 from usage_billing.sandbox.switches import SwitchBoard
-from usage_billing.sandbox.wire import Call, Reply, json_reply
+from usage_billing.sandbox.wire import Call, json_reply
 from usage_billing.sandbox.world import Component, MaxioWorld, PricePoint
 
 from .billing import MaxioBiller
@@ -102,15 +104,7 @@ def body_object(call: Call) -> dict[str, Any]:
     return body
 
 
-def without_suffix(call: Call) -> Call:
-    """Return the call without `.json` at the end of its path; the formats are chosen by header as well."""
-    if not call.segments or not call.segments[-1].endswith(".json"):
-        return call
-    segments = (*call.segments[:-1], call.segments[-1].removesuffix(".json"))
-    return Call(call.method, segments, call.query, call.headers, call.body)
-
-
-def errors(status: int, *messages: str) -> Reply:
+def errors(status: int, *messages: str) -> Response:
     """Return the usual error shape, a list of messages."""
     return json_reply({"errors": list(messages)}, status)
 

@@ -1,12 +1,14 @@
 """Subscriptions of a Maxio site, and the lines that they have for components."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.billing import Account, all_accounts, find_by_reference
-from usage_billing.sandbox.wire import Call, Reply, Route, json_reply
+from usage_billing.sandbox.wire import Call, Route, json_reply
 from usage_billing.sandbox.world import Component
 
 from .lookups import MaxioSite, NotFound, Unprocessable, body_object, is_id, named_price_point, paging
@@ -17,33 +19,33 @@ class Subscriptions:
 
     def __init__(self, site: MaxioSite) -> None:
         self.site = site
-        one = "subscriptions/{subscription}"
+        one = "/subscriptions/{subscription}"
         lines = f"{one}/components"
         line = f"{lines}/{{component}}"
-        events = f"event_based_billing/{line}"
-        self.routes: Sequence[Route] = (
-            Route("GET", "subscriptions/lookup", "lookup_subscription", self.lookup_subscription),
+        events = f"/event_based_billing{line}"
+        self.routes = (
+            Route("GET", "/subscriptions/lookup", "lookup_subscription", self.lookup_subscription),
             Route("GET", one, "read_subscription", self.read_subscription),
-            Route("GET", "subscriptions", "list_subscriptions", self.list_subscriptions),
+            Route("GET", "/subscriptions", "list_subscriptions", self.list_subscriptions),
             Route("GET", lines, "list_subscription_components", self.list_components),
             Route("GET", line, "read_subscription_component", self.read_component),
-            Route("GET", "subscriptions_components", "list_all_subscription_components", self.list_all_components),
+            Route("GET", "/subscriptions_components", "list_all_subscription_components", self.list_all_components),
             Route("POST", f"{events}/activate", "activate_component", self.activate, writing=True),
             Route("POST", f"{events}/deactivate", "deactivate_component", self.deactivate, writing=True),
         )
 
-    def read_subscription(self, call: Call, subscription: str) -> Reply:
+    def read_subscription(self, call: Call, subscription: str) -> Response:
         """`GET /subscriptions/{id}.json`."""
         return json_reply(self.site.views.subscription(self.site.account(subscription)))
 
-    def lookup_subscription(self, call: Call) -> Reply:
+    def lookup_subscription(self, call: Call) -> Response:
         """`GET /subscriptions/lookup.json?reference=`."""
         account = find_by_reference(self.site.books, self.site.world.site, call.param("reference") or "")
         if account is None:
             raise NotFound
         return json_reply(self.site.views.subscription(account))
 
-    def list_subscriptions(self, call: Call) -> Reply:
+    def list_subscriptions(self, call: Call) -> Response:
         """`GET /subscriptions.json`: paged, by state; sorted by id, which here is the order of signup."""
         limit, offset = paging(call)
         state = call.param("state")
@@ -51,7 +53,7 @@ class Subscriptions:
         accounts.sort(key=_subscription_order(call.param("sort")), reverse=call.param("direction") == "desc")
         return json_reply([self.site.views.subscription(account) for account in accounts[offset : offset + limit]])
 
-    def list_components(self, call: Call, subscription: str) -> Reply:
+    def list_components(self, call: Call, subscription: str) -> Response:
         """`GET /subscriptions/{id}/components.json`: of the subscription's family, archived ones too."""
         account = self.site.account(subscription)
         rows = self._lines(account, call)
@@ -60,14 +62,14 @@ class Subscriptions:
             rows = [row for row in rows if (row["price_point_id"] is not None) == wanted]
         return json_reply([{"component": row} for row in rows])
 
-    def read_component(self, call: Call, subscription: str, component: str) -> Reply:
+    def read_component(self, call: Call, subscription: str, component: str) -> Response:
         """`GET /subscriptions/{id}/components/{id or handle:...}.json`."""
         account = self.site.account(subscription)
         part = self.site.component_of(account, component)
         rows = self._lines(account, call, only=part)
         return json_reply({"component": rows[0]})
 
-    def list_all_components(self, call: Call) -> Reply:
+    def list_all_components(self, call: Call) -> Response:
         """`GET /subscriptions_components.json`: rows of many subscriptions, not wrapped."""
         limit, offset = paging(call)
         wanted = call.csv("subscription_ids")
@@ -77,7 +79,7 @@ class Subscriptions:
         rows = [row for account, part in pairs for row in self._lines(account, call, only=part)]
         return json_reply({"subscriptions_components": rows})
 
-    def activate(self, call: Call, subscription: str, component: str) -> Reply:
+    def activate(self, call: Call, subscription: str, component: str) -> Response:
         """`POST /event_based_billing/subscriptions/{id}/components/{id}/activate.json`: 200, no body."""
         account, part = self._events_component(subscription, component)
         body = body_object(call) if call.body.strip() else {}
@@ -88,16 +90,16 @@ class Subscriptions:
             *(self.site.world.site, account.id, part.id, (point or part.default_price_point).id),
             json.dumps(extra, default=str) if extra else None,
         )
-        return Reply(200)
+        return Response(status_code=200)
 
-    def deactivate(self, call: Call, subscription: str, component: str) -> Reply:
+    def deactivate(self, call: Call, subscription: str, component: str) -> Response:
         """`POST .../deactivate.json`: 200, no body; events go on being stored, and are ignored at renewal."""
         account, part = self._events_component(subscription, component)
         self.site.books.write(
             "UPDATE activation SET active = 0 WHERE site = ? AND subscription = ? AND component = ?",
             *(self.site.world.site, account.id, part.id),
         )
-        return Reply(200)
+        return Response(status_code=200)
 
     def _events_component(self, subscription: str, component: str) -> tuple[Account, Component]:
         if not is_id(component):

@@ -5,19 +5,20 @@ The rules are those of the reference pages "Create Usage" and "List Usages"; wha
 
 import json
 import time
-from collections.abc import Sequence
 from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
+from starlette.responses import Response
+
 from usage_billing.sandbox.billing import Account
 from usage_billing.sandbox.clock import midnight
-from usage_billing.sandbox.wire import Call, Reply, Route, json_reply
+from usage_billing.sandbox.wire import Call, Route, json_reply
 from usage_billing.sandbox.world import Component, PricePoint
 
 from .lookups import MaxioSite, Unprocessable, body_object, day_param, named_price_point, paging, whole_param
 from .views import decimal_text, number
 
-_USAGES = "subscriptions/{subscription}/components/{component}/usages"
+_USAGES = "/subscriptions/{subscription}/components/{component}/usages"
 
 
 class Usages:
@@ -25,12 +26,12 @@ class Usages:
 
     def __init__(self, site: MaxioSite) -> None:
         self.site = site
-        self.routes: Sequence[Route] = (
+        self.routes = (
             Route("POST", _USAGES, "create_usage", self.create_usage, writing=True),
             Route("GET", _USAGES, "list_usages", self.list_usages),
         )
 
-    def create_usage(self, call: Call, subscription: str, component: str) -> Reply:
+    def create_usage(self, call: Call, subscription: str, component: str) -> Response:
         """`POST /subscriptions/{id or reference}/components/{id or handle:...}/usages.json`, 200 and the usage."""
         account = self.site.account(subscription, by_reference=True)
         part = self.site.component_of(account, component)
@@ -50,7 +51,7 @@ class Usages:
         row = self.site.books.one("SELECT * FROM usage WHERE id = ?", usage_id)
         return json_reply(self.site.views.usage(row, self._shown(quantity, part)))
 
-    def list_usages(self, call: Call, subscription: str, component: str) -> Reply:
+    def list_usages(self, call: Call, subscription: str, component: str) -> Response:
         """`GET` of the same path: bounds inclusive, dates at midnight of the site's zone."""
         account = self.site.account(subscription, by_reference=True)
         part = self.site.component_of(account, component)
