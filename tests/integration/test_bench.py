@@ -21,7 +21,7 @@ def _bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(name="outcome")
 def _outcome(bench: ModuleType, tmp_path: Path):
-    """A month of telephone calls, in batches so small that there are several."""
+    """Thirty days of telephone calls, in batches so small that there are several."""
     return bench.Bench(tmp_path).run(bench.Case("voip_minutes", ROWS, 2_000))
 
 

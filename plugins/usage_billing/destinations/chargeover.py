@@ -45,12 +45,12 @@ _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TIME = "%Y-%m-%d %H:%M:%S"
 _FEW = 20
 _STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
+"""Package states that are not billed: usage sent there would be lost, so it is quarantined."""
 _DAYS = {"dly": 1, "1wk": 7, "2wk": 14, "4wk": 28, "30d": 30, "8wk": 56, "12w": 84}
 _MONTHS = {"mon": 1, "2mn": 2, "qtr": 3, "six": 6, "yrl": 12, "2yr": 24, "3yr": 36, "4yr": 48, "5yr": 60, "10y": 120}
 _CYCLES = {name: pd.DateOffset(days=days) for name, days in _DAYS.items()}
 _CYCLES |= {name: pd.DateOffset(months=months) for name, months in _MONTHS.items()}
 """How long a billing cycle is, by the API's word for it (``paycycle``)."""
-"""Package states that are not billed: usage sent there would be lost, so it is quarantined."""
 
 
 # --- settings -------------------------------------------------------------------------------------------------------

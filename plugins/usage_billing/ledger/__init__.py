@@ -19,8 +19,6 @@ from sqlalchemy import (
     Engine,
     RowMapping,
     Select,
-    and_,
-    bindparam,
     exists,
     func,
     insert,
@@ -32,6 +30,7 @@ from sqlalchemy.exc import IntegrityError
 
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import engine as engines
+from usage_billing.ledger import queries
 from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, source
 from usage_billing.records import Delivery, Extraction, Period, Receipt, State
 
@@ -141,7 +140,9 @@ class Ledger:
         """Extend a lease; None if it expired first, and then it is lost for good."""
         with self._writing() as connection:
             now = self._now(connection)
-            statement = update(lease).where(lease.c.fence == held.fence, _alive(now)).values(expires_at=now + lasts)
+            statement = (
+                update(lease).where(lease.c.fence == held.fence, queries.alive(now)).values(expires_at=now + lasts)
+            )
             kept = connection.execute(statement).rowcount == 1
         return Lease(held.name, held.fence, now + lasts) if kept else None
 
@@ -162,7 +163,7 @@ class Ledger:
         with self._writing() as connection:
             now = self._now(connection)
             if (
-                connection.execute(select(exists().where(lease.c.fence == held.fence, _alive(now)))).scalar_one()
+                connection.execute(select(exists().where(lease.c.fence == held.fence, queries.alive(now)))).scalar_one()
                 is False
             ):
                 raise NotApplied(f"lost the lease {held.name!r} while the warehouse opened its snapshot; try again")
@@ -222,12 +223,14 @@ class Ledger:
         Columns: identity, revision, state, quantity (text), extraction, token, reason, account, subscription,
         component, price_point, dimensions, period_start, period_end, address; sorted by identity and revision.
         """
-        return self._frame(self._standing(name, window, low, high))
+        return self._frame(queries.standing(name, window, low, high))
 
     def has_usage(self, name: str, window: Period) -> bool:
         """Say whether anything was accepted, or may have been, for usage periods in `window`."""
         states = (State.ACCEPTED, State.SENDING, State.IN_DOUBT)
-        statement = select(delivery.c.token).where(*_in_window(name, window), delivery.c.state.in_(states)).limit(1)
+        statement = (
+            select(delivery.c.token).where(queries.in_window(name, window), delivery.c.state.in_(states)).limit(1)
+        )
         with self._reading() as connection:
             return connection.execute(statement).first() is not None
 
@@ -253,7 +256,7 @@ class Ledger:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
             self._raise_if_stale(connection, name, number, periods)
             now = self._now(connection)
-            known = self._frame_of(connection, self._standing(name, window, low, high))
+            known = self._frame_of(connection, queries.standing(name, window, low, high))
             last = known.groupby("identity")["revision"].max()
             base = proposals["identity"].map(last).fillna(-1).astype(int)
             already = proposals["token"].isin(known["token"])
@@ -269,31 +272,18 @@ class Ledger:
 
     def reserved(self, name: str, number: int, limit: int, after: str = "") -> list[Delivery]:
         """Return up to `limit` deliveries of one extraction that are ready to be sent, by token, above `after`."""
-        statement = select(delivery).where(
-            delivery.c.source == name,
-            delivery.c.state == State.RESERVED,
-            delivery.c.extraction == number,
-            delivery.c.token > after,
-        )
-        return self._deliveries(statement.order_by(delivery.c.token).limit(limit))
+        binds = {"of": name, "number": number, "after": after, "most": limit}
+        with self._reading() as connection:
+            return [_delivery(row) for row in connection.execute(queries.RESERVED, binds).mappings()]
 
     def begin_sending(self, tokens: Sequence[str], held: Lease) -> frozenset[str]:
         """Put reserved deliveries in the air under a lease; return those that are now ours to send, and only those.
 
         A token stays behind if another worker has it, if the lease is lost, or if a newer extraction was compared.
         """
-        newer = exists().where(
-            compared_period.c.source == delivery.c.source,
-            compared_period.c.period_start == delivery.c.period_start,
-            compared_period.c.period_end == delivery.c.period_end,
-            compared_period.c.extraction > delivery.c.extraction,
-        )
-        ready = update(delivery).where(delivery.c.token.in_(tokens), delivery.c.state == State.RESERVED, ~newer)
         with self._writing() as connection:
-            now = self._now(connection)
-            claim = {"state": State.SENDING, "fence": held.fence, "sent_at": now, "sends": delivery.c.sends + 1}
-            statement = ready.where(_fence_alive(held.fence, now)).values(claim).returning(delivery.c.token)
-            return frozenset(connection.execute(statement).scalars())
+            binds = {"tokens": tokens, "held": held.fence, "now": self._now(connection)}
+            return frozenset(connection.execute(queries.BEGIN_SENDING, binds).scalars())
 
     def accept(self, receipts: Iterable[Receipt], held: Lease) -> int:
         """Write the receipts of deliveries that this lease sent; return how many were still its own to write."""
@@ -301,10 +291,8 @@ class Ledger:
         if not rows:
             return 0
         with self._writing() as connection:
-            now = self._now(connection)
-            statement = update(delivery).where(delivery.c.token == bindparam("of"), _sent_under(held, now))
-            values = {"record_id": bindparam("record"), "reason": bindparam("note")}
-            return connection.execute(statement.values(state=State.ACCEPTED, settled_at=now, **values), rows).rowcount
+            same = {"held": held.fence, "now": self._now(connection)}
+            return connection.execute(queries.ACCEPT, [row | same for row in rows]).rowcount
 
     def land(self, tokens: Sequence[str], state: State, reason: str, held: Lease) -> int:
         """Move deliveries that this lease sent on to `reserved`, `refused` or `in_doubt`; return how many moved."""
@@ -313,7 +301,7 @@ class Ledger:
             now = self._now(connection)
             values = {"state": state, "reason": reason, "settled_at": now if state is State.REFUSED else None}
             for some in _batches(tokens):
-                statement = update(delivery).where(delivery.c.token.in_(some), _sent_under(held, now))
+                statement = update(delivery).where(delivery.c.token.in_(some), queries.sent_under(held.fence, now))
                 moved += connection.execute(statement.values(values)).rowcount
         return moved
 
@@ -321,18 +309,18 @@ class Ledger:
         """Put in doubt what a worker left in the air when its lease ran out; return how many."""
         sending = update(delivery).where(delivery.c.source == name, delivery.c.state == State.SENDING)
         with self._writing() as connection:
-            alive = exists().where(lease.c.fence == delivery.c.fence, _alive(self._now(connection)))
+            alive = exists().where(lease.c.fence == delivery.c.fence, queries.alive(self._now(connection)))
             values = {"state": State.IN_DOUBT, "reason": "its worker ended before it wrote down an outcome"}
             return connection.execute(sending.where(~alive).values(values)).rowcount
 
     def doubts(self, name: str, window: Period) -> list[Delivery]:
         """Return the deliveries in doubt of a source in `window`, the longest waiting first."""
-        statement = select(delivery).where(*_in_window(name, window), delivery.c.state == State.IN_DOUBT)
+        statement = select(delivery).where(queries.in_window(name, window), delivery.c.state == State.IN_DOUBT)
         return self._deliveries(statement.order_by(delivery.c.sent_at, delivery.c.token))
 
     def in_the_air(self, name: str, window: Period) -> int:
         """Return how many deliveries of `window` some worker is sending right now."""
-        statement = select(func.count()).where(*_in_window(name, window), delivery.c.state == State.SENDING)
+        statement = select(func.count()).where(queries.in_window(name, window), delivery.c.state == State.SENDING)
         with self._reading() as connection:
             return int(connection.execute(statement).scalar_one())
 
@@ -355,7 +343,7 @@ class Ledger:
     def accepted(self, name: str, window: Period) -> pd.DataFrame:
         """Return the accepted deliveries of a source in `window`, with quantity as text, sorted by identity."""
         columns = [c for c in delivery.c if c.name not in {"body", "dimensions", "price_point"}]
-        statement = select(*columns).where(*_in_window(name, window), delivery.c.state == State.ACCEPTED)
+        statement = select(*columns).where(queries.in_window(name, window), delivery.c.state == State.ACCEPTED)
         return self._frame(statement.order_by(delivery.c.identity, delivery.c.revision))
 
     def known(self, tokens: Sequence[str]) -> frozenset[str]:
@@ -390,7 +378,7 @@ class Ledger:
     def open_items(self, name: str, window: Period) -> pd.DataFrame:
         """Return what is listed by name for `window`: reserved, sending, in doubt, held, refused, and why."""
         states = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD, State.REFUSED)
-        statement = select(delivery).where(*_in_window(name, window), delivery.c.state.in_(states))
+        statement = select(delivery).where(queries.in_window(name, window), delivery.c.state.in_(states))
         return self._frame(statement.order_by(delivery.c.state, delivery.c.identity))
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -427,23 +415,9 @@ class Ledger:
             return [_delivery(row) for row in connection.execute(statement).mappings()]
 
     @staticmethod
-    def _standing(name: str, window: Period, low: str, high: str) -> Select[Any]:
-        names = "identity revision state quantity extraction token reason account subscription component price_point"
-        names += " dimensions period_start period_end address"
-        statement = select(*(delivery.c[column] for column in names.split())).where(*_in_window(name, window))
-        statement = statement.where(delivery.c.identity >= low, delivery.c.identity < high)
-        return statement.order_by(delivery.c.identity, delivery.c.revision)
-
-    @staticmethod
     def _raise_if_stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> None:
         first, last = min(period.start for period in periods), max(period.end for period in periods)
-        statement = select(compared_period.c.extraction, compared_period.c.period_start).where(
-            compared_period.c.source == name,
-            compared_period.c.period_start >= first,
-            compared_period.c.period_end <= last,
-            compared_period.c.extraction > number,
-        )
-        newer = connection.execute(statement.limit(1)).first()
+        newer = connection.execute(queries.newer_comparison(name, number, first, last)).first()
         if newer is not None:
             raise Stale(
                 f"stale: extraction {newer.extraction} of {name!r} was compared for the usage period from "
@@ -461,26 +435,6 @@ class Ledger:
             if moved != len(some):
                 return False
         return True
-
-
-def _alive(now: datetime) -> Any:
-    return and_(lease.c.released_at.is_(None), lease.c.expires_at > now)
-
-
-def _fence_alive(fence: int, now: datetime) -> Any:
-    return exists().where(lease.c.fence == fence, _alive(now))
-
-
-def _sent_under(held: Lease, now: datetime) -> Any:
-    return and_(delivery.c.state == State.SENDING, delivery.c.fence == held.fence, _fence_alive(held.fence, now))
-
-
-def _in_window(name: str, window: Period) -> tuple[Any, ...]:
-    return (
-        delivery.c.source == name,
-        delivery.c.period_start >= window.start,
-        delivery.c.period_end <= window.end,
-    )
 
 
 def _batches(values: Sequence[str]) -> Iterable[Sequence[str]]:

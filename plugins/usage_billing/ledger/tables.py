@@ -156,4 +156,4 @@ delivery = Table(
 # While one revision is open no other may be: what is owed beyond it is unknown until it is settled.
 Index("delivery_one_open", delivery.c.identity, unique=True, sqlite_where=_open_states, postgresql_where=_open_states)
 Index("delivery_by_period", delivery.c.source, delivery.c.period_start, delivery.c.identity)
-Index("delivery_by_state", delivery.c.source, delivery.c.state, delivery.c.extraction)
+Index("delivery_by_state", delivery.c.source, delivery.c.state, delivery.c.extraction, delivery.c.token)

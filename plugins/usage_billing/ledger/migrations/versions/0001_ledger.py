@@ -141,7 +141,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("identity", "revision", name="delivery_revision"),
     )
     op.create_index("delivery_by_period", "delivery", ["source", "period_start", "identity"], unique=False)
-    op.create_index("delivery_by_state", "delivery", ["source", "state", "extraction"], unique=False)
+    op.create_index("delivery_by_state", "delivery", ["source", "state", "extraction", "token"], unique=False)
     op.create_index(
         "delivery_one_open",
         "delivery",
