@@ -63,11 +63,16 @@ def _by_record(ledger: Ledger, accepted: pd.DataFrame, records: Iterable[SiteRec
     theirs, matched = Decimal(0), 0
     different: list[str] = []
     others: list[SiteRecord] = []
+    ours_by_token = frozenset(expected)
     for record in records:
-        if record.token not in expected:
+        if record.token not in ours_by_token:
             others.append(record)
             continue
-        wanted = expected.pop(record.token)
+        wanted = expected.pop(record.token, None)
+        if wanted is None:
+            theirs += record.quantity
+            different.append(f"record {record.record_id}: {record.quantity} there a second time under {record.token}")
+            continue
         theirs += record.quantity
         matched += record.quantity == wanted
         if record.quantity != wanted:

@@ -30,12 +30,18 @@ class Period:
         for name in ("start", "end"):
             moment = getattr(self, name)
             check_aware(name, moment)
-            object.__setattr__(self, name, moment.astimezone(UTC))
+            object.__setattr__(self, name, _plain(moment))
         if self.start >= self.end:
             raise ValueError(f"a period ends after it starts: {self.start} to {self.end}")
 
     def __str__(self) -> str:
         return f"{self.start:%Y-%m-%dT%H:%MZ} to {self.end:%Y-%m-%dT%H:%MZ}"
+
+
+def _plain(moment: datetime) -> datetime:
+    """Return a moment in UTC as a plain `datetime`: Airflow hands out pendulum's, which add up differently."""
+    utc = moment.astimezone(UTC)
+    return datetime(utc.year, utc.month, utc.day, utc.hour, utc.minute, utc.second, utc.microsecond, tzinfo=UTC)
 
 
 class State(StrEnum):

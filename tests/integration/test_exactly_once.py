@@ -298,3 +298,17 @@ def test_usage_of_a_closed_billing_period_is_held_by_name_where_it_would_never_b
     assert set(left["state"]) == {"held"}
     assert sum(Decimal(quantity) for quantity in left["quantity"]) == sum(expected(source).values())
     assert left["reason"].str.contains("closed|invoiced").all()
+
+
+def test_a_delivery_that_the_site_holds_twice_breaks_the_tie_out(house: House) -> None:
+    """Should our token ever be billed twice, the run is red: a second record is a difference, not somebody else's."""
+    source = shipped("api_calls")
+    day = a_day(source, 5)
+    house.run(source, day, some_usage(source, day))
+    record = house.ledger.accepted(source.name, Period(*house_window(source, day))).iloc[0]
+    body = f'{{"usage": {{"quantity": {record["quantity"]}, "memo": "{record["token"]} again"}}}}'
+    house.destination(source).client.create_usage(int(record["subscription"]), int(record["component"]), body)
+    found = house.reconcile(source, day)
+    assert (found.matched, found.different, found.unknown) == (3, 1, 0)
+    assert not found.ties_out
+    assert "a second time" in found.examples[0]

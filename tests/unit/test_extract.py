@@ -287,10 +287,10 @@ def test_unsuitable_types_are_told_together():
 def test_times_without_a_zone_need_one():
     """Which day a naive time belongs to is for source.yaml to say, not for a guess."""
     naive = table(
-        time=pa.array([datetime(2026, 11, 1, 0, 30), None]),
+        time=pa.array([datetime(2026, 11, 1, 0, 30), None]),  # noqa: DTZ001 - a naive time is the story.
         event_id=["a", "b"],
         account=["x", "x"],
-        quantity=[1, 1],  # noqa: DTZ001
+        quantity=[1, 1],
     )
     assert "set naive_times: UTC in source.yaml" in faults(naive)
     zoned = normalise(naive, make_source(naive_times="America/New_York"))

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import numpy as np
+import pendulum
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,3 +124,13 @@ def test_an_instant_is_located_in_its_half_open_period():
     ]
     assert locate(np.array(texts, dtype="datetime64[us]"), periods).tolist() == [-1, 0, 0, -1, 1, -1, -1]
     assert locate(np.array(texts, dtype="datetime64[us]"), []).tolist() == [-1] * 7
+
+
+@pytest.mark.parametrize("kind", ["hour", "day", "week", "month", "interval"])
+def test_an_interval_of_airflows_own_kind_gives_the_same_periods(kind):
+    """Airflow's data intervals hold pendulum's moments, which add up differently; the periods are the same."""
+    start, end = datetime(2026, 10, 31, 4, tzinfo=UTC), datetime(2026, 11, 2, 5, tzinfo=UTC)
+    zone = ZoneInfo("America/New_York")
+    foreign = Period(pendulum.instance(start), pendulum.instance(end))
+    assert usage_periods(kind, zone, foreign, 1) == usage_periods(kind, zone, Period(start, end), 1)
+    assert type(foreign.end) is datetime

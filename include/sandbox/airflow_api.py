@@ -1,0 +1,168 @@
+"""What the demo asks of Airflow over its REST API: health, DAGs, runs, tasks."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from urllib.parse import quote
+
+import requests
+
+TIMEOUT_SECONDS = 20
+ATTEMPTS = 4
+ENDED = frozenset({"success", "failed"})
+
+
+class NotSignedIn(Exception):
+    """Airflow did not take the demo's password."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a DAG. `logical_date` is an aware datetime: the start of its data interval."""
+
+    dag_id: str
+    run_id: str
+    run_type: str
+    state: str
+    logical_date: datetime
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will change no more by itself."""
+        return self.state in ENDED
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of one run; `state` is None until the scheduler has looked at it."""
+
+    dag_id: str
+    run_id: str
+    task_id: str
+    state: str | None
+    try_number: int
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will change no more by itself."""
+        return self.state in {"success", "failed", "skipped", "upstream_failed", "removed"}
+
+    @property
+    def went_wrong(self) -> bool:
+        """Whether its last try failed, for good or not."""
+        return self.state in {"failed", "up_for_retry"}
+
+
+@dataclass(frozen=True)
+class AirflowApi:
+    """Airflow's API at `url` (without a slash at the end), as user `user`."""
+
+    url: str
+    user: str
+    password: str = field(repr=False)
+    session: requests.Session = field(default_factory=requests.Session, repr=False)
+
+    def answers(self) -> bool:
+        """Whether the API server takes requests yet."""
+        try:
+            return self.session.get(f"{self.url}/api/v2/version", timeout=TIMEOUT_SECONDS).ok
+        except (requests.ConnectionError, requests.Timeout):
+            return False
+
+    def sign_in(self) -> None:
+        """Get a token for all further calls; raise `NotSignedIn` if the password does not fit."""
+        body = {"username": self.user, "password": self.password}
+        reply = self.session.post(f"{self.url}/auth/token", json=body, timeout=TIMEOUT_SECONDS)
+        if not reply.ok:
+            raise NotSignedIn(f"Airflow at {self.url} does not take the password of {self.user}: {reply.status_code}")
+        self.session.headers["Authorization"] = f"Bearer {reply.json()['access_token']}"
+
+    def unwell(self) -> list[str]:
+        """The components that run tasks and are not healthy (yet)."""
+        health = self._get("/monitor/health")
+        return [name for name in ("scheduler", "dag_processor") if health[name]["status"] != "healthy"]
+
+    def parsed_since(self, moment: datetime) -> set[str]:
+        """The DAGs whose file was parsed after `moment`: what an earlier Airflow had left behind does not count."""
+        dags = self._get("/dags", limit=100)["dags"]
+        return {dag["dag_id"] for dag in dags if dag["last_parsed_time"] and _moment(dag["last_parsed_time"]) > moment}
+
+    def import_errors(self) -> dict[str, str]:
+        """DAG file to traceback."""
+        errors = self._get("/importErrors", limit=100)["import_errors"]
+        return {error["filename"]: error["stack_trace"] for error in errors}
+
+    def pause(self, dag_ids: Iterable[str], *, paused: bool) -> None:
+        """Stop the scheduler from running these DAGs, or let it."""
+        for dag_id in dag_ids:
+            self._ask("PATCH", f"/dags/{dag_id}", json={"is_paused": paused})
+
+    def forget_open_backfills(self, dag_id: str) -> None:
+        """Close backfills of an earlier demo: Airflow takes one open backfill per DAG, and notices its end late."""
+        for backfill in self._get("/backfills", dag_id=dag_id, limit=100)["backfills"]:
+            if backfill["completed_at"] is None:
+                self._ask("PUT", f"/backfills/{backfill['id']}/cancel")
+
+    def clear(self, run: Run) -> None:
+        """Run all its tasks again."""
+        self._ask("POST", f"/dags/{run.dag_id}/dagRuns/{quote(run.run_id, safe='')}/clear", json={"dry_run": False})
+
+    def runs(self, dag_id: str) -> list[Run]:
+        """All runs that have a logical date, by that date."""
+        runs = self._pages(f"/dags/{dag_id}/dagRuns", "dag_runs", order_by="logical_date")
+        return [
+            Run(dag_id, run["dag_run_id"], run["run_type"], run["state"], _moment(run["logical_date"]))
+            for run in runs
+            if run["logical_date"] is not None
+        ]
+
+    def tasks(self, dag_id: str) -> list[Task]:
+        """The tasks of all runs, in no particular order."""
+        return [
+            _task(instance) for instance in self._pages(f"/dags/{dag_id}/dagRuns/~/taskInstances", "task_instances")
+        ]
+
+    def _pages(self, path: str, key: str, **query: str) -> list[Any]:
+        """All entries of a listing, which hands out a hundred at a time."""
+        entries: list[Any] = []
+        while True:
+            page = self._get(path, **query, limit=100, offset=len(entries))
+            entries += page[key]
+            if len(entries) >= page["total_entries"] or not page[key]:
+                return entries
+
+    def _get(self, path: str, **query: str | int) -> Any:
+        return self._ask("GET", path, params=query).json()
+
+    def _ask(self, method: str, path: str, **parts: Any) -> requests.Response:
+        """Send what may be sent twice, up to four times.
+
+        Airflow's API server writes each changing request into its own log, from its event loop. On SQLite that can
+        wait for a lock whose holder waits for the loop; after five seconds one of them gets a 500, and all goes on.
+        A machine with other things to do may also leave a request without any answer for a while.
+        """
+        for _ in range(ATTEMPTS - 1):
+            try:
+                reply = self._ask_once(method, path, **parts)
+            except requests.Timeout:
+                continue
+            if reply.status_code < requests.codes.internal_server_error:
+                break
+        else:
+            reply = self._ask_once(method, path, **parts)
+        reply.raise_for_status()
+        return reply
+
+    def _ask_once(self, method: str, path: str, **parts: Any) -> requests.Response:
+        return self.session.request(method, f"{self.url}/api/v2{path}", timeout=TIMEOUT_SECONDS, **parts)
+
+
+def _task(instance: Mapping[str, Any]) -> Task:
+    return Task(
+        instance["dag_id"], instance["dag_run_id"], instance["task_id"], instance["state"], instance["try_number"]
+    )
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
