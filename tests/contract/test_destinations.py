@@ -17,8 +17,8 @@ import requests
 from usage_billing.destinations import destination_class
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite
-from usage_billing.destinations.http import Timeouts
 from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
+from usage_billing.destinations.settings import Timeouts
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.hooks import ChargeOverHook, MaxioHook
 from usage_billing.records import Delivery, Target

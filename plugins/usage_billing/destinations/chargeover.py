@@ -11,7 +11,7 @@ from dataclasses import InitVar, dataclass, field
 from datetime import datetime, timedelta
 from decimal import Decimal
 from itertools import islice
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
@@ -23,12 +23,9 @@ from usage_billing.destinations.base import Destination, by_value, joined, negat
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
-    Timeouts,
-    is_loopback,
     segment,
-    url_faults,
-    whole_number,
 )
+from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.periods import local_midnight
 from usage_billing.records import Delivery, Receipt, SiteRecord, Target
@@ -57,42 +54,29 @@ _CYCLES |= {name: pd.DateOffset(months=months) for name, months in _MONTHS.items
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChargeOverSettings:
-    """How to reach one ChargeOver account.
+class ChargeOverSettings(SiteSettings):
+    """How to reach one ChargeOver account; see `SiteSettings` for what every site shares.
 
-    `timezone` is the account's, in which times without an offset are read. `settle_after_seconds` is how long after a
-    request the account may still apply it: ChargeOver documents no cut-off, so the default of 15 minutes is an
-    assumption. `negative_usage` says whether negative records are taken, which no document settles. `subject` names the
-    settings in an error, which also tells the `known_faults` that their reader found.
+    `timezone` is the account's, in which times without an offset are read. ChargeOver documents no cut-off, so settling
+    a request after 15 minutes is an assumption. `negative_usage` says whether negative records are taken, which no
+    document settles.
 
     Raises:
         Misconfigured: with every fault at once.
     """
 
+    shortest_settling: ClassVar[int] = 900
+    why_not_shorter: ClassVar[str] = "no document says how long the account may take to apply a request"
+
     public_key: str
     private_key: str = field(repr=False)
     instance: str = ""
-    base_url: str = ""
     timezone: str = "America/Chicago"
     negative_usage: str = "hold"
-    concurrency: int = 4
-    settle_after_seconds: int = _SETTLE_AFTER_SECONDS
-    timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=10, read=60, write=60))
     subject: InitVar[str] = "ChargeOver settings"
-    known_faults: InitVar[Sequence[str]] = ()
-
-    def __post_init__(self, subject: str, known_faults: Sequence[str]) -> None:
-        self._set("base_url", str(self.base_url or "").rstrip("/"))
-        self._set("instance", str(self.instance or _instance_of(self.base_url)).strip().lower())
-        if faults := [*known_faults, *self._faults()]:
-            raise Misconfigured.all_at_once(subject, faults)
-        self._set("base_url", self.base_url or f"https://{self.instance}.{_VENDOR_HOST}")
-        self._set("concurrency", int(self.concurrency))
-        self._set("settle_after_seconds", int(self.settle_after_seconds))
 
     @property
     def site(self) -> str:
-        """The canonical name of the account; it does not depend on the address through which it is reached."""
         return f"chargeover:{self.instance}"
 
     @property
@@ -100,13 +84,11 @@ class ChargeOverSettings:
         """The account's time zone."""
         return ZoneInfo(self.timezone)
 
-    @property
-    def settle_after(self) -> timedelta:
-        """How long after a request was sent the account may still apply it."""
-        return timedelta(seconds=self.settle_after_seconds)
+    def _normalise(self) -> None:
+        self._set("instance", str(self.instance or _instance_of(self.base_url)).strip().lower())
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    def _own_address(self) -> str:
+        return f"https://{self.instance}.{_VENDOR_HOST}"
 
     def _faults(self) -> Iterator[str]:
         if not self.public_key:
@@ -118,14 +100,6 @@ class ChargeOverSettings:
             yield f"timezone: {self.timezone!r} is no IANA time zone; write it like 'America/Chicago'"
         if self.negative_usage not in ("allowed", "hold"):
             yield f"negative_usage: {self.negative_usage!r} is unknown; it is 'allowed' or 'hold'"
-        if whole_number(self.concurrency, 1) is None:
-            yield f"concurrency: {self.concurrency!r} is no whole number of 1 or more"
-        seconds = whole_number(self.settle_after_seconds, 0)
-        if seconds is None:
-            yield f"settle_after_seconds: {self.settle_after_seconds!r} is no whole number"
-        elif seconds < _SETTLE_AFTER_SECONDS and not is_loopback(self.base_url):
-            least = f"shorter than {_SETTLE_AFTER_SECONDS} is for loopback addresses only"
-            yield f"settle_after_seconds: {seconds} is too short: {least}"
 
     def _addressing(self) -> Iterator[str]:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.instance):

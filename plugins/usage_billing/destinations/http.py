@@ -6,7 +6,6 @@ nothing, a write whose reply was lost may have been carried out.
 """
 
 import email.utils
-import ipaddress
 import json
 import re
 import ssl
@@ -18,13 +17,14 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
 from usage_billing import __version__
+from usage_billing.destinations.settings import Timeouts, is_loopback, url_faults
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 
 _WORDS_LENGTH = 300
@@ -79,15 +79,6 @@ _NO_HANDSHAKE = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOC
 """OpenSSL's reasons that only a handshake can give, so no request had left."""
 
 
-@dataclass(frozen=True)
-class Timeouts:
-    """How long to wait, in seconds, for a connection, for the reply to a read, and for the reply to a write."""
-
-    connect: float = 10
-    read: float = 60
-    write: float = 60
-
-
 class HttpClient:
     """Sends one site's requests and turns every failure into one of our errors. Safe to share between threads.
 
@@ -103,7 +94,7 @@ class HttpClient:
         base_url: str,
         credentials: tuple[str, str],
         *,
-        timeouts: Timeouts = Timeouts(),
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen.
         outcomes: Collection[Outcome] = (),
         concurrency: int = 4,
     ) -> None:
@@ -260,46 +251,6 @@ class HttpClient:
 def segment(value: object) -> str:
     """Return a value as one segment of a path, with everything encoded that could leave it."""
     return quote(str(value), safe="")
-
-
-def is_loopback(url: str) -> bool:
-    """Say whether a URL leads to this very machine; a name other than ``localhost`` is not looked up."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def whole_number(value: object, least: int) -> int | None:
-    """Return a setting as a whole number of at least `least`, also from its text; None if it is no such number."""
-    text = str(value).strip()
-    number = int(text) if text.isascii() and text.isdigit() else None
-    return number if number is not None and number >= least else None
-
-
-def url_faults(field: str, url: str) -> Iterator[str]:
-    """Yield what is wrong with a site's address: plain http only to loopback, and nothing but scheme, host and path."""
-    shown = f"{field}: {_without_credentials(url)!r}"
-    try:
-        parts = urlsplit(url)
-        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        known = False
-    if not known:
-        yield f"{shown} is no web address; write it like https://billing.example.com"
-        return
-    if parts.scheme == "http" and not is_loopback(url):
-        yield f"{shown} is plain http, which is for loopback addresses only; use https"
-    if parts.username or parts.password:
-        yield f"{shown} holds credentials; put them into the connection's own fields"
-    if parts.query or parts.fragment:
-        yield f"{shown} must end with the path: no ? and no #"
-
-
-def _without_credentials(url: str) -> str:
-    """Return a URL as it may be shown; it may be so broken that only its look tells where the password is."""
-    return re.sub(r"//[^/]*@", "//***@", url).partition("?")[0]
 
 
 def _chain(failure: BaseException) -> Iterator[BaseException]:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -27,12 +27,9 @@ from usage_billing.destinations.http import (
     Effect,
     HttpClient,
     Outcome,
-    Timeouts,
-    is_loopback,
     segment,
-    url_faults,
-    whole_number,
 )
+from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.records import Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
 from usage_billing.sources import BillingSource, DestinationSettings
@@ -67,53 +64,38 @@ _NO_STREAM = Outcome((404,), Misconfigured, (Effect.WRITE,), mend="the events ho
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaxioSettings:
-    """How to reach one Maxio site.
+class MaxioSettings(SiteSettings):
+    """How to reach one Maxio site; see `SiteSettings` for what every site shares.
 
-    `base_url` stands for the main API's address, `events_url` for ``https://events.chargify.com`` (the site's subdomain
-    is a path segment there). `settle_after_seconds` is how long after a request the site may still apply it: Maxio
-    documents a cut-off of 120 s. `subject` names the settings in an error, which also tells
-    the `known_faults` that their reader found.
+    `events_url` stands for ``https://events.chargify.com``, where the site's subdomain is a path segment. Maxio's main
+    API documents a cut-off of 120 s, so a request is settled 150 s after it was sent.
 
     Raises:
         Misconfigured: with every fault at once.
     """
 
+    shortest_settling: ClassVar[int] = 150
+    why_not_shorter: ClassVar[str] = "the site may still apply a request 120 s after it was sent"
+
     subdomain: str
     api_key: str = field(repr=False)
     region: str = "us"
-    base_url: str = ""
     events_url: str = ""
-    concurrency: int = 4
-    settle_after_seconds: int = _SETTLE_AFTER_SECONDS
     # A write waits past the site's cut-off of 120 s: giving up sooner would only make doubts.
     timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=10, read=60, write=125))
     subject: InitVar[str] = "Maxio settings"
-    known_faults: InitVar[Sequence[str]] = ()
-
-    def __post_init__(self, subject: str, known_faults: Sequence[str]) -> None:
-        self._set("subdomain", str(self.subdomain or "").strip().lower())
-        self._set("region", str(self.region or "us").strip().lower())
-        self._set("base_url", str(self.base_url or "").rstrip("/"))
-        self._set("events_url", (self.events_url or _EVENTS_URL).rstrip("/"))
-        if faults := [*known_faults, *self._faults()]:
-            raise Misconfigured.all_at_once(subject, faults)
-        self._set("base_url", self.base_url or f"https://{self.subdomain}.{_VENDOR_HOSTS[self.region]}")
-        self._set("concurrency", int(self.concurrency))
-        self._set("settle_after_seconds", int(self.settle_after_seconds))
 
     @property
     def site(self) -> str:
-        """The canonical name of the site; it does not depend on the address through which it is reached."""
         return f"maxio:{self.region}:{self.subdomain}"
 
-    @property
-    def settle_after(self) -> timedelta:
-        """How long after a request was sent the site may still apply it."""
-        return timedelta(seconds=self.settle_after_seconds)
+    def _normalise(self) -> None:
+        self._set("subdomain", str(self.subdomain or "").strip().lower())
+        self._set("region", str(self.region or "us").strip().lower())
+        self._set("events_url", (self.events_url or _EVENTS_URL).rstrip("/"))
 
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
+    def _own_address(self) -> str:
+        return f"https://{self.subdomain}.{_VENDOR_HOSTS[self.region]}"
 
     def _faults(self) -> Iterator[str]:
         if not self.api_key:
@@ -126,9 +108,6 @@ class MaxioSettings:
             yield from url_faults("host", self.base_url)
             yield from self._another_site()
         yield from url_faults("events_url", self.events_url)
-        if whole_number(self.concurrency, 1) is None:
-            yield f"concurrency: {self.concurrency!r} is no whole number of 1 or more; Maxio takes 4 requests at once"
-        yield from self._settling()
 
     def _another_site(self) -> Iterator[str]:
         """A vendor's address names its site; another one's usage must never pass for this one's."""
@@ -136,16 +115,6 @@ class MaxioSettings:
         for region, vendor in _VENDOR_HOSTS.items():
             if host.endswith(f".{vendor}") and (region, host) != (self.region, f"{self.subdomain}.{vendor}"):
                 yield f"host: {host} is not the address of {self.site}; leave it empty, or mend subdomain and region"
-
-    def _settling(self) -> Iterator[str]:
-        seconds = whole_number(self.settle_after_seconds, 0)
-        if seconds is None:
-            yield f"settle_after_seconds: {self.settle_after_seconds!r} is no whole number"
-        elif seconds < _SETTLE_AFTER_SECONDS and not is_loopback(self.base_url):
-            yield (
-                f"settle_after_seconds: {seconds} is shorter than {_SETTLE_AFTER_SECONDS}: the site may still apply "
-                f"a request {_CUT_OFF_SECONDS} s after it was sent; shorter is for loopback addresses only"
-            )
 
 
 # --- client ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from unit.destinations.scripted import Script, hang_up, reply, reset, server, silence
-from usage_billing.destinations.http import Effect, HttpClient, Outcome, Timeouts, is_loopback, segment, url_faults
+from usage_billing.destinations.http import Effect, HttpClient, Outcome, segment
+from usage_billing.destinations.settings import Timeouts, is_loopback, url_faults
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 
 KEY = "a-key-that-nobody-may-see"
