@@ -128,6 +128,7 @@ class _Work:
         self._setback: NotApplied | None = None
         self._counting = threading.Lock()
         self._progress = _Progress()
+        self._conflicts: set[str] = set()
 
     def reserve(self, plan: Plan, staging: Staging) -> int:
         """Write the plan down; return how many of its keys have moved and must be planned again."""
@@ -145,7 +146,7 @@ class _Work:
         while not self._worker.stopped:
             self._send_reserved()
             self._ledger.doubt_abandoned(self._source)
-            doubts = self._ledger.doubts(self._source, self._window)
+            doubts = [d for d in self._ledger.doubts(self._source, self._window) if d.token not in self._conflicts]
             if not doubts and not self._ledger.in_the_air(self._source, self._window):
                 return
             if self._settle_due(doubts):
@@ -232,7 +233,9 @@ class _Work:
         taken = {receipt.token for receipt in receipts}
         left = [delivery for delivery in ours if delivery.token not in taken]
         if left:
-            self._land(left, State.RESERVED, NotApplied("the site did not take it with its chunk"))
+            # It lies behind the pass by now: a setback makes another one.
+            self._setback = NotApplied(f"the site took {len(taken)} of a chunk of {len(ours)}")
+            self._land(left, State.RESERVED, self._setback)
         self._count(accepted=written, requests=1)
 
     def _refused(self, ours: Sequence[Delivery], error: Refused) -> None:
@@ -272,7 +275,12 @@ class _Work:
         except Refused as error:
             if len(doubts) > 1:
                 return sum(self._settle([doubt]) for doubt in doubts)
-            return self._end(doubts[0], State.REFUSED, reason=str(error))
+            # The site has it, with another quantity. As a refusal its next revision would bill the whole once more, so
+            # it stays in doubt, which blocks its key, until a person decides.
+            self._conflicts.add(doubts[0].token)
+            self._ledger.settle_doubt(doubts[0], State.IN_DOUBT, reason=str(error))
+            log.warning("in doubt until a person decides: %s", error)
+            return 0
         except (NotApplied, InDoubt) as error:
             log.warning("%d doubts stay open: %s", len(doubts), error)
             return 0
@@ -288,7 +296,7 @@ class _Work:
     def _end(self, doubt: Delivery, state: State, receipt: Receipt | None = None, reason: str = "") -> int:
         ended = self._ledger.settle_doubt(doubt, state, receipt, reason)
         if ended:
-            self._count(settled=int(state is State.ACCEPTED), refused=int(state is State.REFUSED))
+            self._count(settled=int(state is State.ACCEPTED))
             log.info("doubt settled: %s is %s %s", doubt.token, state, receipt.note if receipt else reason)
         return int(ended)
 

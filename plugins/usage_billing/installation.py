@@ -87,6 +87,7 @@ def ledger_url() -> str | URL:
             host=connection.host,
             port=connection.port,
             database=connection.schema,
+            query={name: str(value) for name, value in connection.extra_dejson.items()},
         )
     raise Misconfigured(
         f"connection {LEDGER_CONNECTION!r} is of type {connection.conn_type!r}; "

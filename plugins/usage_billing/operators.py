@@ -14,6 +14,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from usage_billing import hooks
 from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused, Stale
 from usage_billing.installation import billing_source, ledger, staging
+from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.quantities import to_decimal
 from usage_billing.records import Comparison, Period, Plan, Run, State, Tally
@@ -57,7 +58,10 @@ class StageOperator(BaseOperator):
         run = Run.from_json(self.reference)
         if run.source != self.source:
             raise Misconfigured(f"{type(self).__name__} of source {self.source!r} was handed a run of {run.source!r}")
-        return run, billing_source(self.source)
+        source = billing_source(self.source)
+        # In each task: a setting or a connection that was changed since the last one would bill under other names.
+        ledger().register(source.name, hooks.destination(source).site, source.definition())
+        return run, source
 
 
 class ExtractOperator(StageOperator):
@@ -92,7 +96,8 @@ class ExtractOperator(StageOperator):
         book.record_read(number, events.rows)
         self.log.info("read %d rows as extraction %d", events.rows, number)
         if not events.rows:
-            _skip_or_ask(book.has_usage(source.name, window), source, window)
+            book.begin_comparison(source.name, number, periods)  # What an older extraction reserved is not owed now.
+            _skip_or_ask(book, source, window)
         return Run(source.name, number, interval, folder, {"events": events})
 
 
@@ -171,9 +176,9 @@ class DeliverOperator(StageOperator):
 
         run, source = self.handed_over()
         destination, book, window = hooks.destination(source), ledger(), _comparison(run, source).window
-        # The proposals are staged; the tally only tells whether to plan again, and a plan made anew knows best.
-        first = Plan(proposals=run.tables["proposals"], tally=Tally())
-        manners = Manners(threads=source.destination.threads)
+        # The tally of the plan did not travel, so it is taken to be blocked: one comparison more tells.
+        first = Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1))
+        manners = Manners(threads=min(source.destination.threads, destination.client.settings.concurrency))
         done = deliver(
             first, lambda: _plan(run, source), run.number, window, destination, book, staging(), self._stop, manners
         )
@@ -187,7 +192,9 @@ class DeliverOperator(StageOperator):
         )
         left = book.open_items(source.name, window)
         _log_open_items(self.log, left)
+        outdated = [period.start for period in book.outdated(source.name, run.number, source.periods(run.interval))]
         unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
+        unsettled = unsettled[~unsettled["period_start"].isin(outdated)]  # A newer extraction has the say there.
         if not unsettled.empty:
             raise InDoubt(f"{len(unsettled)} deliveries are not settled yet; the next try goes on with them")
         return run
@@ -275,13 +282,15 @@ def _plan(run: Run, source: BillingSource) -> Plan:
     return plan(_comparison(run, source), hooks.destination(source), ledger(), staging(), run.folder)
 
 
-def _skip_or_ask(has_usage: bool, source: BillingSource, window: Period) -> None:  # noqa: FBT001
-    if has_usage:
+def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:
+    """Decide about an interval without rows: nothing to bill, something to take back, or a question for a person."""
+    if book.has(source.name, window, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
         raise NeedsDecision(
             f"the warehouse has no rows of {source.name} for {window}, but the ledger has billed some: "
             "if they are really gone, a person has to say so; nothing was withdrawn"
         )
-    raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
+    if not book.has(source.name, window, State.RESERVED, State.HELD, State.REFUSED):
+        raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
 
 
 def _log_tally(log: Any, tally: Tally, source: BillingSource) -> None:

@@ -38,11 +38,11 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     """Return the signed differences between `comparison.totals` and the ledger, staged below `folder`.
 
     Raises:
-        Stale: a newer extraction of the same periods was compared.
+        Stale: a newer extraction of all of the same periods was compared; what it left alone is still planned.
         NeedsDecision: the plan would withdraw more than the source's `max_withdraw_share` of what was accepted.
     """
     source = destination.source
-    ledger.begin_comparison(source.name, comparison.number, comparison.periods)
+    stale = ledger.begin_comparison(source.name, comparison.number, comparison.periods)
     tally = Tally()
     targets = _targets(comparison.targets, staging)
 
@@ -51,12 +51,13 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
         for low, high, totals in _ranges(comparison.totals, staging):
             standing = ledger.standing(source.name, comparison.window, low, high)
             compared = _compare(totals, standing, source.settings.meter.decimals)
-            proposals, found = _propose(compared, comparison, destination, targets)
+            fresh = compared[~compared["period_start"].isin([period.start for period in stale])]
+            proposals, found = _propose(fresh.reset_index(drop=True), comparison, destination, targets)
             tally += found
             yield pa.Table.from_pandas(proposals, preserve_index=False, schema=_SCHEMA)
 
     proposals = staging.write(folder, "proposals", parts())
-    if tally.events != comparison.rows_accepted:
+    if not stale and tally.events != comparison.rows_accepted:
         raise AssertionError(f"{comparison.rows_accepted} accepted rows, but {tally.events} in the totals")
     _stop_if_it_withdraws_much(tally, destination)
     return Plan(proposals=proposals, tally=tally)
@@ -132,7 +133,9 @@ def _propose(
     difference = compared["owed"] - compared["settled"]
     state = compared["state"]
     blocked = state.isin([State.SENDING, State.IN_DOUBT])
+    # The same extraction may have been validated anew since: what it owes no more is replaced, not sent.
     ours = (state == State.RESERVED) & (compared["extraction"] == comparison.number)
+    ours &= difference == compared["waiting"]
     parked = state.isin([State.HELD, State.REFUSED])
     stays = parked & (difference == compared["waiting"])
     replaceable = (parked & ~stays) | ((state == State.RESERVED) & ~ours)

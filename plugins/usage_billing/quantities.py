@@ -14,6 +14,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usage_billing.errors import Misconfigured
+
 PRECISION = 38
 MAX_DIGITS = 18
 _INT64_MAX = 2**63 - 1
@@ -124,6 +126,11 @@ def to_scaled(column: pa.Array | pa.ChunkedArray, decimals: int) -> pd.Series:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ChunkedArray):  # combine_chunks of an empty chunked array may stay chunked.
         array = pa.array([], pa.decimal128(PRECISION, decimals))
+    if array.type != pa.decimal128(PRECISION, decimals):
+        raise Misconfigured(
+            f"staging: a quantity is {array.type}, and source.yaml now says {decimals} decimal places: "
+            "put it back, or clear the run from extract on"
+        )
     # The bytes of a decimal are its scaled integer: read them again with scale 0, and let Arrow check the range.
     whole = pa.Array.from_buffers(pa.decimal128(PRECISION, 0), len(array), array.buffers(), offset=array.offset)
     try:

@@ -106,9 +106,15 @@ class SourceSettings(Settings):
     quarantine: QuarantineLimits = QuarantineLimits()
 
     @model_validator(mode="after")
-    def _meter_has_its_column(self) -> Self:
+    def _parts_fit_together(self) -> Self:
         if self.meter.function != "count" and self.columns.quantity is None:
             raise ValueError(f"meter {self.meter.function} needs columns.quantity, the column it measures")
+        first = {"week": self.bill_from.weekday() == 0, "month": self.bill_from.day == 1}
+        if not first.get(self.period, True):
+            raise ValueError(
+                f"bill_from {self.bill_from} is inside a {self.period}, whose rest would never be billed: "
+                f"take the first day of a {self.period}"
+            )
         reserved = {"event_id", "time", "account", "quantity", "reasons"}
         if clash := reserved.intersection(self.dimensions):
             raise ValueError(f"dimensions may not be called {', '.join(sorted(clash))}: rename the column in usage.sql")

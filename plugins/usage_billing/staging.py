@@ -83,8 +83,12 @@ class Staging:
     def _write_bytes(self, path: str, content: bytes) -> None:
         folder, _, _ = path.rpartition("/")
         (self._root / folder).mkdir(parents=True, exist_ok=True)
-        # The name is the content's digest: writing it again, say after a crash in the middle, writes the same bytes.
-        with (self._root / path).open("wb") as file:
+        # The name is the content's digest. A file of that length is there whole: rewriting it would let a twin that
+        # reads it meanwhile see half of it; what a crash cut short is written again.
+        file_path = self._root / path
+        if file_path.exists() and file_path.stat().st_size == len(content):
+            return
+        with file_path.open("wb") as file:
             file.write(content)
 
     def _read_bytes(self, path: str) -> bytes:

@@ -658,10 +658,22 @@ def test_events_of_a_closed_billing_period_are_held(sandbox: Sandbox) -> None:
     """The stream would take them and never bill them."""
     destination = EVENTS.made(sandbox)
     targets = destination.resolve(EVENTS.accounts)
-    closed = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 30, 23, tzinfo=UTC))
+    closed = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 29, 23, tzinfo=UTC))
 
     assert all("closed" in reason for reason in destination.hold_reason(closed))
     assert not any(destination.hold_reason(proposals(targets, ["1", "2", "3"])))
+
+
+def test_a_usage_period_that_the_renewal_cut_in_two_bills_in_the_open_billing_period(sandbox: Sandbox) -> None:
+    """A day that began before the renewal and ended after it is neither held nor lost."""
+    destination = EVENTS.made(sandbox)
+    targets = destination.resolve(EVENTS.accounts)
+    cut = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 30, 23, tzinfo=UTC))
+
+    assert not any(destination.hold_reason(cut))
+    send_all(destination, deliveries(destination, cut))
+
+    assert billed(sandbox, EVENTS) == Decimal(6)
 
 
 def test_a_replay_outside_its_window_is_forbidden(sandbox: Sandbox) -> None:

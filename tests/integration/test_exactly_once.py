@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +13,7 @@ from sqlalchemy import create_engine, text
 from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
 from usage_billing.deliver import Manners
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied, Stale
-from usage_billing.records import Period
+from usage_billing.records import Comparison, Delivery, Period
 from usage_billing.sources import BillingSource
 
 ACCOUNTS = {
@@ -312,3 +313,80 @@ def test_a_delivery_that_the_site_holds_twice_breaks_the_tie_out(house: House) -
     assert (found.matched, found.different, found.unknown) == (3, 1, 0)
     assert not found.ties_out
     assert "a second time" in found.examples[0]
+
+
+def test_rows_that_a_second_validation_quarantined_are_not_sent(house: House, source: BillingSource) -> None:
+    """A run that was validated anew after it had reserved sends what it owes now, not what it reserved then."""
+    day = a_day(source, 5)
+    before, folder = house.totals(source, day, some_usage(source, day))
+    reserve(house, source, before, folder)
+    after, folder = house.totals(source, day, some_usage(source, day)[-3:])
+    house.deliver(source, replace(after, number=before.number), folder)
+    third = ACCOUNTS[source.name][2]
+    assert house.billed(source) == {third: Decimal(3)}
+
+
+def reserve(house: House, source: BillingSource, comparison: Comparison, folder: str) -> list[Delivery]:
+    """Write a plan down as a deliver does that dies right after; return what is ready to be sent."""
+    for part in house.staging.read(house.plan(source, comparison, folder).proposals):
+        house.ledger.reserve(source.name, house.destination(source).site, comparison.number, part.to_pandas())
+    return house.ledger.reserved(source.name, comparison.number, 1000)
+
+
+def test_what_the_site_holds_with_another_quantity_blocks_its_key_until_a_person_decides(house: House) -> None:
+    """A stored 6 for a sent 7 is neither sent again nor corrected by a guess: a later row waits behind it."""
+    source = shipped("api_calls")
+    day = a_day(source, 5)
+    comparison, folder = house.totals(source, day, some_usage(source, day)[:2])
+    (ready,) = reserve(house, source, comparison, folder)
+    dead = house.ledger.acquire("deliver:dead", "dead", timedelta(milliseconds=100))
+    house.ledger.begin_sending([ready.token], dead)
+    address = ready.address
+    body = ready.body.replace('"quantity":7', '"quantity":6')
+    assert body != ready.body
+    house.destination(source).client.create_usage(address["subscription_id"], address["component_id"], body)
+    house.deliver(source, comparison, folder)
+    house.run(
+        source, day, some_usage(source, day)[:2] + usage(source, day, {ACCOUNTS["api_calls"][0]: ["0", "0", "2"]})[2:]
+    )
+    assert house.billed(source) == {ACCOUNTS["api_calls"][0]: Decimal(6)}
+    assert house.states(source, day) == {"in_doubt": 1}
+
+
+def test_a_run_of_three_days_that_was_overtaken_on_one_bills_the_other_two(house: House, source: BillingSource) -> None:
+    """A newer extraction has the say for its own day, and for no other."""
+    days = [a_day(source, number) for number in (5, 6, 7)]
+    whole = Period(days[0].start, days[-1].end)
+    events = [event for day in days for event in some_usage(source, day)]
+    comparison, folder = house.totals(source, whole, events)
+    house.run(source, days[1], some_usage(source, days[1]))
+    house.deliver(source, comparison, folder)
+    assert house.billed(source) == {account: 3 * total for account, total in expected(source).items()}
+
+
+def test_a_key_that_a_doubt_of_an_older_run_blocked_is_billed_by_the_same_deliver(house: House) -> None:
+    """The doubt is settled as `not there`; what it would have billed is planned again with today's total, and sent."""
+    source = shipped("api_calls")
+    day = a_day(source, 5)
+    old, folder = house.totals(source, day, some_usage(source, day)[:2])
+    (ready,) = reserve(house, source, old, folder)
+    house.ledger.begin_sending([ready.token], house.ledger.acquire("deliver:dead", "dead", timedelta(milliseconds=100)))
+    late = usage(source, day, {ACCOUNTS["api_calls"][0]: ["3", "4", "5"]})
+    new, folder = house.totals(source, day, late)
+    plan = house.plan(source, new, folder)
+    assert plan.tally.blocked == 1
+    house.deliver(source, new, folder, first=plan)
+    assert house.billed(source) == {ACCOUNTS["api_calls"][0]: Decimal(12)}
+
+
+def test_totals_of_other_decimal_places_than_source_yaml_says_stop_the_run(house: House) -> None:
+    """Settings that were edited between two tasks never multiply a bill by ten."""
+    source = shipped("voip_minutes")
+    day = a_day(source, 5)
+    comparison, folder = house.totals(source, day, some_usage(source, day))
+    meter = source.settings.meter.model_copy(update={"decimals": 1})
+    edited = type(source)(
+        source.settings.model_copy(update={"meter": meter}), source.destination, source.sql, source.expectations
+    )
+    with pytest.raises(Misconfigured, match="decimal places"):
+        house.plan(edited, comparison, folder)

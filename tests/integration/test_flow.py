@@ -13,6 +13,7 @@ from typing import Any
 
 import duckdb
 import pytest
+from airflow.sdk.exceptions import AirflowSkipException
 
 from stories import CHECKOUT, SITES, WORLDS
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
@@ -268,6 +269,37 @@ def test_an_empty_reading_of_what_was_billed_stops_and_asks(installation: Simple
     with pytest.raises(NeedsDecision, match="nothing was withdrawn"):
         run_tasks()
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_an_empty_reading_takes_back_what_was_only_reserved(installation: SimpleNamespace) -> None:
+    """A day whose delivery failed and whose rows are gone since is not billed by the older deliver's next try."""
+    planned = run_tasks("plan")
+    installation.connect(password="wrong-key-altogether")
+    with pytest.raises(Misconfigured):
+        deliver_again(planned)
+    installation.connect()
+    with duckdb.connect(str(installation.warehouse)) as connection:
+        connection.execute("DELETE FROM api_calls")
+    run_tasks()
+    with pytest.raises(AirflowSkipException, match="stale"):
+        deliver_again(planned)
+    assert billed(installation) == {}
+
+
+def deliver_again(planned: dict[str, Any]) -> None:
+    """Run the deliver of an earlier plan."""
+    from usage_billing.operators import DeliverOperator  # noqa: PLC0415
+
+    DeliverOperator(task_id="deliver", source="api_calls", reference=planned).execute({})
+
+
+def test_a_connection_that_leads_to_another_site_now_stops_the_next_task(installation: SimpleNamespace) -> None:
+    """What was planned for acme is never sent to another site under the same connection."""
+    planned = run_tasks("plan")
+    extra = {"subdomain": "orbit", "region": "us", "events_url": installation.sandbox.events_url}
+    installation.connect(host=installation.sandbox.maxio_url("orbit"), password="sandbox-orbit-key", extra=extra)
+    with pytest.raises(Misconfigured, match='site: was "maxio:us:acme", is now "maxio:us:orbit"'):
+        deliver_again(planned)
 
 
 def test_the_log_tells_the_story_to_whoever_is_on_call(

@@ -155,3 +155,11 @@ def test_sources_are_found_by_their_yaml(load, tmp_path):
     assert source_names(tmp_path) == ["calls"]
     with pytest.raises(Misconfigured, match="SOURCES_FOLDER"):
         source_names(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(("period", "day"), [("week", "2026-10-01"), ("month", "2026-10-15")])
+def test_a_beginning_inside_a_period_is_refused(load, period, day):
+    """The rest of the week or month in which billing began would never be owed, and nobody would notice."""
+    source = SOURCE.replace("period: day", f"period: {period}").replace("bill_from: 2026-10-01", f"bill_from: {day}")
+    (fault,) = faults(load, source=source)
+    assert f"take the first day of a {period}" in fault

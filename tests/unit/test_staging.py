@@ -93,3 +93,15 @@ def test_spilled_rows_come_back_by_partition_in_the_order_they_came():
         folder = Path(spill._folder.name)
         assert folder.exists()
     assert not folder.exists()
+
+
+def test_a_twin_never_rewrites_a_file_that_is_there_whole_but_mends_one_that_was_cut_short(staging, tmp_path):
+    """A reader beside a twin sees whole files; what a crash left half written is written again."""
+    first = staging.write("run", "events", [part(1), part(2)])
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    staging.write("run", "events", [part(1), part(2)])
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    cut = next(path for path in stamps if path.suffix == ".parquet")
+    cut.write_bytes(cut.read_bytes()[:-5])
+    staging.write("run", "events", [part(1), part(2)])
+    assert sum(table.num_rows for table in staging.read(first)) == 2

@@ -74,7 +74,7 @@ class Destination(ABC):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Return, per proposal, why it may not be sent now (text), or an empty text.
 
-        `proposals` has the columns of `encode` plus ``open_from`` (UTC timestamp or NaT).
+        `proposals` has the columns of `encode`.
         """
 
     @abstractmethod
@@ -82,7 +82,8 @@ class Destination(ABC):
         """Return the exact JSON text of each proposal's record, without a loop over rows.
 
         Columns: ``token``, ``identity``, ``subscription``, ``component``, ``price_point``, ``dimensions`` (JSON text),
-        ``address`` (JSON text), ``period_start``, ``period_end`` (UTC timestamps), ``quantity`` (plain decimal text).
+        ``address`` (JSON text), ``period_start``, ``period_end`` (UTC timestamps), ``quantity`` (plain decimal text),
+        ``open_from`` (start of the open billing period, UTC, or NaT).
         """
 
     @abstractmethod

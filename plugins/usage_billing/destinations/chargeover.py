@@ -424,6 +424,9 @@ class ChargeOverUsage(Destination):
             start = day.replace(day=1) if day.day > 1 else (day - timedelta(days=1)).replace(day=16)
         elif cycle in _CYCLES:
             start = (pd.Timestamp(day) - _CYCLES[cycle]).date()
+            if cycle in _MONTHS and (day + timedelta(days=1)).day == 1:
+                # The last of a month may stand for a 31st that it lacks: the later start holds rather than loses.
+                start = (pd.Timestamp(start) + pd.offsets.MonthEnd(0)).date()
         else:
             return None
         return local_midnight(start, self.client.settings.zone)

@@ -676,7 +676,7 @@ class MaxioEvents(_MaxioDestination):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
         unknown = proposals["open_from"].isna().to_numpy(dtype=bool)
-        closed = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
+        closed = (proposals["period_end"] <= proposals["open_from"]).to_numpy(dtype=bool)
         why_unknown = "its account has no usage in this run, so its open billing period is not known"
         why_closed = "its billing period is closed: the site would take the event and never bill it"
         texts = np.select([unknown, closed], [why_unknown, why_closed], "")
@@ -684,7 +684,11 @@ class MaxioEvents(_MaxioDestination):
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one event, its dimensions as properties."""
-        when = by_value(proposals["period_start"], lambda start: f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
+        # A usage period that the renewal cut in two still bills, in the billing period that is open.
+        starts = proposals["period_start"].where(
+            ~(proposals["period_start"] < proposals["open_from"]), proposals["open_from"]
+        )
+        when = by_value(starts, lambda start: f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
         named = by_value(proposals["address"], self._subscriber)
         key = json.dumps(self.settings.property)
         also = by_value(

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any, Self
 
 import pandas as pd
@@ -199,11 +200,14 @@ class Ledger:
 
     # --- comparing ---------------------------------------------------------------------------------------------------
 
-    def begin_comparison(self, name: str, number: int, periods: Sequence[Period]) -> None:
-        """Declare that extraction `number` is being compared for `periods`; older ones may then send nothing.
+    def begin_comparison(self, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
+        """Declare that extraction `number` is being compared for `periods`; older ones then send none.
+
+        Return the periods for which a newer extraction was compared: this one has no say about them.
 
         Raises:
-            Stale: a newer extraction was compared for one of them.
+            Stale: those are all of them.
+            Misconfigured: a period overlaps another that was compared, so rows would be billed under both.
         """
         rows = [{"source": name, "period_start": p.start, "period_end": p.end, "extraction": number} for p in periods]
         statement = self._insert(compared_period)
@@ -214,8 +218,15 @@ class Ledger:
         )
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            self._raise_if_stale(connection, name, number, periods)
+            _raise_if_overlapping(connection, name, periods)
+            stale = _stale(connection, name, number, periods)
+            if stale == frozenset(periods):
+                raise Stale(
+                    f"stale: a newer extraction of {name!r} was compared for every usage period of extraction "
+                    f"{number}; this run sends nothing, the newer one has the say"
+                )
             connection.execute(upsert, rows)
+        return stale
 
     def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
         """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
@@ -225,9 +236,8 @@ class Ledger:
         """
         return self._frame(queries.standing(name, window, low, high))
 
-    def has_usage(self, name: str, window: Period) -> bool:
-        """Say whether anything was accepted, or may have been, for usage periods in `window`."""
-        states = (State.ACCEPTED, State.SENDING, State.IN_DOUBT)
+    def has(self, name: str, window: Period, *states: State) -> bool:
+        """Say whether any delivery for usage periods in `window` stands in one of `states`."""
         statement = (
             select(delivery.c.token).where(queries.in_window(name, window), delivery.c.state.in_(states)).limit(1)
         )
@@ -242,9 +252,7 @@ class Ledger:
         `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or
         ``held``, or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has
         another last revision than the plan saw is not written: it has moved, and has to be planned again.
-
-        Raises:
-            Stale: a newer extraction was compared for the window.
+        So does one for whose usage period a newer extraction was compared.
         """
         if proposals.empty:
             return Reserved(0, 0, 0)
@@ -254,13 +262,14 @@ class Ledger:
         with self._writing() as connection:
             # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            self._raise_if_stale(connection, name, number, periods)
+            stale = [period.start for period in _stale(connection, name, number, periods)]
             now = self._now(connection)
             known = self._frame_of(connection, queries.standing(name, window, low, high))
             last = known.groupby("identity")["revision"].max()
             base = proposals["identity"].map(last).fillna(-1).astype(int)
-            already = proposals["token"].isin(known["token"])
-            sound = ~already & (base == proposals["revision"] - 1)
+            # An earlier try of the same plan; the same token from another extraction means that it has moved.
+            already = proposals["token"].isin(known.loc[known["extraction"] == number, "token"])
+            sound = ~already & (base == proposals["revision"] - 1) & ~proposals["period_start"].isin(stale)
             if not self._supersede(connection, proposals.loc[sound, "supersedes"], now):
                 # A worker took one of them between the plan and here: nothing of this batch holds any more.
                 connection.rollback()
@@ -346,13 +355,19 @@ class Ledger:
         statement = select(*columns).where(queries.in_window(name, window), delivery.c.state == State.ACCEPTED)
         return self._frame(statement.order_by(delivery.c.identity, delivery.c.revision))
 
-    def known(self, tokens: Sequence[str]) -> frozenset[str]:
-        """Return those of `tokens` that this ledger has ever written down, for whatever source and period."""
-        found: set[str] = set()
+    def outdated(self, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
+        """Return the periods for which a newer extraction than `number` was compared."""
+        with self._reading() as connection:
+            return _stale(connection, name, number, periods)
+
+    def states(self, tokens: Sequence[str]) -> dict[str, State]:
+        """Return the state of each of `tokens` that this ledger ever wrote down, of whatever source and period."""
+        found: dict[str, State] = {}
         with self._reading() as connection:
             for some in _batches(tokens):
-                found.update(connection.execute(select(delivery.c.token).where(delivery.c.token.in_(some))).scalars())
-        return frozenset(found)
+                rows = connection.execute(select(delivery.c.token, delivery.c.state).where(delivery.c.token.in_(some)))
+                found.update({row.token: State(row.state) for row in rows})
+        return found
 
     def accepted_at(self, site: str, subscriptions: Sequence[str], component: str, window: Period) -> pd.DataFrame:
         """Return what all sources had accepted for one component of a site: subscription, period_start, quantity."""
@@ -415,17 +430,6 @@ class Ledger:
             return [_delivery(row) for row in connection.execute(statement).mappings()]
 
     @staticmethod
-    def _raise_if_stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> None:
-        first, last = min(period.start for period in periods), max(period.end for period in periods)
-        newer = connection.execute(queries.newer_comparison(name, number, first, last)).first()
-        if newer is not None:
-            raise Stale(
-                f"stale: extraction {newer.extraction} of {name!r} was compared for the usage period from "
-                f"{newer.period_start:%Y-%m-%dT%H:%MZ} after extraction {number} was read; "
-                "this run sends nothing, the newer one has the say"
-            )
-
-    @staticmethod
     def _supersede(connection: Connection, tokens: pd.Series, now: datetime) -> bool:
         """Close the revisions that newer ones replace; False if one of them is on its way to the site."""
         states = (State.RESERVED, State.HELD, State.REFUSED)
@@ -435,6 +439,26 @@ class Ledger:
             if moved != len(some):
                 return False
         return True
+
+
+def _stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
+    """Return those of `periods` for which a later extraction than `number` was compared."""
+    first, last = min(period.start for period in periods), max(period.end for period in periods)
+    rows = connection.execute(queries.newer_comparisons(name, number, first, last))
+    return frozenset(Period(row.period_start, row.period_end) for row in rows) & frozenset(periods)
+
+
+def _raise_if_overlapping(connection: Connection, name: str, periods: Sequence[Period]) -> None:
+    first, last = min(period.start for period in periods), max(period.end for period in periods)
+    before = {
+        Period(row.period_start, row.period_end) for row in connection.execute(queries.touching(name, first, last))
+    }
+    for one, other in pairwise(sorted(before | set(periods))):
+        if other.start < one.end:
+            raise Misconfigured(
+                f"billing source {name!r}: the usage periods {one} and {other} overlap, and the rows of both would be "
+                "billed twice: run the intervals that were run before, or bill the new ones as a source of their own"
+            )
 
 
 def _batches(values: Sequence[str]) -> Iterable[Sequence[str]]:

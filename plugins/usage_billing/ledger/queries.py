@@ -46,18 +46,18 @@ def standing(source: str, window: Period, low: str, high: str) -> Select[Any]:
     )
 
 
-def newer_comparison(source: str, number: int, first: datetime, last: datetime) -> Select[Any]:
-    """Select one usage period in a span for which a later extraction than `number` was compared."""
-    return (
-        select(compared_period.c.extraction, compared_period.c.period_start)
-        .where(
-            compared_period.c.source == source,
-            compared_period.c.period_start >= first,
-            compared_period.c.period_end <= last,
-            compared_period.c.extraction > number,
-        )
-        .limit(1)
+def touching(source: str, first: datetime, last: datetime) -> Select[Any]:
+    """Select the compared usage periods of a source that share a moment with a span."""
+    return select(compared_period).where(
+        compared_period.c.source == source,
+        compared_period.c.period_start < last,
+        compared_period.c.period_end > first,
     )
+
+
+def newer_comparisons(source: str, number: int, first: datetime, last: datetime) -> Select[Any]:
+    """Select the usage periods in a span for which a later extraction than `number` was compared."""
+    return touching(source, first, last).where(compared_period.c.extraction > number)
 
 
 TO_SEND = [delivery.c[name] for name in "token identity revision quantity address body sent_at sends".split()]

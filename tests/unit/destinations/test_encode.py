@@ -4,6 +4,7 @@ import json
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pandas as pd
 import pytest
@@ -40,7 +41,7 @@ def destination(keys: dict[str, Any], **source: Any) -> Destination:
         "schedule": "0 0 * * *",
         "timezone": "America/New_York",
         "period": "day",
-        "bill_from": "2026-10-01",
+        "bill_from": "2026-06-01",
         "columns": {"event_id": "id", "time": "at", "account": "who", "quantity": "units"},
         "meter": {"function": "sum", "decimals": 3},
     }
@@ -66,6 +67,7 @@ def proposal(**changes: Any) -> dict[str, Any]:
         "period_start": pd.Timestamp(START),
         "period_end": pd.Timestamp(START + timedelta(days=1)),
         "quantity": "12.5",
+        "open_from": pd.Timestamp(START - timedelta(days=4)),
     }
     return {**row, **changes}
 
@@ -268,3 +270,30 @@ def test_an_id_may_be_written_as_a_number() -> None:
     found = destination_class("maxio_metered")
     assert found is not None
     assert found.settings_model.model_validate({**METERED, "connection": "c", "component": 61001}).component == "61001"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("following", "cycle", "began"),
+    [
+        ("2026-11-01 00:00:00", "mon", "2026-10-01"),
+        ("2026-11-15T00:00:01-06:00", "mon", "2026-10-15"),
+        ("2027-02-28 00:00:00", "mon", "2027-01-31"),  # Anchored on a 31st: the earlier 28th would lose three days.
+        ("2026-11-16 00:00:00", "116", "2026-11-01"),
+        ("2026-11-01 00:00:00", "116", "2026-10-16"),
+        ("2026-11-05 00:00:00", "2wk", "2026-10-22"),
+    ],
+)
+def test_the_open_cycle_of_a_package_begins_one_cycle_before_its_next_invoice(
+    following: str, cycle: str, began: str
+) -> None:
+    """The account tells the next invoice and the cycle; the start lies in the account's own zone."""
+    made: Any = destination(USAGE)
+    found = made._open_from({"next_invoice_datetime": following, "paycycle": cycle})
+    assert found.astimezone(ZoneInfo("America/Chicago")).isoformat()[:19] == f"{began}T00:00:00"
+
+
+@pytest.mark.parametrize("package", [{}, {"next_invoice_datetime": "", "paycycle": "mon"}, {"paycycle": "evy"}])
+def test_a_package_without_a_known_cycle_has_no_known_beginning(package: dict[str, Any]) -> None:
+    """Nothing is guessed where the account does not tell."""
+    made: Any = destination(USAGE)
+    assert made._open_from(package) is None
