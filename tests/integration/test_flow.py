@@ -71,6 +71,15 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
             warehouse=warehouse,
             connect=lambda **changes: _reconnect(monkeypatch, connections, changes),
         )
+        _forget_the_ledger()
+
+
+def _forget_the_ledger() -> None:
+    """Close the ledger that a process keeps for its whole life; the next test has another one."""
+    from usage_billing import installation as ours  # noqa: PLC0415
+
+    ours.ledger().close()
+    ours._ledger.cache_clear()
 
 
 def maxio(url: str, events_url: str, key: str = "sandbox-acme-key") -> dict[str, Any]:

@@ -103,8 +103,12 @@ def serve(
 
     `port_file` receives the port once requests are answered. Raises `NotLoopback`, or `WorldError` with every fault.
     """
-    app = create_app([worlds] if isinstance(worlds, Path) else list(worlds), books)
     listener = listen(host, port)
+    try:
+        app = create_app([worlds] if isinstance(worlds, Path) else list(worlds), books)
+    except BaseException:
+        listener.close()
+        raise
     number: Any = listener.getsockname()[1]
 
     def ready() -> None:
