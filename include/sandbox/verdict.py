@@ -101,7 +101,8 @@ def judge(
 
     The demo's days count even where the ledger has not read them: usage that nobody read is owed all the same.
     """
-    extractions = list(Ledger.connect(f"sqlite:///{ledger}").extractions(source.name))
+    with closing(Ledger.connect(f"sqlite:///{ledger}")) as book:
+        extractions = book.extractions(source.name)
     days = set(DEMO_DAYS)
     for extraction in extractions:
         days.update(days_between(extraction.interval_start, extraction.interval_end, source.zone_info))
