@@ -6,7 +6,7 @@ through this class alone, and the contract suite in ``tests/contract`` holds eac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, ClassVar, cast
 
@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from usage_billing.errors import Misconfigured
 from usage_billing.records import Delivery, Receipt, SiteRecord, SiteTotal, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
@@ -37,20 +38,22 @@ class Destination(ABC):
     client: Any
     """The plain client of the site; its `settings` tell the site's name and how many requests it takes at once."""
 
-    def __init__(self, source: BillingSource) -> None:
+    def __init__(self, source: BillingSource, client: Any) -> None:
         self.source = source
+        self.client = client
 
     @property
-    @abstractmethod
     def site(self) -> str:
         """The canonical name of the billing site: ``maxio:<region>:<subdomain>`` or ``chargeover:<instance>``."""
+        name: str = self.client.settings.site
+        return name
 
     @property
-    @abstractmethod
     def settle_after(self) -> timedelta:
-        """How long after a request was sent the site may still apply it."""
+        """How long after a request was sent the site may still apply it, as the connection says."""
+        wait: timedelta = self.client.settings.settle_after
+        return wait
 
-    @abstractmethod
     def check(self) -> None:
         """Ask the site whether this source can be billed at all: credentials, component, kind, decimals.
 
@@ -58,6 +61,12 @@ class Destination(ABC):
             Misconfigured: it cannot, with every reason at once.
             NotApplied: the site could not be asked.
         """
+        if faults := list(self._faults()):
+            raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
+
+    @abstractmethod
+    def _faults(self) -> Iterator[str]:
+        """Yield what the site's catalogue shows to be wrong with the source's definition."""
 
     @abstractmethod
     def resolve(self, accounts: Sequence[str]) -> list[Target]:

@@ -324,25 +324,9 @@ class ChargeOverUsage(Destination):
     client: ChargeOverSite
 
     def __init__(self, source: BillingSource, client: ChargeOverSite) -> None:
-        super().__init__(source)
-        self.client = client
+        super().__init__(source, client)
         self.settings = cast("ChargeOverUsageSettings", source.destination)
         self.chunk_size = 1 if self.settings.mode == "single" else _LARGEST_BATCH
-
-    @property
-    def site(self) -> str:
-        """``chargeover:<instance>``."""
-        return self.client.settings.site
-
-    @property
-    def settle_after(self) -> timedelta:
-        """As the connection says."""
-        return self.client.settings.settle_after
-
-    def check(self) -> None:
-        """Tell every fault that the site's catalogue shows in the source's definition."""
-        if faults := list(self._faults()):
-            raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
 
     def _faults(self) -> Iterator[str]:
         item = self.client.item_by_external_key(self.settings.item)

@@ -312,24 +312,8 @@ class _MaxioDestination(Destination):
     """The settings of the destination at hand: `MaxioMeteredSettings` or `MaxioEventsSettings`."""
 
     def __init__(self, source: BillingSource, client: MaxioSite) -> None:
-        super().__init__(source)
-        self.client = client
+        super().__init__(source, client)
         self.settings = source.destination
-
-    @property
-    def site(self) -> str:
-        """``maxio:<region>:<subdomain>``."""
-        return self.client.settings.site
-
-    @property
-    def settle_after(self) -> timedelta:
-        """As the connection says."""
-        return self.client.settings.settle_after
-
-    def check(self) -> None:
-        """Tell every fault that the site's catalogue shows in the source's definition."""
-        if faults := list(self._faults()):
-            raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Return the subscription of each account; one that has ended, or lacks the component, is `unknown`."""
