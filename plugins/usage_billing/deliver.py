@@ -264,7 +264,7 @@ class _Work:
         """Ask the site about every doubt that is old enough; return how many ended."""
         now = self._ledger.now()
         due = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at >= self._destination.settle_after]
-        size = max(self._destination.chunk_size, 1)
+        size = self._destination.chunk_size
         return sum(self._settle(due[start : start + size]) for start in range(0, len(due), size))
 
     def _settle(self, doubts: Sequence[Delivery]) -> int:

@@ -20,11 +20,7 @@ _START = datetime(2020, 1, 1, tzinfo=UTC)
 _RETRIES = ExceptionRetryPolicy(
     rules=[
         RetryRule(
-            exception=[
-                "usage_billing.errors.Misconfigured",
-                "usage_billing.errors.NeedsDecision",
-                "usage_billing.errors.Refused",
-            ],
+            exception=["usage_billing.errors.Misconfigured", "usage_billing.errors.Refused"],
             action=RetryAction.FAIL,
             reason="a person acts first; another try would end the same",
         )

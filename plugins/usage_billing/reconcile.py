@@ -86,12 +86,11 @@ def _by_record(ledger: Ledger, accepted: pd.DataFrame, records: Iterable[SiteRec
         if record.token not in ours_by_token:
             others.append(record)
             continue
+        theirs += record.quantity
         wanted = expected.pop(record.token, None)
         if wanted is None:
-            theirs += record.quantity
             different.append(f"record {record.record_id}: {record.quantity} there a second time under {record.token}")
             continue
-        theirs += record.quantity
         matched += record.quantity == wanted
         if record.quantity != wanted:
             different.append(f"record {record.record_id}: {record.quantity} there, {wanted} here")

@@ -5,7 +5,7 @@ Parquet (`staging.py`); the records here describe them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -33,6 +33,12 @@ class Period:
             object.__setattr__(self, name, _plain(moment))
         if self.start >= self.end:
             raise ValueError(f"a period ends after it starts: {self.start} to {self.end}")
+
+    @classmethod
+    def around(cls, periods: Iterable["Period"]) -> Self:
+        """Return the span from the first start of some periods to the last end; there is at least one."""
+        known = list(periods)
+        return cls(min(period.start for period in known), max(period.end for period in known))
 
     def __str__(self) -> str:
         return f"{self.start:%Y-%m-%dT%H:%MZ} to {self.end:%Y-%m-%dT%H:%MZ}"
@@ -222,7 +228,7 @@ class Comparison:
     @property
     def window(self) -> Period:
         """The span of the compared usage periods."""
-        return Period(self.periods[0].start, self.periods[-1].end)
+        return Period.around(self.periods)
 
 
 @dataclass(frozen=True)

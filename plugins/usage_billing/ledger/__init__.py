@@ -20,7 +20,6 @@ from sqlalchemy import (
     Engine,
     RowMapping,
     Select,
-    exists,
     func,
     insert,
     select,
@@ -163,10 +162,7 @@ class Ledger:
         """
         with self._writing() as connection:
             now = self._now(connection)
-            if (
-                connection.execute(select(exists().where(lease.c.fence == held.fence, queries.alive(now)))).scalar_one()
-                is False
-            ):
+            if not connection.execute(select(queries.fence_alive(held.fence, now))).scalar_one():
                 raise NotApplied(f"lost the lease {held.name!r} while the warehouse opened its snapshot; try again")
             statement = insert(extraction).values(
                 source=name,
@@ -257,7 +253,7 @@ class Ledger:
         if proposals.empty:
             return Reserved(0, 0, 0)
         periods = _periods(proposals)
-        window = Period(min(period.start for period in periods), max(period.end for period in periods))
+        window = Period.around(periods)
         low, high = proposals["identity"].iloc[0], proposals["identity"].iloc[-1] + "~"
         with self._writing() as connection:
             # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
@@ -318,7 +314,7 @@ class Ledger:
         """Put in doubt what a worker left in the air when its lease ran out; return how many."""
         sending = update(delivery).where(delivery.c.source == name, delivery.c.state == State.SENDING)
         with self._writing() as connection:
-            alive = exists().where(lease.c.fence == delivery.c.fence, queries.alive(self._now(connection)))
+            alive = queries.fence_alive(delivery.c.fence, self._now(connection))
             values = {"state": State.IN_DOUBT, "reason": "its worker ended before it wrote down an outcome"}
             return connection.execute(sending.where(~alive).values(values)).rowcount
 
@@ -443,16 +439,13 @@ class Ledger:
 
 def _stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
     """Return those of `periods` for which a later extraction than `number` was compared."""
-    first, last = min(period.start for period in periods), max(period.end for period in periods)
-    rows = connection.execute(queries.newer_comparisons(name, number, first, last))
+    rows = connection.execute(queries.newer_comparisons(name, number, Period.around(periods)))
     return frozenset(Period(row.period_start, row.period_end) for row in rows) & frozenset(periods)
 
 
 def _raise_if_overlapping(connection: Connection, name: str, periods: Sequence[Period]) -> None:
-    first, last = min(period.start for period in periods), max(period.end for period in periods)
-    before = {
-        Period(row.period_start, row.period_end) for row in connection.execute(queries.touching(name, first, last))
-    }
+    touching = connection.execute(queries.touching(name, Period.around(periods)))
+    before = {Period(row.period_start, row.period_end) for row in touching}
     for one, other in pairwise(sorted(before | set(periods))):
         if other.start < one.end:
             raise Misconfigured(

@@ -4,7 +4,6 @@ The hot ones are written once, with binds: they run twice for each delivery, and
 SQLAlchemy longer than running it.
 """
 
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import BindParameter, ColumnElement, Select, and_, bindparam, exists, select, update
@@ -46,18 +45,18 @@ def standing(source: str, window: Period, low: str, high: str) -> Select[Any]:
     )
 
 
-def touching(source: str, first: datetime, last: datetime) -> Select[Any]:
+def touching(source: str, span: Period) -> Select[Any]:
     """Select the compared usage periods of a source that share a moment with a span."""
     return select(compared_period).where(
         compared_period.c.source == source,
-        compared_period.c.period_start < last,
-        compared_period.c.period_end > first,
+        compared_period.c.period_start < span.end,
+        compared_period.c.period_end > span.start,
     )
 
 
-def newer_comparisons(source: str, number: int, first: datetime, last: datetime) -> Select[Any]:
+def newer_comparisons(source: str, number: int, span: Period) -> Select[Any]:
     """Select the usage periods in a span for which a later extraction than `number` was compared."""
-    return touching(source, first, last).where(compared_period.c.extraction > number)
+    return touching(source, span).where(compared_period.c.extraction > number)
 
 
 TO_SEND = [delivery.c[name] for name in "token identity revision quantity address body sent_at sends".split()]
