@@ -12,6 +12,7 @@ from airflow.sdk import BaseHook, BaseOperator, Context
 from airflow.sdk.exceptions import AirflowSkipException
 
 from usage_billing import hooks
+from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused, Stale
 from usage_billing.installation import billing_source, ledger, staging
 from usage_billing.ledger import Ledger
@@ -45,8 +46,8 @@ class StageOperator(BaseOperator):
         """Do the stage's work and return what the next stage needs."""
         raise NotImplementedError
 
-    def handed_over(self) -> tuple[Run, BillingSource]:
-        """Return what the stage before handed over, and the source it belongs to.
+    def handed_over(self) -> tuple[Run, Destination]:
+        """Return what the stage before handed over, and the destination of its source.
 
         Raises:
             Misconfigured: it handed over nothing, or another source's run.
@@ -58,10 +59,8 @@ class StageOperator(BaseOperator):
         run = Run.from_json(self.reference)
         if run.source != self.source:
             raise Misconfigured(f"{type(self).__name__} of source {self.source!r} was handed a run of {run.source!r}")
-        source = billing_source(self.source)
         # In each task: a setting or a connection that was changed since the last one would bill under other names.
-        ledger().register(source.name, hooks.destination(source).site, source.definition())
-        return run, source
+        return run, _registered(billing_source(self.source))
 
 
 class ExtractOperator(StageOperator):
@@ -82,10 +81,10 @@ class ExtractOperator(StageOperator):
                 f"no whole {source.settings.period} of {source.settings.timezone.key} on or after "
                 f"{source.settings.bill_from} ends inside the data interval {interval}: nothing is owed"
             )
-        window = Period(periods[0].start, periods[-1].end)
+        window = Period.around(periods)
         self.log.info("extracting %s for %d usage periods, %s", source.name, len(periods), window)
         book = ledger()
-        book.register(source.name, hooks.destination(source).site, source.definition())
+        _registered(source)
         warehouse = BaseHook.get_hook(source.settings.warehouse)
         # One at a time, so that the later number belongs to the later snapshot.
         with kept(book, f"extract:{source.name}", _LEASE_LASTS, wait=_LEASE_WAIT) as held:
@@ -108,8 +107,8 @@ class ValidateOperator(StageOperator):
         """Check the destination, validate all rows, and log the quarantine by reason."""
         from usage_billing.validate import QuarantineOverLimit, validate  # noqa: PLC0415
 
-        run, source = self.handed_over()
-        destination = hooks.destination(source)
+        run, destination = self.handed_over()
+        source = destination.source
         destination.check()
         periods = source.periods(run.interval)
         try:
@@ -137,8 +136,9 @@ class AggregateOperator(StageOperator):
         """Group by identity and stage the totals, sorted."""
         from usage_billing.aggregate import aggregate  # noqa: PLC0415
 
-        run, source = self.handed_over()
-        site, periods = hooks.destination(source).site, source.periods(run.interval)
+        run, destination = self.handed_over()
+        source, site = destination.source, destination.site
+        periods = source.periods(run.interval)
         totals = aggregate(run.tables["accepted"], run.tables["targets"], source, site, periods, staging(), run.folder)
         self.log.info("%d rows make %d usage totals", run.tables["accepted"].rows, totals.rows)
         return run.with_table("totals", totals)
@@ -149,9 +149,9 @@ class PlanOperator(StageOperator):
 
     def stage(self, context: Context) -> Run:  # noqa: ARG002
         """Stage the proposals and log the tally."""
-        run, source = self.handed_over()
-        found = _plan(run, source)
-        _log_tally(self.log, found.tally, source)
+        run, destination = self.handed_over()
+        found = _plan(run, destination)
+        _log_tally(self.log, found.tally, destination.source)
         return run.with_table("proposals", found.proposals)
 
 
@@ -174,13 +174,22 @@ class DeliverOperator(StageOperator):
         """
         from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
 
-        run, source = self.handed_over()
-        destination, book, window = hooks.destination(source), ledger(), _comparison(run, source).window
+        run, destination = self.handed_over()
+        source, book = destination.source, ledger()
+        window = _comparison(run, source).window
         # The tally of the plan did not travel, so it is taken to be blocked: one comparison more tells.
         first = Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1))
         manners = Manners(threads=min(source.destination.threads, destination.client.settings.concurrency))
         done = deliver(
-            first, lambda: _plan(run, source), run.number, window, destination, book, staging(), self._stop, manners
+            first,
+            lambda: _plan(run, destination),
+            run.number,
+            window,
+            destination,
+            book,
+            staging(),
+            self._stop,
+            manners,
         )
         self.log.info(
             "delivered: %d accepted, %d accepted after asking, %d refused; %d requests in %.1f s",
@@ -211,13 +220,15 @@ class ReconcileOperator(StageOperator):
         """
         from usage_billing.reconcile import reconcile  # noqa: PLC0415
 
-        run, source = self.handed_over()
-        book, window = ledger(), _comparison(run, source).window
+        run, destination = self.handed_over()
+        source, book = destination.source, ledger()
+        window = _comparison(run, source).window
         # The same comparison as before the delivery: by now every key must be settled, or listed with its state.
-        unsettled = _plan(run, source).tally.unsettled
-        found = reconcile(hooks.destination(source), book, window)
+        unsettled = _plan(run, destination).tally.unsettled
+        found = reconcile(destination, book, window)
         left = book.open_items(source.name, window)
         states = left["state"].value_counts()
+        refused = states.get(State.REFUSED, 0)
         lines = {
             "rows read": run.tables["events"].rows,
             "rows quarantined": run.rows_quarantined,
@@ -230,7 +241,7 @@ class ReconcileOperator(StageOperator):
             "different": found.different,
             "unknown here": found.unknown,
             "held": states.get(State.HELD, 0),
-            "refused": states.get(State.REFUSED, 0),
+            "refused": refused,
             "owed and unlisted": unsettled,
         }
         self.log.info("closing table of %s, %s", source.name, window)
@@ -238,9 +249,9 @@ class ReconcileOperator(StageOperator):
             self.log.info("  %-17s %20s", label, value)
         for example in found.examples:
             self.log.warning("difference: %s", example)
-        if not found.ties_out or unsettled or states.get(State.REFUSED, 0):
+        if not found.ties_out or unsettled or refused:
             raise Refused(
-                f"{found.missing} missing there, {found.different} different, {states.get(State.REFUSED, 0)} refused, "
+                f"{found.missing} missing there, {found.different} different, {refused} refused, "
                 f"{unsettled} owed and unlisted: see above; nothing was lost, the ledger has each by its token"
             )
         return run
@@ -276,10 +287,17 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     return Comparison(run.number, periods, tables["totals"], tables["targets"], accepted, run.rows_quarantined)
 
 
-def _plan(run: Run, source: BillingSource) -> Plan:
+def _registered(source: BillingSource) -> Destination:
+    """Return the source's destination, once the ledger has found that it still bills the same to the same site."""
+    destination = hooks.destination(source)
+    ledger().register(source.name, destination.site, source.definition())
+    return destination
+
+
+def _plan(run: Run, destination: Destination) -> Plan:
     from usage_billing.plan import plan  # noqa: PLC0415
 
-    return plan(_comparison(run, source), hooks.destination(source), ledger(), staging(), run.folder)
+    return plan(_comparison(run, destination.source), destination, ledger(), staging(), run.folder)
 
 
 def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:
