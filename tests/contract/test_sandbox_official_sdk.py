@@ -20,6 +20,7 @@ from advancedbilling.models.ebb_event import EBBEvent
 from advancedbilling.models.event_key import EventKey
 from advancedbilling.models.include_not_null import IncludeNotNull
 from advancedbilling.models.list_subscription_components_include import ListSubscriptionComponentsInclude
+from advancedbilling.models.prepaid_usage_allocation_detail import PrepaidUsageAllocationDetail
 from advancedbilling.models.sorting_direction import SortingDirection
 from advancedbilling.models.subscription_state_filter import SubscriptionStateFilter
 
@@ -162,6 +163,30 @@ def test_site_events(acme: AdvancedBillingClient) -> None:
     data = events[1].event_specific_data
     assert (data.previous_unit_balance, data.new_unit_balance, data.usage_quantity) == ("2.0", 5, 3)
     assert acme.events.read_events_count({}).count == 2
+
+
+def test_prepaid_usage(tmp_path: Path) -> None:
+    """Prepaid usage with its overage, and its activity, are read as the SDK's own models."""
+    text = (WORLDS / "acme.yaml").read_text(encoding="utf-8")
+    text = text.replace("kind: metered_component", "kind: prepaid_usage_component", 1)
+    world = tmp_path / "acme.yaml"
+    world.write_text(text.replace("family: saas, state: active}", "family: saas, allocations: {api-calls: 10}}"))
+    with Sandbox([world]) as sandbox:
+        clients = _client(sandbox, "acme")
+        client = next(clients)
+        usage = _use(client, 25, memo="m")
+        assert (usage.quantity, usage.overage_quantity) == (25, 15)
+        event = client.events.list_events({"filter": [EventKey.PREPAID_USAGE]})[0].event.event_specific_data
+        # The SDK takes the first model that fits, which is that of metered usage; the rest it keeps beside it.
+        told = event.additional_properties
+        assert (event.previous_unit_balance, event.new_unit_balance, event.usage_quantity) == ("0.0", 25, 25)
+        assert (told["previous_overage_unit_balance"], told["new_overage_unit_balance"]) == ("0.0", 15)
+        assert told["overage_usage_quantity"] == 15
+        details = [PrepaidUsageAllocationDetail.from_dictionary(detail) for detail in told["allocation_details"]]
+        assert [detail.usage_quantity for detail in details] == [10]
+        assert all(PrepaidUsageAllocationDetail.validate(detail) for detail in details)
+        assert sandbox.billed("maxio:us:acme")[0].billed == 25
+        assert next(clients, None) is None
 
 
 def test_site_and_preview(acme: AdvancedBillingClient) -> None:

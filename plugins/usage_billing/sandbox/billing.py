@@ -86,8 +86,17 @@ class Biller(Protocol):
         """Return the kinds of invoice lines that charge for usage."""
         ...
 
+    @property
+    def assessment_delay(self) -> int:
+        """Return how long after its end a period is invoiced, in microseconds."""
+        ...
+
     def open_lines(self, account: Account | None = None) -> Mapping[int, list[InvoiceLine]]:
         """Return what the open period would invoice now, by account: of one, or of all that are live."""
+        ...
+
+    def ahead(self) -> Iterable[tuple[int, str, Decimal]]:
+        """Return account, component and quantity of usage that only the period after the open one will invoice."""
         ...
 
     def start_period(self, account: Account) -> None:
@@ -121,20 +130,25 @@ def all_accounts(books: Books, site: str) -> list[Account]:
 
 
 def renew_due(books: Books, billers: Mapping[str, Biller]) -> int:
-    """Renew every live account whose period the clock has passed, oldest end first; return how many renewals."""
+    """Renew every live account whose period is to be assessed by now, oldest end first; return how many renewals."""
     renewals = 0
-    due = f"SELECT * FROM account WHERE state IN {_LIVE} AND period_end <= ? ORDER BY period_end, site, id LIMIT 500"
-    while rows := books.rows(due, books.now()):
-        for row in rows:
-            _renew(books, billers[row["site"]], _account(row))
-        renewals += len(rows)
+    due = (
+        f"SELECT * FROM account WHERE site = ? AND state IN {_LIVE} AND period_end <= ?"
+        " ORDER BY period_end, id LIMIT 500"
+    )
+    for site, biller in billers.items():
+        while rows := books.rows(due, site, books.now() - biller.assessment_delay):
+            for row in rows:
+                _renew(books, biller, _account(row))
+            renewals += len(rows)
     return renewals
 
 
 def billed(books: Books, biller: Biller) -> list[dict[str, str | int]]:
     """Return one row for each account and component that was invoiced, would be, or has records.
 
-    `billed` is what was invoiced plus what the open period would invoice; `stored` sums the records as they came.
+    `billed` is what was invoiced plus what the open period would invoice, with what is known to be carried into the
+    next one; `stored` sums the records as they came.
     """
     invoiced = _invoiced(books, biller)
     still_open: dict[tuple[str, str], Decimal] = {}
@@ -143,6 +157,9 @@ def billed(books: Books, biller: Biller) -> list[dict[str, str | int]]:
             if line.kind in biller.usage_kinds:
                 pair = (str(account), line.component)
                 still_open[pair] = still_open.get(pair, ZERO) + line.quantity
+    for carrier, component, quantity in biller.ahead():
+        pair = (str(carrier), component)
+        still_open[pair] = still_open.get(pair, ZERO) + quantity
     stored = {(str(total.account or ""), total.component, total.reference): total for total in biller.stored()}
     references = {str(account.id): account.reference or "" for account in all_accounts(books, biller.world.site)}
     keys = {
@@ -183,7 +200,7 @@ def _renew(books: Books, biller: Biller, account: Account) -> None:
     site = biller.world.site
     invoice = books.write(
         "INSERT INTO invoice (site, account, period_start, period_end, issued_at) VALUES (?, ?, ?, ?, ?)",
-        *(site, account.id, account.period_start, account.period_end, account.period_end),
+        *(site, account.id, account.period_start, account.period_end, account.period_end + biller.assessment_delay),
     )
     for line in biller.open_lines(account).get(account.id, []):
         books.write(

@@ -18,7 +18,7 @@ from .world import ChargeOverWorld, MaxioWorld, World
 Row = dict[str, Any]
 
 # In these states a billing period advances and charges accrue.
-LIVE_STATES = ("active", "past_due", "unpaid")
+LIVE_STATES = ("active", "trialing", "past_due", "unpaid")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS clock (one INTEGER PRIMARY KEY CHECK (one = 1), anchor INTEGER, wall REAL, rate REAL);
@@ -49,6 +49,22 @@ CREATE INDEX IF NOT EXISTS usage_component ON usage (site, subscription, compone
 CREATE TABLE IF NOT EXISTS balance (
     site TEXT, subscription INTEGER, component INTEGER, quantity TEXT, price_point INTEGER, updated_at INTEGER,
     PRIMARY KEY (site, subscription, component)) WITHOUT ROWID;
+-- Of a prepaid balance, what its allocation did not cover.
+CREATE TABLE IF NOT EXISTS overage (
+    site TEXT, subscription INTEGER, component INTEGER, quantity TEXT,
+    PRIMARY KEY (site, subscription, component)) WITHOUT ROWID;
+-- Usage that came after a period's end and before its assessment, where it belongs to the period that begins.
+CREATE TABLE IF NOT EXISTS next_balance (
+    site TEXT, subscription INTEGER, component INTEGER, quantity TEXT, price_point INTEGER,
+    PRIMARY KEY (site, subscription, component)) WITHOUT ROWID;
+-- What a balance was when; only a list that lags behind reads it.
+CREATE TABLE IF NOT EXISTS balance_history (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, site TEXT, subscription INTEGER, component INTEGER, quantity TEXT,
+    at INTEGER, wall REAL);
+CREATE INDEX IF NOT EXISTS balance_history_component ON balance_history (site, subscription, component, id);
+-- An open period that also bills what came since an earlier moment: the first one after a trial.
+CREATE TABLE IF NOT EXISTS carried (
+    site TEXT, account INTEGER, since INTEGER, PRIMARY KEY (site, account)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS request_token (
     site TEXT, token TEXT, spent_at INTEGER, PRIMARY KEY (site, token)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS site_event (
@@ -95,11 +111,13 @@ class BooksInUse(OSError):
 class Books:
     """Everything a sandbox remembers, and its clock."""
 
-    def __init__(self, path: Path | None, worlds: Sequence[World]) -> None:
+    def __init__(self, path: Path | None, worlds: Sequence[World], *, virtual: bool = False) -> None:
         """Open or create the books; `BooksInUse` when another process holds them.
 
-        A site that they do not know yet begins as its world says.
+        A site that they do not know yet begins as its world says. In virtual books no wall clock counts: the sandbox's
+        own clock stands still until it is moved, whatever its rate.
         """
+        self.virtual = virtual
         self._lock = threading.RLock()
         self.db = sqlite3.connect(path or ":memory:", check_same_thread=False, isolation_level=None, timeout=0)
         self.db.row_factory = _as_dict
@@ -158,12 +176,33 @@ class Books:
         """Return the sandbox's present, in microseconds."""
         return self.clock.now()
 
-    def visible_since(self, delay_seconds: float) -> tuple[int, float]:
-        """Return the sandbox instant and the wall time at or before which a record must be to be seen already.
+    def visible(
+        self, delay: tuple[float, float], at: str = "created_at", wall: str = "wall", row: str = "id"
+    ) -> tuple[str, tuple[float, ...]]:
+        """Return the condition, with its arguments, under which reads see a record already.
 
-        A delay passes on either clock, so that it ends both for tests that move the clock and for clients that wait.
+        `at`, `wall` and `row` are columns: the sandbox instant and the wall time of the record, and its number. Between
+        the shortest and the longest delay each record has its own, spread by its number, so that order may be lost.
+        A delay passes on either clock, so that it ends both for tests that move the clock and for clients that wait;
+        in virtual books on the sandbox's clock alone.
         """
-        return self.now() - int(delay_seconds * 1_000_000), time.time() - delay_seconds
+        shortest, longest = delay
+        if longest == 0:
+            return "1", ()
+        if self.virtual:
+            return f"{at} + ? + {_share(row)} * ? <= ?", (int(shortest * 1e6), (longest - shortest) * 1e6, self.now())
+        own = f"(? + {_share(row)} * ?)"
+        spread = (shortest, longest - shortest)
+        condition = f"({at} + {own} * 1000000 <= ? OR {wall} + {own} <= ?)"
+        return condition, (*spread, self.now(), *spread, self.wall())
+
+    def wall(self) -> float:
+        """Return the wall time in Unix seconds; in virtual books it is always 0."""
+        return 0.0 if self.virtual else time.time()
+
+    def second(self) -> int:
+        """Return the number of the present second, by which a site counts requests; of the wall clock if it counts."""
+        return self.now() // 1_000_000 if self.virtual else int(self.wall())
 
     def save_clock(self) -> None:
         """Write the clock down after it was moved."""
@@ -254,7 +293,12 @@ class Books:
 
     def _read_clock(self) -> Clock:
         row = self.one("SELECT anchor, wall, rate FROM clock")
-        return Clock(row["anchor"], row["wall"], row["rate"])
+        return Clock(row["anchor"], row["wall"], 0.0 if self.virtual else row["rate"])
+
+
+def _share(row: str) -> str:
+    """Return, as SQL, a number from 0 to 1 that neighbouring records have far apart."""
+    return f"(({row} * 618033) % 1000000) / 1000000.0"
 
 
 def _as_dict(cursor: sqlite3.Cursor, values: tuple[Any, ...]) -> Row:

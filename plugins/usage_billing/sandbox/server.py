@@ -44,6 +44,7 @@ class SandboxServer(uvicorn.Server):
                 lifespan="on",
                 log_level="critical",
                 access_log=False,
+                date_header=False,
                 timeout_graceful_shutdown=0,
                 # A pooled connection that the server closed while it was idle would look like a lost reply.
                 timeout_keep_alive=300,

@@ -30,8 +30,21 @@ class Api(Protocol):
 
     routes: Sequence[Route]
 
-    def answer(self, call: Call, route: Route | None) -> Response:
-        """Answer the call, credentials and errors included; `route` is None when there is none for it."""
+    @property
+    def rate_switch(self) -> str | None:
+        """Return the switch that limits requests in a second, if there is one."""
+        ...
+
+    def arrive(self, call: Call, route: Route | None) -> Response | None:
+        """Look at a request as it comes in, and answer the one that needs no more; `route` is None if there is none."""
+        ...
+
+    def carry_out(self, call: Call, route: Route | None) -> Response:
+        """Carry out a request that has arrived, and answer it, errors included."""
+        ...
+
+    def left(self, call: Call) -> None:
+        """Take note that a request has been answered."""
         ...
 
     def unauthorized(self) -> Response:
@@ -44,6 +57,14 @@ class Api(Protocol):
 
     def server_error(self, status: int) -> Response:
         """Return what a request gets when the site breaks."""
+        ...
+
+    def error_inside(self) -> Response:
+        """Return an error in the body of a 200."""
+        ...
+
+    def do_half(self, call: Call, route: Route, status: int | None) -> Response:
+        """Carry out a part of a bulk request, and answer as the API does then."""
         ...
 
 
@@ -61,21 +82,21 @@ class Site:
 class Sites:
     """The sites by name, their common books and the faults that are still to come."""
 
-    def __init__(self, paths: Sequence[Path], books: Path | None) -> None:
-        """Open the worlds (files or folders); `WorldError` tells all their faults."""
-        self._paths = list(paths)
-        worlds = load_worlds(self._paths)
-        self.books = Books(books, worlds)
+    def __init__(self, worlds: Sequence[Path | World], books: Path | None, *, virtual: bool = False) -> None:
+        """Open the worlds (files, folders or loaded ones); `WorldError` tells all their faults."""
+        self._sources = list(worlds)
+        loaded = load_worlds(self._sources)
+        self.books = Books(books, loaded, virtual=virtual)
         self.faults = FaultBox()
-        self.by_name = self._open(worlds)
+        self.by_name = self._open(loaded)
 
     def renew(self) -> int:
         """Renew what is due; call within a transaction."""
         return renew_due(self.books, {name: site.biller for name, site in self.by_name.items()})
 
     def reset(self) -> None:
-        """Begin again from the world files: books, clock, switches, faults and counts; call within a transaction."""
-        worlds = load_worlds(self._paths)
+        """Begin again from the worlds: books, clock, switches, faults and counts; call within a transaction."""
+        worlds = load_worlds(self._sources)
         self.faults.clear()
         self.books.reset(worlds)
         self.by_name = self._open(worlds)
@@ -93,7 +114,10 @@ def _maxio(world: MaxioWorld, books: Books) -> Site:
     switches = SwitchBoard(MAXIO, world.switches)
     biller = MaxioBiller(world, books, switches)
     site = MaxioSite(world, books, switches, biller, MaxioViews(world))
-    return Site(world, switches, biller, {"maxio": MaxioApi(site), "events": MaxioEvents(site)})
+    apis: dict[str, Api] = {"maxio": MaxioApi(site), "events": MaxioEvents(site)}
+    if world.site.startswith("maxio:eu:"):
+        apis["events-eu"] = MaxioEvents(site, own_host=True)
+    return Site(world, switches, biller, apis)
 
 
 def _chargeover(world: ChargeOverWorld, books: Books) -> Site:

@@ -14,6 +14,14 @@ class Overloaded(Exception):
     """More requests are waiting than the site lets wait: 429."""
 
 
+@dataclass(frozen=True)
+class Rate:
+    """A limit of requests in one second, and the second that it is now."""
+
+    limit: int
+    second: int
+
+
 @dataclass
 class Tally:
     """The requests of one site since the last reset.
@@ -54,8 +62,10 @@ class Tally:
             "reading": self.reading,
             "writing": self.writing,
             # The limit of four is the main API's; the events host is told apart.
-            "most_in_process": max((n for host, n in self.most_in_process.items() if host != "events"), default=0),
-            "most_in_process_events": self.most_in_process["events"],
+            "most_in_process": max(
+                (n for host, n in self.most_in_process.items() if not host.startswith("events")), default=0
+            ),
+            "most_in_process_events": max(self.most_in_process["events"], self.most_in_process["events-eu"]),
             "refused": self.refused,
             "throttled": self.throttled,
             "by_route": dict(sorted(self.by_route.items())),
@@ -70,11 +80,21 @@ class Gate:
         self.tally = tally
         self.host = host
         self._open = 0
+        self._second = self._in_second = 0
         self._room = asyncio.Semaphore(limits.in_process) if limits.in_process else None
 
+    def _keep(self, rate: Rate) -> None:
+        if self._second != rate.second:
+            self._second, self._in_second = rate.second, 0
+        if self._in_second >= rate.limit:
+            raise Overloaded
+        self._in_second += 1
+
     @asynccontextmanager
-    async def enter(self) -> AsyncIterator[None]:
-        """Hold a place while the request is worked on; `Overloaded` when too many wait already."""
+    async def enter(self, rate: Rate | None = None) -> AsyncIterator[None]:
+        """Hold a place while the request is worked on; `Overloaded` when too many wait already, or came already."""
+        if rate is not None:
+            self._keep(rate)
         self._open += 1
         self.tally.most_in_process[self.host] = max(self.tally.most_in_process[self.host], self._open)
         try:

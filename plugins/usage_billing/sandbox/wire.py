@@ -73,14 +73,18 @@ class Call:
 class Route(routing.Route):
     """A documented endpoint: `path` has `{names}` for the call's `params`, which its handler is given beside the call.
 
-    Tallies and faults know it by `name`; `writing` says whether it could change the books.
+    Tallies and faults know it by `name`; `writing` says whether it could change the books,
+    `bulk` whether its body is a list of which a part may be carried out.
     """
 
-    def __init__(self, method: str, path: str, name: str, handler: Handler, *, writing: bool = False) -> None:
+    def __init__(
+        self, method: str, path: str, name: str, handler: Handler, *, writing: bool = False, bulk: bool = False
+    ) -> None:
         super().__init__(path, self._arrive, methods=[method], name=name)
         self.methods = {method}  # Without the HEAD that comes with a GET: the sites document none.
         self.handler = handler
         self.writing = writing
+        self.bulk = bulk
 
     async def _arrive(self, request: Request) -> Response:
         app: RoutedApp = request.app
@@ -112,6 +116,19 @@ class NoReply(Response):
         scope["state"]["drop"]()
         while (await receive())["type"] != "http.disconnect":
             pass
+
+
+class CutShort(Response):
+    """Promises a whole reply, sends the first half of its body, and closes the connection."""
+
+    def __init__(self, reply: Response) -> None:
+        super().__init__(reply.body, reply.status_code, dict(reply.headers))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the half, drop the connection, and wait until it is gone."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body[: len(self.body) // 2], "more_body": True})
+        await NoReply()(scope, receive, send)
 
 
 def canonical_path(path: str) -> str:

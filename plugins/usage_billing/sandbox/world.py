@@ -169,7 +169,13 @@ class Component(Noun):
     id: int
     handle: str = Field(pattern=r"^[a-z0-9][a-z0-9\-_:.]*$")
     name: str
-    kind: Literal["metered_component", "quantity_based_component", "on_off_component", "event_based_component"]
+    kind: Literal[
+        "metered_component",
+        "prepaid_usage_component",
+        "quantity_based_component",
+        "on_off_component",
+        "event_based_component",
+    ]
     family: str
     unit_name: str
     allow_fractional_quantities: bool = False
@@ -197,13 +203,18 @@ class Component(Noun):
 
 
 class Subscription(Noun):
-    """A Maxio subscription; in a world, `count` makes several with consecutive ids and `{n}` in the reference."""
+    """A Maxio subscription; in a world, `count` makes several with consecutive ids and `{n}` in the reference.
+
+    While it is `trialing`, its open period is the trial. `allocations` has the units of each prepaid component that it
+    has bought for every period.
+    """
 
     id: int
     reference: str | None = None
     family: str
-    state: Literal["active", "past_due", "unpaid", "canceled", "expired", "on_hold", "suspended"] = "active"
+    state: Literal["active", "trialing", "past_due", "unpaid", "canceled", "expired", "on_hold", "suspended"] = "active"
     activated: tuple[str, ...] = ()
+    allocations: dict[str, Annotated[Exact, Field(ge=0)]] = {}
 
 
 class MaxioWorld(World):
@@ -238,6 +249,13 @@ class MaxioWorld(World):
             for s in self.subscriptions
             for handle in s.activated
             if handle not in handles
+        ]
+        prepaid = {c.handle for c in self.components if c.kind == "prepaid_usage_component"}
+        faults += [
+            f"subscription {s.id}: no prepaid component {handle}"
+            for s in self.subscriptions
+            for handle in s.allocations
+            if handle not in prepaid
         ]
         faults += _twice("component id", [c.id for c in self.components])
         faults += _twice("component handle", [c.handle for c in self.components])
@@ -325,11 +343,14 @@ class ChargeOverWorld(World):
 AnySite = MaxioWorld | ChargeOverWorld
 
 
-def load_worlds(paths: Sequence[Path]) -> list[AnySite]:
-    """Read world files (a folder stands for the YAML files in it); `WorldError` tells the faults of all of them."""
-    worlds: list[AnySite] = []
+def load_worlds(sources: Sequence[Path | World]) -> list[AnySite]:
+    """Read world files (a folder stands for the YAML files in it), and take worlds that are loaded already as they are.
+
+    `WorldError` tells the faults of all of them.
+    """
+    worlds = [source for source in sources if isinstance(source, MaxioWorld | ChargeOverWorld)]
     faults: list[str] = []
-    for path in _files(paths):
+    for path in _files([source for source in sources if not isinstance(source, World)]):
         try:
             worlds.append(_load(path))
         except WorldError as error:

@@ -19,6 +19,7 @@ class ChargeOverBiller:
     """Bills the packages of one ChargeOver account."""
 
     usage_kinds = ("usage",)
+    assessment_delay = 0
 
     def __init__(self, world: ChargeOverWorld, books: Books, switches: SwitchBoard) -> None:
         self.world = world
@@ -41,6 +42,10 @@ class ChargeOverBiller:
             if (quantity := usage.get(row["id"], ZERO)) != 0:
                 charges.append(self._charge("usage", row, quantity, Decimal(row["amount"])))
         return lines
+
+    def ahead(self) -> Iterable[tuple[int, str, Decimal]]:
+        """Return nothing: every record has a cycle of its own, and is charged with it."""
+        return ()
 
     def start_period(self, account: Account) -> None:
         """Do nothing: records belong to cycles by their times, so nothing carries over."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.responses import Response
 
@@ -19,14 +20,17 @@ INVALID = "Missing or invalid parameter."
 _NO_DATA = "A required parameter was missing: No data."
 _NOT_FOUND = 404
 _LONGEST_ID = 18
+_VERBS = {"PUT": "modify", "DELETE": "delete", "GET": "get", "POST": "create"}
+_OBJECTS = ("package", "customer", "item", "usage", "invoice")
 
 
 class Refusal(ValueError):
-    """A request that is answered with an error envelope."""
+    """A request that is answered with an error envelope; `generic` says that its text is in no document."""
 
-    def __init__(self, message: str, code: int = 400) -> None:
+    def __init__(self, message: str, code: int = 400, *, generic: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.generic = generic
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,16 @@ def ok(response: object) -> Response:
 def created(number: int) -> Response:
     """Answer a create with the new object's id."""
     return _envelope(201, "OK", "", {"id": number})
+
+
+def uploaded() -> Response:
+    """Answer a bulk upload without naming anything that it made."""
+    return _envelope(201, "OK", "", {"result": True})
+
+
+def updated(number: int) -> Response:
+    """Answer a change with the object's id."""
+    return _envelope(202, "OK", "", {"id": number})
 
 
 def error(code: int, message: str) -> Response:
@@ -95,6 +109,17 @@ def number_of(given: object) -> Decimal:
     if not number.is_finite():
         raise Refusal(INVALID)
     return number
+
+
+def unsupported(call: Call) -> str:
+    """Return the message for what the API does not do; an unknown path is 400 here, not 404."""
+    path = call.request["path"].removeprefix(call.request["root_path"])
+    kind, number = (*map(unquote, path.split("/")[1:]), "", "")[:2]
+    method = call.request.method
+    verb = "list" if (method, number) == ("GET", "") else _VERBS.get(method, method.lower())
+    if kind in _OBJECTS:
+        return f"The command requested is not supported: {verb}({kind}, {number})"
+    return f"The object type requested is not supported: {verb}({kind}, {number})"
 
 
 def _envelope(code: int, status: str, message: str, response: object) -> Response:

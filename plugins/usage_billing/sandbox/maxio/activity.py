@@ -11,7 +11,11 @@ from usage_billing.sandbox.books import Row
 from usage_billing.sandbox.clock import midnight, parse_instant
 from usage_billing.sandbox.wire import Call, Route, json_reply
 
+from .billing import DRAWN
 from .lookups import MaxioSite, NotFound, Unprocessable, day_param, paging, whole_param
+
+# Rows are shown to the second, so they are compared to the second.
+_SECOND = "created_at / 1000000 * 1000000"
 
 
 class Activity:
@@ -38,7 +42,11 @@ class Activity:
         lines = self.site.biller.open_lines(account)[account.id]
         ahead = next_period(self.site.world, account)
         past = (account.period_start, account.period_end)
-        rows = [self.site.views.preview_line(x, family, ahead if x.kind == "baseline" else past) for x in lines]
+        rows = [
+            self.site.views.preview_line(line, family, ahead if line.kind == "baseline" else past)
+            for line in lines
+            if line.kind != DRAWN
+        ]
         total = sum(row["amount_in_cents"] for row in rows)
         preview = {
             "next_assessment_at": self.site.views.time(account.period_end),
@@ -107,8 +115,8 @@ class Activity:
         return [self.site.views.site_event(row, json.loads(row["data"])) for row in rows]
 
     def _site_event_filter(self, call: Call, account: Account | None) -> tuple[str, list[Any]]:
-        received, wall = self.site.books.visible_since(self.site.switches.seconds("events_delay_seconds"))
-        where, args = ["site = ?", "(created_at <= ? OR wall <= ?)"], [self.site.world.site, received, wall]
+        seen, seen_args = self.site.books.visible(self.site.switches.seconds("events_delay_seconds"))
+        where, args = ["site = ?", seen], [self.site.world.site, *seen_args]
         if account is not None:
             where.append("subscription = ?")
             args.append(account.id)
@@ -119,7 +127,8 @@ class Activity:
             if (value := whole_param(call, name)) is not None:
                 where.append(condition)
                 args.append(value)
-        for condition, instant in self._time_bounds(call):
+        # Only the site's own list has bounds in time.
+        for condition, instant in self._time_bounds(call) if account is None else ():
             where.append(condition)
             args.append(instant)
         return " AND ".join(where), args
@@ -127,7 +136,7 @@ class Activity:
     def _time_bounds(self, call: Call) -> list[tuple[str, int]]:
         """Return the bounds on `created_at`; exact times win over dates, and an end date includes its whole day."""
         zone, bounds = self.site.world.zone, []
-        for end, condition in (("start", "created_at >= ?"), ("end", "created_at <= ?")):
+        for end, condition in (("start", f"{_SECOND} >= ?"), ("end", f"{_SECOND} <= ?")):
             if (text := call.param(f"{end}_datetime")) is not None:
                 try:
                     bounds.append((condition, parse_instant(text, zone)))
@@ -139,4 +148,6 @@ class Activity:
         return bounds
 
     def _lines(self, invoice: int) -> list[Row]:
-        return self.site.books.rows("SELECT * FROM invoice_line WHERE invoice = ? ORDER BY id", invoice)
+        return self.site.books.rows(
+            "SELECT * FROM invoice_line WHERE invoice = ? AND kind != ? ORDER BY id", invoice, DRAWN
+        )

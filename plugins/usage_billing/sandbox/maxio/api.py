@@ -3,7 +3,9 @@
 Paths, parameters and shapes follow the Advanced Billing API reference; what it leaves open is a switch of the site.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from threading import Lock
 
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
@@ -60,6 +62,10 @@ class MaxioHost:
         """Return what a gateway says when something behind it broke."""
         return HTMLResponse("<html><body><h1>We're sorry, but something went wrong.</h1></body></html>", status)
 
+    def error_inside(self) -> Response:
+        """Return an error in the body of a 200."""
+        return errors(200, "Something went wrong.")
+
     def unauthorized(self) -> Response:
         """Return a 401 as plain text."""
         return PlainTextResponse("HTTP Basic: Access denied.\n", 401)
@@ -68,50 +74,84 @@ class MaxioHost:
 class MaxioApi(MaxioHost):
     """Answers the main API of one site."""
 
+    rate_switch = None
+
     def __init__(self, site: MaxioSite) -> None:
         super().__init__(site)
         resources = (Usages(site), Subscriptions(site), Catalogue(site), Activity(site))
         self.routes: Sequence[Route] = [route for resource in resources for route in resource.routes]
+        self._in_flight: Counter[str] = Counter()
+        self._lock = Lock()
 
-    def answer(self, call: Call, route: Route | None) -> Response:
-        """Answer one request: credentials, then site-wide blocks, then the duplicate token, then the resource."""
+    def arrive(self, call: Call, route: Route | None) -> Response | None:
+        """Look at a request as it comes: credentials, site-wide blocks, then the token, which is taken from now on."""
         if not self.authorized(call):
             return self.unauthorized()
         if (blocked := self.site.switches["access"]) != "open":
             return errors(422, _BLOCKED[blocked])
         if route is None:
             return self.not_found()
-        token = self._token(call) if call.request.method in ("POST", "PUT") else None
-        if token is not None and self._spent(token):
+        token = self._token(call)
+        if token is None:
+            return None
+        twin = self._in_flight[token] > 0
+        if self._spent(token) and not (twin and self.site.switches["in_flight_twin"] == "accept"):
             return errors(409, "DuplicatePrevention::DuplicateSubmissionError")
-        reply = self._carry_out(route, call)
-        if token is not None and (reply.status_code < 400 or self.site.switches["token_spent_by_4xx"] == "yes"):
-            self.site.books.write(
-                "REPLACE INTO request_token VALUES (?, ?, ?)", self.site.world.site, token, self.site.books.now()
-            )
+        self._spend(token)
+        with self._lock:
+            self._in_flight[token] += 1
+        call.request.scope["token"] = token
+        return None
+
+    def carry_out(self, call: Call, route: Route | None) -> Response:
+        """Carry out a request that has arrived; one that is refused may give its token back."""
+        if route is None:
+            return self.not_found()
+        try:
+            reply = route.handler(call, **call.params)
+        except NotFound:
+            reply = self.not_found()
+        except Unprocessable as refusal:
+            reply = errors(422, *refusal.messages)
+        except BadJson:
+            reply = errors(400, "The request body is not valid JSON.")
+        token = call.request.scope.get("token")
+        if token is not None and reply.status_code >= 400 and self.site.switches["token_spent_by_4xx"] == "no":
+            sql = "DELETE FROM request_token WHERE site = ? AND token = ?"
+            self.site.books.write(sql, self.site.world.site, token)
         return reply
 
-    def _carry_out(self, route: Route, call: Call) -> Response:
-        try:
-            return route.handler(call, **call.params)
-        except NotFound:
-            return self.not_found()
-        except Unprocessable as refusal:
-            return errors(422, *refusal.messages)
-        except BadJson:
-            return errors(400, "The request body is not valid JSON.")
+    def do_half(self, call: Call, route: Route, status: int | None) -> Response:
+        """Carry out the whole: nothing here is a bulk request."""
+        return self.carry_out(call, route)
+
+    def left(self, call: Call) -> None:
+        """Forget a request that has been answered."""
+        token = call.request.scope.pop("token", None)
+        with self._lock:
+            if token is not None:
+                self._in_flight[token] -= 1
+                # Tokens are many, so none is kept at 0.
+                self._in_flight = +self._in_flight
 
     def _token(self, call: Call) -> str | None:
         """Return the token beside the resource or in the query string; inside the resource it has no effect."""
-        if self.site.switches["uniqueness_token"] == "ignored":
+        if call.request.method not in ("POST", "PUT") or self.site.switches["uniqueness_token"] == "ignored":
             return None
         try:
             body = call.json() if call.body.strip() else None
         except BadJson:
             body = None
         token = body.get("uniqueness_token") if isinstance(body, dict) else None
-        return str(token) if token else call.param("uniqueness_token")
+        given = str(token) if token else call.param("uniqueness_token")
+        if given is None or self.site.switches["token_scope"] == "site":
+            return given
+        return f"{call.request['path']} {given}"
 
     def _spent(self, token: str) -> bool:
         sql = "SELECT 1 FROM request_token WHERE site = ? AND token = ? AND spent_at > ?"
         return self.site.books.row(sql, self.site.world.site, token, self.site.books.now() - TOKEN_MICROS) is not None
+
+    def _spend(self, token: str) -> None:
+        sql = "REPLACE INTO request_token VALUES (?, ?, ?)"
+        self.site.books.write(sql, self.site.world.site, token, self.site.books.now())

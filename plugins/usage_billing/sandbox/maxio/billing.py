@@ -2,30 +2,65 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
 from usage_billing.sandbox.billing import ZERO, Account, InvoiceLine, StoredTotal
-from usage_billing.sandbox.books import LIVE_STATES, Books
+from usage_billing.sandbox.books import LIVE_STATES, Books, Row
 from usage_billing.sandbox.clock import from_micros
 from usage_billing.sandbox.switches import SwitchBoard
 from usage_billing.sandbox.wire import plain
 from usage_billing.sandbox.world import Component, MaxioWorld, Metric
 
 _LIVE = "('" + "', '".join(LIVE_STATES) + "')"
+# A trial has no usage on its invoice, so usage is told apart by state.
+_BILLED = "('" + "', '".join(state for state in LIVE_STATES if state != "trialing") + "')"
+_TRIAL = "('trialing')"
+
+
+PREPAID = "prepaid_usage_component"
+DRAWN = "prepaid_allocation"
+"""The kind of a line, never shown to clients, that says how much prepaid usage an allocation covered."""
+
+
+@dataclass(frozen=True)
+class Balance:
+    """The usage of a period: all of it, and of prepaid usage what no allocation covers."""
+
+    used: Decimal = ZERO
+    overage: Decimal = ZERO
+
+    @property
+    def drawn(self) -> Decimal:
+        """Return what was drawn from the allocation."""
+        return self.used - self.overage
+
+    def moved(self, quantity: Decimal, allocation: Decimal | None, *, overage_first: bool) -> "Balance":
+        """Return the balance after a usage, with its floor at 0; without an allocation there is no overage."""
+        if allocation is None:
+            return Balance(max(self.used + quantity, ZERO))
+        if quantity >= 0:
+            covered = min(quantity, max(allocation - self.drawn, ZERO))
+            return Balance(self.used + quantity, self.overage + quantity - covered)
+        taken = min(-quantity, self.used)
+        from_overage = min(taken, self.overage) if overage_first else max(taken - self.drawn, ZERO)
+        return Balance(self.used - taken, self.overage - from_overage)
 
 
 class MaxioBiller:
     """Bills the subscriptions of one Maxio site."""
 
-    usage_kinds = ("metered_component", "event_based_component")
+    usage_kinds = ("metered_component", "event_based_component", PREPAID, DRAWN)
 
     def __init__(self, world: MaxioWorld, books: Books, switches: SwitchBoard) -> None:
         self.world = world
+        self._site = world.site
         self.books = books
         self.switches = switches
         self.components = {component.id: component for component in world.components}
         self._metrics_by_id = {part.id: part.metric for part in world.components if part.metric}
+        self._allocations = {s.id: s.allocations for s in world.subscriptions}
         self._products = {
             s.id: family.product
             for s in world.subscriptions
@@ -33,23 +68,97 @@ class MaxioBiller:
             if family.handle == s.family
         }
 
+    @property
+    def assessment_delay(self) -> int:
+        """Return how long after its end a period is invoiced, in microseconds."""
+        return int(self.switches.seconds("assessment_delay_seconds")[1] * 1_000_000)
+
     def open_lines(self, account: Account | None = None) -> Mapping[int, list[InvoiceLine]]:
-        """Return the plan itself, each metered balance above 0 and each activated metric, by subscription."""
+        """Return the plan itself, each balance above 0 and each activated metric, by subscription; a trial has none."""
         lines: dict[int, list[InvoiceLine]] = {}
         numbers = [account.id] if account else self._live_subscriptions()
         for number in numbers:
             lines[number] = [self._baseline(number)]
-        for number, component, quantity, point in self._balances(account):
-            lines[number].append(_line(component, quantity, point))
-        for number, component, quantity, point in self._metrics(account):
+        for number, component, balance, point in self._balances(_BILLED, account):
+            lines[number] += _lines(component, balance, point)
+        for number, component, quantity, point in self._metrics(_BILLED, account):
             lines[number].append(_line(component, quantity, point))
         return lines
 
+    def ahead(self) -> Iterable[tuple[int, str, Decimal]]:
+        """Return usage of trials, unless it is dropped, and what came between a period's end and its assessment."""
+        rows = self.books.rows("SELECT subscription, component, quantity FROM next_balance WHERE site = ?", self._site)
+        for row in rows:
+            yield row["subscription"], self.components[row["component"]].handle, Decimal(row["quantity"])
+        if self.switches["trial_usage"] == "dropped":
+            return
+        for number, component, balance, _ in self._balances(_TRIAL):
+            yield number, component.handle, balance.used
+        for number, component, quantity, _ in self._metrics(_TRIAL):
+            yield number, component.handle, quantity
+
     def start_period(self, account: Account) -> None:
-        """Reset the metered balances: they are billed in arrears and begin again at 0."""
+        """Begin the balances again at 0, or with what came for the new period already; a trial may be carried over."""
+        trial = account.state == "trialing"
+        carried = trial and self.switches["trial_usage"] == "first_paid_renewal"
+        since = self.usage_since(account)
+        self.books.write("DELETE FROM carried WHERE site = ? AND account = ?", self._site, account.id)
+        if carried:
+            self.books.write("INSERT INTO carried VALUES (?, ?, ?)", self._site, account.id, since)
+        if trial:
+            self.books.write("UPDATE account SET state = 'active' WHERE site = ? AND id = ?", self._site, account.id)
+        sql = "SELECT component, quantity, price_point FROM {} WHERE site = ? AND subscription = ?"
+        coming = {row["component"]: row for row in self.books.rows(sql.format("next_balance"), self._site, account.id)}
+        for row in self.books.rows(sql.format("balance"), self._site, account.id):
+            part = self.components[row["component"]]
+            before = self._stored_balance(account.id, part) if carried else Balance()
+            ahead = coming.get(part.id)
+            after = self._moved(before, Decimal(ahead["quantity"]), account, part) if ahead else before
+            assessed_at = account.period_end + self.assessment_delay
+            self._write_balance(account, part, after, (ahead or row)["price_point"], assessed_at)
+        self.books.write("DELETE FROM next_balance WHERE site = ? AND subscription = ?", self._site, account.id)
+
+    def move_balance(
+        self, account: Account, part: Component, quantity: Decimal, price_point: int
+    ) -> tuple[Balance, Balance]:
+        """Add a usage to the balance of the period that it lands in; return that balance before and after."""
+        before = self.balance(account, part)
+        after = self._moved(before, quantity, account, part)
+        if not self._lands_in_next(account):
+            self._write_balance(account, part, after, price_point, self.books.now())
+            return before, after
+        if self._balance_row(account.id, part.id) is None:
+            self._write_balance(account, part, Balance(), price_point, self.books.now())
         self.books.write(
-            "UPDATE balance SET quantity = '0' WHERE site = ? AND subscription = ?", self.world.site, account.id
+            "REPLACE INTO next_balance VALUES (?, ?, ?, ?, ?)",
+            *(self._site, account.id, part.id, str(after.used), price_point),
         )
+        return before, after
+
+    def balance(self, account: Account, part: Component) -> Balance:
+        """Return the balance of the period that usage lands in now."""
+        if not self._lands_in_next(account):
+            return self._stored_balance(account.id, part)
+        row = self.books.row(
+            "SELECT quantity FROM next_balance WHERE site = ? AND subscription = ? AND component = ?",
+            *(self._site, account.id, part.id),
+        )
+        return self._moved(Balance(), Decimal(row["quantity"]) if row else ZERO, account, part)
+
+    def balance_seen(self, account: Account, part: Component, delay: tuple[float, float]) -> Decimal:
+        """Return the balance as a list that lags behind shows it."""
+        seen, args = self.books.visible(delay, "at")
+        row = self.books.row(
+            f"SELECT quantity FROM balance_history WHERE site = ? AND subscription = ? AND component = ? AND {seen}"
+            " ORDER BY id DESC LIMIT 1",
+            *(self._site, account.id, part.id, *args),
+        )
+        return Decimal(row["quantity"]) if row else ZERO
+
+    def usage_since(self, account: Account) -> int:
+        """Return the instant from which events count to the open period: its start, or that of a trial before it."""
+        row = self.books.row("SELECT since FROM carried WHERE site = ? AND account = ?", self._site, account.id)
+        return int(row["since"]) if row else account.period_start
 
     def stored(self) -> Iterable[StoredTotal]:
         """Return the sums of usages, and of what the events were worth to each component."""
@@ -59,11 +168,11 @@ class MaxioBiller:
     def records(self, component: str | None) -> list[dict[str, Any]]:
         """Return usages, then events with what they are worth to each component; times are UTC."""
         names = {part.id: part.handle for part in self.world.components if component in (None, part.handle)}
-        usages = self.books.rows("SELECT * FROM usage WHERE site = ? ORDER BY id", self.world.site)
+        usages = self.books.rows("SELECT * FROM usage WHERE site = ? ORDER BY id", self._site)
         events = self.books.rows(
             "SELECT e.*, m.component, m.value, m.counts_at FROM event e LEFT JOIN metering m ON m.event = e.id"
             " WHERE e.site = ? ORDER BY e.id",
-            self.world.site,
+            self._site,
         )
         rows = [_usage_record(row, names[row["component"]]) for row in usages if row["component"] in names]
         rows += [
@@ -71,28 +180,23 @@ class MaxioBiller:
             for row in events
             if row["component"] in names or (component is None and row["component"] is None)
         ]
-        return [{"site": self.world.site, **row} for row in rows]
+        return [{"site": self._site, **row} for row in rows]
 
-    def balance(self, subscription: int, component: int) -> Decimal:
-        """Return the metered balance of the open period."""
-        row = self.books.row(
-            "SELECT quantity FROM balance WHERE site = ? AND subscription = ? AND component = ?",
-            *(self.world.site, subscription, component),
-        )
-        return Decimal(row["quantity"]) if row else ZERO
-
-    def metric_values(self, account: Account | None, delay_seconds: float = 0) -> dict[tuple[int, int], Decimal]:
+    def metric_values(
+        self, account: Account | None, delay: tuple[float, float] = (0, 0)
+    ) -> dict[tuple[int, int], Decimal]:
         """Return the metric of each (subscription, component) over the open period, activated or not.
 
         With a delay, only events that reads can see already are counted.
         """
-        received, wall = self.books.visible_since(delay_seconds)
+        seen, args = self.books.visible(delay, "m.received_at", "m.wall", "m.event")
         rows = self.books.rows(
-            "SELECT m.subscription, m.component, m.value FROM account a JOIN metering m"
-            " ON m.site = a.site AND m.subscription = a.id"
-            " AND m.counts_at >= a.period_start AND m.counts_at < a.period_end"
-            f" WHERE a.site = ? AND (m.received_at <= ? OR m.wall <= ?){_only(account)}",
-            *(self.world.site, received, wall),
+            "SELECT m.subscription, m.component, m.value FROM account a"
+            " LEFT JOIN carried c ON c.site = a.site AND c.account = a.id"
+            " JOIN metering m ON m.site = a.site AND m.subscription = a.id"
+            " AND m.counts_at >= coalesce(c.since, a.period_start) AND m.counts_at < a.period_end"
+            f" WHERE a.site = ? AND {seen}{_only(account)}",
+            *(self._site, *args),
         )
         values: dict[tuple[int, int], list[str]] = {}
         for row in rows:
@@ -104,40 +208,73 @@ class MaxioBiller:
         return InvoiceLine("baseline", "", product.id, product.id, product.name, Decimal(1), product.price)
 
     def _live_subscriptions(self) -> list[int]:
-        rows = self.books.rows(f"SELECT id FROM account WHERE site = ? AND state IN {_LIVE}", self.world.site)
+        rows = self.books.rows(f"SELECT id FROM account WHERE site = ? AND state IN {_LIVE}", self._site)
         return [row["id"] for row in rows]
 
-    def _balances(self, account: Account | None) -> Iterable[tuple[int, Component, Decimal, int]]:
+    def _balances(self, states: str, account: Account | None = None) -> Iterable[tuple[int, Component, Balance, int]]:
         rows = self.books.rows(
-            "SELECT b.subscription, b.component, b.quantity, b.price_point FROM balance b"
+            "SELECT b.subscription, b.component, b.quantity, o.quantity AS overage, b.price_point FROM balance b"
             " JOIN account a ON a.site = b.site AND a.id = b.subscription"
-            f" WHERE b.site = ? AND b.quantity != '0' AND a.state IN {_LIVE}{_only(account)}",
-            self.world.site,
+            " LEFT JOIN overage o ON o.site = b.site AND o.subscription = b.subscription AND o.component = b.component"
+            f" WHERE b.site = ? AND b.quantity != '0' AND a.state IN {states}{_only(account)}",
+            self._site,
         )
         for row in rows:
-            if (quantity := Decimal(row["quantity"])) != 0:
-                yield row["subscription"], self.components[row["component"]], quantity, row["price_point"]
+            balance = Balance(Decimal(row["quantity"]), Decimal(row["overage"] or 0))
+            if balance.used != 0:
+                yield row["subscription"], self.components[row["component"]], balance, row["price_point"]
 
-    def _metrics(self, account: Account | None) -> Iterable[tuple[int, Component, Decimal, int]]:
+    def _metrics(self, states: str, account: Account | None = None) -> Iterable[tuple[int, Component, Decimal, int]]:
         values = self.metric_values(account)
         rows = self.books.rows(
             "SELECT v.subscription, v.component, v.price_point FROM activation v"
             " JOIN account a ON a.site = v.site AND a.id = v.subscription"
-            f" WHERE v.site = ? AND v.active AND a.state IN {_LIVE}{_only(account)}",
-            self.world.site,
+            f" WHERE v.site = ? AND v.active AND a.state IN {states}{_only(account)}",
+            self._site,
         )
         for row in rows:
             quantity = values.get((row["subscription"], row["component"]), ZERO)
             if quantity != 0:
                 yield row["subscription"], self.components[row["component"]], quantity, row["price_point"]
 
+    def _lands_in_next(self, account: Account) -> bool:
+        """Say whether the period has ended, is not assessed yet, and takes no more usage."""
+        ended = self.books.now() >= account.period_end and account.live
+        return ended and self.switches["usage_before_assessment"] == "new_period"
+
+    def _moved(self, before: Balance, quantity: Decimal, account: Account, part: Component) -> Balance:
+        bought = self._allocations[account.id].get(part.handle, ZERO) if part.kind == PREPAID else None
+        return before.moved(quantity, bought, overage_first=self.switches["negative_on_prepaid"] == "overage_first")
+
+    def _stored_balance(self, subscription: int, part: Component) -> Balance:
+        row = self._balance_row(subscription, part.id)
+        return Balance(Decimal(row["quantity"]), Decimal(row["overage"] or 0)) if row else Balance()
+
+    def _balance_row(self, subscription: int, component: int) -> Row | None:
+        return self.books.row(
+            "SELECT b.quantity, o.quantity AS overage FROM balance b LEFT JOIN overage o"
+            " ON o.site = b.site AND o.subscription = b.subscription AND o.component = b.component"
+            " WHERE b.site = ? AND b.subscription = ? AND b.component = ?",
+            *(self._site, subscription, component),
+        )
+
+    def _write_balance(self, account: Account, part: Component, balance: Balance, price_point: int, at: int) -> None:
+        key = (self._site, account.id, part.id)
+        self.books.write("REPLACE INTO balance VALUES (?, ?, ?, ?, ?, ?)", *key, str(balance.used), price_point, at)
+        if part.kind == PREPAID:
+            self.books.write("REPLACE INTO overage VALUES (?, ?, ?, ?)", *key, str(balance.overage))
+        self.books.write(
+            "INSERT INTO balance_history (site, subscription, component, quantity, at, wall) VALUES (?, ?, ?, ?, ?, ?)",
+            *(*key, str(balance.used), at, self.books.wall()),
+        )
+
     def _stored_usages(self) -> Iterable[StoredTotal]:
-        rows = self.books.rows("SELECT subscription, component, quantity FROM usage WHERE site = ?", self.world.site)
+        rows = self.books.rows("SELECT subscription, component, quantity FROM usage WHERE site = ?", self._site)
         yield from self._sum((row["subscription"], "", row["component"], row["quantity"]) for row in rows)
 
     def _stored_events(self) -> Iterable[StoredTotal]:
         rows = self.books.rows(
-            "SELECT subscription, subscriber, component, value FROM metering WHERE site = ?", self.world.site
+            "SELECT subscription, subscriber, component, value FROM metering WHERE site = ?", self._site
         )
         yield from self._sum(
             (row["subscription"], "" if row["subscription"] else row["subscriber"], row["component"], row["value"])
@@ -219,6 +356,17 @@ def worth(metric: Metric, event: Mapping[str, object]) -> str:
 
 def _only(account: Account | None) -> str:
     return f" AND a.id = {account.id}" if account else ""
+
+
+def _lines(component: Component, balance: Balance, price_point: int) -> list[InvoiceLine]:
+    """Return the charge of a balance; a prepaid one has its overage charged, and what was drawn stands beside it."""
+    if component.kind != PREPAID:
+        return [_line(component, balance.used, price_point)]
+    lines = [_line(component, balance.overage, price_point)] if balance.overage else []
+    if balance.drawn:
+        free = _line(component, balance.drawn, price_point)
+        lines.append(replace(free, kind=DRAWN, unit_price=ZERO))
+    return lines
 
 
 def _line(component: Component, quantity: Decimal, price_point: int) -> InvoiceLine:

@@ -5,7 +5,6 @@ shows at renewal. Rules follow the reference pages of the two event endpoints an
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from starlette.responses import Response
 
 from usage_billing.sandbox.billing import Account, find_account, find_by_reference
 from usage_billing.sandbox.clock import parse_instant
+from usage_billing.sandbox.spoil import first_half
 from usage_billing.sandbox.wire import BadJson, Call, Route, dump_json
 from usage_billing.sandbox.world import Component, Stream
 
@@ -25,10 +25,15 @@ from .lookups import MaxioSite, errors
 LARGEST_BULK = 1000
 TOKEN_LENGTH = 64
 TOKEN_MICROS = timedelta(days=31) // timedelta(microseconds=1)
+_SIZE_LIMITS = {"1_mb": 1_000_000, "64_kb": 64_000, "none": float("inf")}
 
 
 class BadEvent(ValueError):
     """An event that cannot be stored; the text says why."""
+
+    def __init__(self, message: str, status: int = 422) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -43,34 +48,57 @@ class Incoming:
 
 
 class MaxioEvents(MaxioHost):
-    """Answers the events host of one site."""
+    """Answers the events host of one site: the common one, or the one that only the region eu may have."""
 
-    def __init__(self, site: MaxioSite) -> None:
+    rate_switch = "events_rate_limit"
+
+    def __init__(self, site: MaxioSite, *, own_host: bool = False) -> None:
         super().__init__(site)
+        self._own_host = own_host
         self.world, self.books, self.switches = site.world, site.books, site.switches
         self.streams = {stream.handle: stream for stream in self.world.streams}
         self.routes: Sequence[Route] = (
-            Route("POST", "/events/{stream}/bulk", "bulk_events", self.record_many, writing=True),
+            Route("POST", "/events/{stream}/bulk", "bulk_events", self.record_many, writing=True, bulk=True),
             Route("POST", "/events/{stream}", "record_event", self.record_one, writing=True),
         )
         self._meters: dict[str, list[Component]] = {}
         for component in self.world.components:
             self._meters.setdefault(component.stream or "", []).append(component)
 
-    def answer(self, call: Call, route: Route | None) -> Response:
-        """Answer one request of the events host."""
+    def arrive(self, call: Call, route: Route | None) -> Response | None:
+        """Look at a request as it comes: whether this is the site's host, credentials, size, and the stream."""
+        if self.site.world.site.startswith("maxio:eu:") and self._own_host != (
+            self.switches["eu_events_host"] == "separate"
+        ):
+            return self.not_found()
         if not self.authorized(call):
             return self.unauthorized()
+        if len(call.body) > _SIZE_LIMITS[self.switches["events_size_limit"]]:
+            return errors(413, "The request body is too large.")
         if route is None:
             return self.not_found()
         if call.params["stream"] not in self.streams and self.switches["unknown_stream"] == "404":
+            return self.not_found()
+        return None
+
+    def do_half(self, call: Call, route: Route, status: int | None) -> Response:
+        """Store the first half of a bulk request, then break."""
+        done = self.carry_out(first_half(call), route)
+        return self.server_error(status or 500) if done.status_code < 400 else done
+
+    def left(self, call: Call) -> None:
+        """Do nothing: this host remembers no request."""
+
+    def carry_out(self, call: Call, route: Route | None) -> Response:
+        """Carry out a request that has arrived."""
+        if route is None:
             return self.not_found()
         try:
             return route.handler(call, **call.params)
         except BadJson:
             return errors(422, "The request body is not valid JSON.")
         except BadEvent as refusal:
-            return errors(422, str(refusal))
+            return errors(refusal.status, str(refusal))
 
     def record_one(self, call: Call, stream: str) -> Response:
         """`POST /events/{stream}.json`: 201, no body."""
@@ -81,7 +109,9 @@ class MaxioEvents(MaxioHost):
         """`POST /events/{stream}/bulk.json`: 201, no body; more than 1,000 events are refused."""
         events = call.json()
         if not isinstance(events, list):
-            raise BadEvent("The body must be an array of events.")
+            raise BadEvent("The body must be an array of events.", int(self.switches["bulk_without_array"]))
+        if not events and self.switches["empty_bulk"] == "422":
+            raise BadEvent("There are no events in the body.")
         if len(events) > LARGEST_BULK:
             raise BadEvent(f"A maximum of {LARGEST_BULK} events can be published in a single request.")
         known: dict[str, Account | None] = {}
@@ -143,7 +173,7 @@ class MaxioEvents(MaxioHost):
             raise BadEvent(f"timestamp is not an ISO 8601 time: {given!r}.") from error
 
     def _store(self, stream: str, events: list[Incoming]) -> None:
-        now, wall = self.books.now(), time.time()
+        now, wall = self.books.now(), self.books.wall()
         fresh = self._drop_duplicates(stream, events, now)
         row = self.books.row("SELECT max(id) AS last FROM event")
         first = ((row["last"] if row else None) or 0) + 1
@@ -209,5 +239,5 @@ class MaxioEvents(MaxioHost):
         return fresh
 
     def _counts_at(self, event: Incoming, now: int) -> int:
-        late = event.account is not None and event.happened_at < event.account.period_start
+        late = event.account is not None and event.happened_at < self.site.biller.usage_since(event.account)
         return now if late and self.switches["late_event"] == "next_period" else event.happened_at

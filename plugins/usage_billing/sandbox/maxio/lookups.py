@@ -76,6 +76,11 @@ class MaxioSite:
                 return [part for part in self.world.components if part.family == family.handle]
         raise NotFound
 
+    def lines_of(self, account: Account) -> list[Component]:
+        """Return the components of the subscription's family."""
+        family = self.views.family(account.id).handle
+        return [part for part in self.world.components if part.family == family]
+
     def locked_point(self, subscription: int, component: int) -> int | None:
         """Return the price point that usage or activation has locked in for the line."""
         for table in ("balance", "activation"):

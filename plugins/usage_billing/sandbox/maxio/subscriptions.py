@@ -11,6 +11,7 @@ from usage_billing.sandbox.billing import Account, all_accounts, find_by_referen
 from usage_billing.sandbox.wire import Call, Route, json_reply
 from usage_billing.sandbox.world import Component
 
+from .billing import PREPAID
 from .lookups import MaxioSite, NotFound, Unprocessable, body_object, is_id, named_price_point, paging
 
 
@@ -56,7 +57,7 @@ class Subscriptions:
     def list_components(self, call: Call, subscription: str) -> Response:
         """`GET /subscriptions/{id}/components.json`: of the subscription's family, archived ones too."""
         account = self.site.account(subscription)
-        rows = self._lines(account, call)
+        rows = self._lines(account, call, self.site.lines_of(account))
         if (in_use := call.param("in_use")) is not None:
             wanted = in_use == "true"
             rows = [row for row in rows if (row["price_point_id"] is not None) == wanted]
@@ -66,7 +67,7 @@ class Subscriptions:
         """`GET /subscriptions/{id}/components/{id or handle:...}.json`."""
         account = self.site.account(subscription)
         part = self.site.component_of(account, component)
-        rows = self._lines(account, call, only=part)
+        rows = self._lines(account, call, [part])
         return json_reply({"component": rows[0]})
 
     def list_all_components(self, call: Call) -> Response:
@@ -75,8 +76,9 @@ class Subscriptions:
         wanted = call.csv("subscription_ids")
         accounts = all_accounts(self.site.books, self.site.world.site)
         chosen = [account for account in accounts if not wanted or str(account.id) in wanted]
-        pairs = [(account, part) for account in chosen for part in self._parts(account)][offset : offset + limit]
-        rows = [row for account, part in pairs for row in self._lines(account, call, only=part)]
+        pairs = [(account, part) for account in chosen for part in self.site.lines_of(account)][offset : offset + limit]
+        lag = self.site.switches.seconds("component_list_delay_seconds")
+        rows = [row for account, part in pairs for row in self._lines(account, call, [part], lag)]
         return json_reply({"subscriptions_components": rows})
 
     def activate(self, call: Call, subscription: str, component: str) -> Response:
@@ -110,15 +112,21 @@ class Subscriptions:
             raise Unprocessable("Component: is not an event based component.")
         return account, part
 
-    def _lines(self, account: Account, call: Call, only: Component | None = None) -> list[dict[str, Any]]:
-        parts = [only] if only else self._parts(account)
-        values = self.site.biller.metric_values(account, self.site.switches.seconds("events_delay_seconds"))
+    def _lines(
+        self, account: Account, call: Call, parts: list[Component], lag: tuple[float, float] = (0, 0)
+    ) -> list[dict[str, Any]]:
+        """Render lines; `lag` is how far their balances are behind."""
+        events_lag = self.site.switches.seconds("events_delay_seconds")
+        values = self.site.biller.metric_values(account, max(lag, events_lag))
         historic = "historic_usages" in call.csv("include")
         rows = []
         for part in parts:
-            balance = values.get((account.id, part.id), Decimal(0))
-            if part.kind == "metered_component":
-                balance = self.site.biller.balance(account.id, part.id)
+            if part.kind not in ("metered_component", PREPAID):
+                balance = values.get((account.id, part.id), Decimal(0))
+            elif lag[1]:
+                balance = self.site.biller.balance_seen(account, part, lag)
+            else:
+                balance = self.site.biller.balance(account, part).used
             point = self.site.locked_point(account.id, part.id)
             row = self.site.views.subscription_component(account, part, balance, point, self._touched(account, part))
             if "subscription" in call.csv("include"):
@@ -127,10 +135,6 @@ class Subscriptions:
                 row["historic_usages"] = self._historic_usages(account, part)
             rows.append(row)
         return rows
-
-    def _parts(self, account: Account) -> list[Component]:
-        family = self.site.views.family(account.id).handle
-        return [part for part in self.site.world.components if part.family == family]
 
     def _touched(self, account: Account, part: Component) -> int:
         row = self.site.books.row(

@@ -1,10 +1,9 @@
-"""Usages of metered components: creating and listing them.
+"""Usages of metered and prepaid components: creating and listing them.
 
 The rules are those of the reference pages "Create Usage" and "List Usages"; what they leave open is a switch.
 """
 
 import json
-import time
 from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
@@ -15,7 +14,8 @@ from usage_billing.sandbox.clock import midnight
 from usage_billing.sandbox.wire import Call, Route, json_reply
 from usage_billing.sandbox.world import Component, PricePoint
 
-from .lookups import MaxioSite, Unprocessable, body_object, day_param, named_price_point, paging, whole_param
+from .billing import PREPAID, Balance
+from .lookups import MaxioSite, NotFound, Unprocessable, body_object, day_param, named_price_point, paging, whole_param
 from .views import decimal_text, number
 
 _USAGES = "/subscriptions/{subscription}/components/{component}/usages"
@@ -40,8 +40,10 @@ class Usages:
         quantity = self._quantity(usage.get("quantity"), part)
         point = self._price_point(usage, account, part)
         memo = self._memo(usage.get("memo"))
-        extra = {name: usage[name] for name in ("custom_price", "billing_schedule") if name in usage}
-        quantity = self._settle(account, part, quantity, point, memo)
+        extra: dict[str, Any] = {name: usage[name] for name in ("custom_price", "billing_schedule") if name in usage}
+        quantity, overage = self._settle(account, part, quantity, point, memo)
+        if part.kind == PREPAID:
+            extra["overage_quantity"] = str(overage)
         usage_id = self.site.books.write(
             "INSERT INTO usage (site, subscription, component, price_point, quantity, memo, created_at, extra)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -49,12 +51,14 @@ class Usages:
             json.dumps(extra, default=str) if extra else None,
         )
         row = self.site.books.one("SELECT * FROM usage WHERE id = ?", usage_id)
-        return json_reply(self.site.views.usage(row, self._shown(quantity, part)))
+        return json_reply(self.site.views.usage(row, self._shown(quantity, part, in_list=False)))
 
     def list_usages(self, call: Call, subscription: str, component: str) -> Response:
         """`GET` of the same path: bounds inclusive, dates at midnight of the site's zone."""
         account = self.site.account(subscription, by_reference=True)
         part = self.site.component_of(account, component)
+        if part.kind == "event_based_component":
+            self._check_listable()
         limit, offset = paging(call)
         where, args = ["site = ? AND subscription = ? AND component = ?"], [self.site.world.site, account.id, part.id]
         for name, condition in (("since_id", "id >= ?"), ("max_id", "id <= ?")):
@@ -72,11 +76,19 @@ class Usages:
             limit,
             offset,
         )
-        return json_reply([self.site.views.usage(row, self._shown(Decimal(row["quantity"]), part)) for row in rows])
+        return json_reply(
+            [self.site.views.usage(row, self._shown(Decimal(row["quantity"]), part, in_list=True)) for row in rows]
+        )
+
+    def _check_listable(self) -> None:
+        if (said := self.site.switches["usage_list_of_events_component"]) == "404":
+            raise NotFound
+        if said == "422":
+            raise Unprocessable("Usages can only be listed for metered or prepaid usage components.")
 
     def _check_usable(self, account: Account, part: Component) -> None:
         refusals = []
-        if part.kind != "metered_component":
+        if part.kind not in ("metered_component", PREPAID):
             refusals.append("Usages can only be added to metered or prepaid usage components.")
         if part.archived:
             refusals.append("Usages cannot be added to archived components.")
@@ -110,9 +122,11 @@ class Usages:
             return None
         memo = str(given)
         limit = self.site.switches["memo_limit"]
-        if limit != "none" and len(memo) > int(limit):
+        if limit == "none" or len(memo) <= int(limit):
+            return memo
+        if self.site.switches["long_memo"] == "refuse":
             raise Unprocessable(f"Memo: is too long (maximum is {limit} characters).")
-        return memo
+        return memo[: int(limit)]
 
     def _price_point(self, usage: dict[str, Any], account: Account, part: Component) -> PricePoint:
         if usage.get("price_point_id") is not None:
@@ -123,41 +137,52 @@ class Usages:
 
     def _settle(
         self, account: Account, part: Component, quantity: Decimal, point: PricePoint, memo: str | None
-    ) -> Decimal:
-        """Move the balance, which has a floor at 0, and return the quantity that the record keeps."""
-        previous = self.site.biller.balance(account.id, part.id)
-        balance = max(previous + quantity, Decimal(0))
+    ) -> tuple[Decimal, Decimal]:
+        """Move the balance, which has a floor at 0; return the quantity that the record keeps, and its overage."""
+        before, after = self.site.biller.move_balance(account, part, quantity, point.id)
         if self.site.switches["negative_at_floor"] == "clipped":
-            quantity = balance - previous
-        self.site.books.write(
-            "REPLACE INTO balance VALUES (?, ?, ?, ?, ?, ?)",
-            *(self.site.world.site, account.id, part.id, str(balance), point.id, self.site.books.now()),
-        )
+            quantity = after.used - before.used
         data = {
-            "previous_unit_balance": decimal_text(previous),
-            "new_unit_balance": number(balance),
+            "previous_unit_balance": decimal_text(before.used),
+            "new_unit_balance": number(after.used),
             "usage_quantity": number(quantity),
             "component_id": part.id,
             "component_handle": part.handle,
             "memo": memo,
         }
+        if part.kind == PREPAID:
+            data |= self._prepaid_data(account, part, before, after)
         message = (
-            f"Recorded {number(quantity)} {part.unit_name}s of usage (total: {number(balance)}) "
+            f"Recorded {number(quantity)} {part.unit_name}s of usage (total: {number(after.used)}) "
             f"for Customer {account.id}'s subscription"
         )
         self.site.books.write(
             "INSERT INTO site_event (site, subscription, key, message, data, created_at, wall)"
-            " VALUES (?, ?, 'metered_usage', ?, ?, ?, ?)",
-            *(self.site.world.site, account.id, message, json.dumps(data), self.site.books.now(), time.time()),
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            *(self.site.world.site, account.id, "prepaid_usage" if part.kind == PREPAID else "metered_usage", message),
+            *(json.dumps(data), self.site.books.now(), self.site.books.wall()),
         )
-        return quantity
+        return quantity, after.overage - before.overage
+
+    def _prepaid_data(self, account: Account, part: Component, before: Balance, after: Balance) -> dict[str, Any]:
+        drawn = after.drawn - before.drawn
+        # Subscriptions have one allocation of each prepaid component, so its id can be made of theirs.
+        allocation = account.id * 100 + part.id % 100
+        detail = {"allocation_id": allocation, "charge_id": allocation, "usage_quantity": number(drawn)}
+        return {
+            "previous_overage_unit_balance": decimal_text(before.overage),
+            "new_overage_unit_balance": number(after.overage),
+            "overage_usage_quantity": number(after.overage - before.overage),
+            "allocation_details": [detail] if drawn else [],
+        }
 
     def _receipt_time(self) -> int:
         # Replies show whole seconds; storing more would make the inclusive date bounds differ from what is shown.
         return self.site.books.now() // 1_000_000 * 1_000_000
 
-    def _shown(self, quantity: Decimal, part: Component) -> int | str:
+    def _shown(self, quantity: Decimal, part: Component, *, in_list: bool) -> int | str:
         style = self.site.switches["quantity_type"]
-        if style == "string" or (style == "as_documented" and part.allow_fractional_quantities):
+        textual = style == "as_documented" or (style == "text_in_lists" and in_list)
+        if style == "string" or (textual and part.allow_fractional_quantities):
             return decimal_text(quantity)
         return number(quantity)

@@ -1,5 +1,6 @@
 """The JSON shapes of Maxio's resources, as the API reference shows them; times carry the site's offset."""
 
+import json
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -54,22 +55,24 @@ class Views:
     def usage(self, row: Mapping[str, Any], quantity: int | str) -> Json:
         """Render one usage; the quantity's type is the caller's choice."""
         component = self._component(row["component"])
-        return {
-            "usage": {
-                "id": row["id"],
-                "memo": row["memo"],
-                "created_at": self.time(row["created_at"]),
-                "price_point_id": row["price_point"],
-                "quantity": quantity,
-                "component_id": component.id,
-                "component_handle": component.handle,
-                "subscription_id": row["subscription"],
-            }
+        shape: Json = {
+            "id": row["id"],
+            "memo": row["memo"],
+            "created_at": self.time(row["created_at"]),
+            "price_point_id": row["price_point"],
+            "quantity": quantity,
+            "component_id": component.id,
+            "component_handle": component.handle,
+            "subscription_id": row["subscription"],
         }
+        if component.kind == "prepaid_usage_component":
+            shape["overage_quantity"] = number(Decimal(json.loads(row["extra"])["overage_quantity"]))
+        return {"usage": shape}
 
     def subscription(self, account: Account) -> Json:
         """Render one subscription with its customer and product."""
         family = self.family(account.id)
+        trial = account.state == "trialing"
         return {
             "subscription": {
                 "id": account.id,
@@ -82,9 +85,9 @@ class Views:
                 "current_period_started_at": self.time(account.period_start),
                 "current_period_ends_at": self.time(account.period_end),
                 "next_assessment_at": self.time(account.period_end) if account.live else None,
-                "trial_started_at": None,
-                "trial_ended_at": None,
-                "activated_at": self.time(account.created_at),
+                "trial_started_at": self.time(account.period_start) if trial else None,
+                "trial_ended_at": self.time(account.period_end) if trial else None,
+                "activated_at": None if trial else self.time(account.created_at),
                 "expires_at": None,
                 "created_at": self.time(account.created_at),
                 "updated_at": self.time(account.ended_at or account.created_at),
@@ -168,7 +171,7 @@ class Views:
     ) -> Json:
         """Render the line that a subscription has for a component; `point` is None until usage locks one in."""
         family = self.families[component.family]
-        counted = component.kind in ("metered_component", "event_based_component")
+        counted = component.kind in ("metered_component", "prepaid_usage_component", "event_based_component")
         price_point = component.price_point(point) if point else None
         return {
             # Real ids of this resource equal neither part; a client that mixes them up should find nothing.

@@ -1,0 +1,53 @@
+"""The page on the sandbox says what the sandbox does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from usage_billing.sandbox.faults import KINDS, Fault
+from usage_billing.sandbox.switches import CHARGEOVER, MAXIO, Switch
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text(encoding="utf-8")
+
+
+def _rows(heading: str) -> list[list[str]]:
+    """Return the cells of the table below a heading."""
+    section = DOCUMENT.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize(("heading", "switches"), [("Maxio", MAXIO), ("ChargeOver", CHARGEOVER)])
+def test_every_switch_is_in_the_table_as_it_is(heading: str, switches: dict[str, Switch]) -> None:
+    """Each switch has one row, with its default and exactly its other choices, in the same order."""
+    told = {
+        name.strip("`"): (default.strip("`"), re.findall(r"`([^`]+)`", others))
+        for _, _, name, default, others in _rows(heading)
+    }
+    known = {
+        name: (switch.default, [choice for choice in switch.describe() if choice != switch.default])
+        for name, switch in switches.items()
+    }
+    assert told == known
+    assert len(_rows(heading)) == len(switches)
+
+
+@pytest.mark.parametrize(
+    ("heading", "questions", "elsewhere"), [("Maxio", 24, set()), ("ChargeOver", 18, {14, 16, 18})]
+)
+def test_every_question_has_a_switch_or_is_not_built_yet(heading: str, questions: int, elsewhere: set[int]) -> None:
+    """No open question is passed over: it has a switch, or stands in the list of what is not there."""
+    asked = {int(number) for number, *_ in _rows(heading) if number.isdecimal()}
+    assert asked | elsewhere == set(range(1, questions + 1))
+    missing = DOCUMENT.partition("## Not built yet")[2]
+    assert all(f"{number}" in missing for number in elsewhere)
+
+
+def test_every_fault_is_in_the_table_with_its_habit() -> None:
+    """Each fault has a row, and the row says rightly whether the request is carried out at once."""
+    told = {row[0].strip("`"): row[2] for row in _rows("Faults")}
+    assert set(told) == set(KINDS)
+    for kind, carried_out in told.items():
+        if carried_out in ("yes", "no"):
+            assert Fault("maxio:us:acme", kind).takes_effect == (carried_out == "yes"), kind
