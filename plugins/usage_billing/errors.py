@@ -11,7 +11,8 @@ UsageBillingError
 No message ever holds a credential.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class UsageBillingError(Exception):
@@ -50,7 +51,15 @@ class Refused(UsageBillingError):
 
 
 class InDoubt(UsageBillingError):
-    """A request left and its outcome is unknown; only the site can tell."""
+    """A request left and its outcome is unknown; only the site can tell.
+
+    `receipts` (of `records.Receipt`) are for those deliveries of the chunk that the site has all the same, as it was
+    seen to; the others are in doubt.
+    """
+
+    def __init__(self, message: str = "", *, receipts: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.receipts = tuple(receipts)
 
 
 class Stale(UsageBillingError):

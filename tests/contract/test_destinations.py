@@ -21,7 +21,7 @@ from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
 from usage_billing.destinations.settings import Timeouts
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.hooks import ChargeOverHook, MaxioHook
-from usage_billing.records import Delivery, Target
+from usage_billing.records import Delivery, Receipt, Target
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, SourceSettings
 from usage_billing.uniqueness import identity, uniqueness_token
@@ -146,7 +146,8 @@ BY_CUSTOMER = replace(
     accounts=("cust-001", "cust-003"),
     destination={**BATCH.destination, "package_by": "customer_external_key"},
 )
-CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BY_CUSTOMER)
+BULK = replace(BATCH, label="chargeover in bulk", destination={**BATCH.destination, "mode": "bulk"})
+CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BULK, BY_CUSTOMER)
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 SWITCHES = [
@@ -164,6 +165,9 @@ SWITCHES = [
     (SINGLE, {"duplicate_external_key": "accept", "throttle_retry_after": "present"}),
     (BATCH, {"cycle_by": "to", "bulk_atomicity": "stop_at_first_error", "limit_above_max": "refuse"}),
     (SINGLE, {"negative_usage": "refuse", "usage_on_bad_line": "accept", "late_usage": "next_invoice"}),
+    (BULK, {"bulk_atomicity": "stop_at_first_error", "duplicate_external_key": "accept", "bulk_reply": "result_true"}),
+    (BULK, {"bulk_atomicity": "skip_bad_silently", "duplicate_external_key": "overwrite", "times_out": "iso"}),
+    (BULK, {"negative_usage": "refuse", "usage_on_bad_line": "accept", "limit_above_max": "refuse"}),
 ]
 EVERY_SETTING = pytest.mark.parametrize(
     ("case", "switches"),
@@ -251,33 +255,31 @@ def billed(sandbox: Sandbox, case: Case) -> Decimal:
     return sum((row.billed for row in sandbox.billed(case.site) if row.component == case.component), Decimal(0))
 
 
-def outcome(send: Callable[[], Any]) -> str:
-    """Return what a deliver would do next: nothing, send again, or settle."""
+def now() -> datetime:
+    """Return the ledger's time, as far as these tests have one."""
+    return datetime.now(UTC)
+
+
+def attempt(destination: Destination, chunk: Sequence[Delivery]) -> set[str]:
+    """Send a chunk and settle what is in doubt at once; return the tokens that the site has."""
     try:
-        send()
+        return {receipt.token for receipt in destination.send(chunk)}
     except NotApplied:
-        return "again"
-    except InDoubt:
-        return "settle"
-    return "done"
+        return set()
+    except InDoubt as doubt:
+        proven = {receipt.token for receipt in doubt.receipts}
+    answers = destination.settle([delivery for delivery in chunk if delivery.token not in proven], now())
+    assert answers.keys() | proven == {delivery.token for delivery in chunk}
+    return proven | {token for token, answer in answers.items() if isinstance(answer, Receipt)}
 
 
 def deliver_all(destination: Destination, chosen: Sequence[Delivery]) -> None:
     """Do by hand what `deliver` does: send, settle what is in doubt, send again what was not applied."""
-    waiting = list(chosen)
+    waiting, size = list(chosen), destination.chunk_size
     for _ in range(5):
-        size = destination.chunk_size
-        left: list[Delivery] = []
-        for start in range(0, len(waiting), size):
-            chunk = waiting[start : start + size]
-            taken: set[str] = set()
-            what = outcome(lambda chunk=chunk, taken=taken: taken.update(r.token for r in destination.send(chunk)))
-            if what == "settle":
-                found = destination.settle(chunk)
-                taken = {token for token, receipt in found.items() if receipt is not None}
-                assert found.keys() == {delivery.token for delivery in chunk}
-            left += [delivery for delivery in chunk if delivery.token not in taken]
-        waiting = left
+        chunks = [waiting[start : start + size] for start in range(0, len(waiting), size)]
+        taken = {token for chunk in chunks for token in attempt(destination, chunk)}
+        waiting, size = [one for one in waiting if one.token not in taken], destination.retry_chunk_size
         if not waiting:
             return
     raise AssertionError("it never ended")
@@ -348,10 +350,10 @@ def test_a_late_request_is_found_once_it_has_landed(case: Case, sandbox: Sandbox
         destination.send(chosen)
     landed = wait_for(lambda: billed(sandbox, case) > 0)
 
-    found = destination.settle(chosen)
+    found = destination.settle(chosen, now())
 
     assert landed
-    assert all(found[delivery.token] is not None for delivery in chosen)
+    assert all(isinstance(found[delivery.token], Receipt) for delivery in chosen)
     assert billed(sandbox, case) == sum((delivery.quantity for delivery in chosen), Decimal(0))
 
 
@@ -458,7 +460,7 @@ def test_settling_asks_by_the_stored_address(case: Case, sandbox: Sandbox) -> No
     destination = case.made(sandbox)
     chosen = ready(case, destination)
 
-    found = destination.settle(chosen)
+    found = destination.settle(chosen, now())
 
     replayed = case.destination["name"] == "maxio_events"
     assert [found[delivery.token] is not None for delivery in chosen] == [replayed] * len(chosen)
@@ -477,20 +479,21 @@ def test_timeout_then_conflict_bills_once(sandbox: Sandbox) -> None:
         with pytest.raises(InDoubt):
             destination.send([delivery])
 
-    found = destination.settle([delivery])
+    found = destination.settle([delivery], now())
 
-    assert found[delivery.token] is not None
+    assert isinstance(found[delivery.token], Receipt)
     assert billed(sandbox, METERED) == delivery.quantity
 
 
 def test_absent_after_a_conflict_waits_for_the_token_to_expire(sandbox: Sandbox) -> None:
     """What was sent twice and is absent may have met its token: it stays in doubt for 61 minutes, then may go again."""
     destination = METERED.made(sandbox)
-    early = ready(METERED, destination, sends=2, ago=timedelta(minutes=59))[0]
-    late = replace(early, sent_at=datetime.now(UTC) - timedelta(minutes=62))
+    (delivery, *_) = ready(METERED, destination, sends=2, ago=timedelta(0))
+    sent_at = delivery.sent_at
+    assert sent_at is not None
 
-    assert destination.settle([early]) == {}
-    assert destination.settle([late]) == {late.token: None}
+    assert destination.settle([delivery], sent_at + timedelta(minutes=59)) == {}
+    assert destination.settle([delivery], sent_at + timedelta(minutes=62)) == {delivery.token: None}
 
 
 def test_a_spent_token_without_usage_ends_after_its_hour(sandbox: Sandbox) -> None:
@@ -505,7 +508,7 @@ def test_a_spent_token_without_usage_ends_after_its_hour(sandbox: Sandbox) -> No
         destination.send([delivery])
     sandbox.move_clock(advance_seconds=61 * 60)
 
-    found = destination.settle([replace(delivery, sent_at=datetime.now(UTC) - timedelta(minutes=62))])
+    found = destination.settle([delivery], now() + timedelta(minutes=62))
     destination.send([delivery])
 
     assert found == {delivery.token: None}
@@ -518,8 +521,15 @@ def test_a_token_with_another_quantity_is_reported(sandbox: Sandbox) -> None:
     delivery = ready(METERED, destination)[0]
     destination.send([delivery])
 
-    with pytest.raises(Refused, match="holds 10, not 11"):
-        destination.settle([replace(delivery, quantity=Decimal(11))])
+    answers = destination.settle([replace(delivery, quantity=Decimal(11))], now())
+
+    assert_told_apart(answers[delivery.token], "holds 10, not 11")
+
+
+def assert_told_apart(answer: object, words: str) -> None:
+    """A token that is held with another quantity is neither there nor absent: it is reported."""
+    assert isinstance(answer, Refused)
+    assert words in str(answer)
 
 
 def test_a_truncated_fraction_is_never_taken_for_the_whole(sandbox: Sandbox) -> None:
@@ -528,10 +538,9 @@ def test_a_truncated_fraction_is_never_taken_for_the_whole(sandbox: Sandbox) -> 
     (target,) = destination.resolve(["acct-0001"])
     (delivery,) = deliveries(destination, proposals([target], ["5.5"]))
 
-    with pytest.raises(InDoubt, match=r"sent as 5\.5 and stored as 5"):
+    with pytest.raises(InDoubt, match=r"holds 5, not 5\.5"):
         destination.send([delivery])
-    with pytest.raises(Refused, match=r"holds 5, not 5\.5"):
-        destination.settle([delivery])
+    assert_told_apart(destination.settle([delivery], now())[delivery.token], "holds 5, not 5.5")
 
 
 @pytest.mark.parametrize("order", ["descending", "ascending"])
@@ -625,15 +634,17 @@ def test_a_bad_usage_is_refused_with_the_sites_words(sandbox: Sandbox) -> None:
         destination.send([delivery])
 
 
-def test_negative_differences_wait(sandbox: Sandbox) -> None:
-    """The balance floors at zero, so a negative difference is held with that reason."""
+def test_deductions_wait_for_a_balance(sandbox: Sandbox) -> None:
+    """The balance floors at zero, so of a deduction goes what the balance takes, and a reason stands at the rest."""
     destination = METERED.made(sandbox)
-    proposed = proposals(destination.resolve(METERED.accounts), ["5", "-5", "0"])
+    targets = destination.resolve(METERED.accounts)
+    send_all(destination, deliveries(destination, proposals(targets[1:2], ["3"])))
 
-    reasons = list(destination.hold_reason(proposed))
+    goes, why = destination.judge(proposals(targets, ["-5", "-5", "5"], DAY + timedelta(days=1)))
 
-    assert reasons[0] == reasons[2] == ""
-    assert "never falls below 0" in reasons[1]
+    assert list(goes)[1:] == ["-3", "5"]
+    assert "never falls below" in why[0]
+    assert list(why)[1:] == ["", ""]
 
 
 # --- Maxio events ---------------------------------------------------------------------------------------------------
@@ -682,7 +693,9 @@ def test_a_replay_outside_its_window_is_forbidden(sandbox: Sandbox) -> None:
     chosen = ready(EVENTS, destination, ago=timedelta(days=30, minutes=1))
     sandbox.reset_requests()
 
-    assert destination.settle(chosen) == {}
+    answers = destination.settle(chosen, now())
+    assert answers.keys() == {delivery.token for delivery in chosen}
+    assert all(isinstance(answer, InDoubt) and "30 days ago" in str(answer) for answer in answers.values())
     assert sandbox.requests(EVENTS.site)["writing"] == 0
 
 
@@ -693,7 +706,9 @@ def test_a_doubt_that_outlives_its_billing_period_is_not_replayed(sandbox: Sandb
     sandbox.move_clock("2026-11-02T00:00:00Z")
     sandbox.reset_requests()
 
-    assert destination.settle(chosen) == {}
+    answers = destination.settle(chosen, now())
+    assert answers.keys() == {delivery.token for delivery in chosen}
+    assert all(isinstance(answer, InDoubt) and "has closed" in str(answer) for answer in answers.values())
     assert sandbox.requests(EVENTS.site)["writing"] == 0
 
 
@@ -800,17 +815,47 @@ def test_one_bad_record_does_not_hold_up_its_batch(sandbox: Sandbox) -> None:
     assert billed(sandbox, BATCH) == chosen[0].quantity + chosen[2].quantity
 
 
-def test_an_external_key_with_another_value_is_reported(sandbox: Sandbox) -> None:
-    """The account holds our key with another value: in doubt when sent, told as different when settled."""
-    destination = SINGLE.made(sandbox)
-    delivery = ready(SINGLE, destination)[0]
-    destination.send([delivery])
-    other = replace(delivery, quantity=Decimal(12), body=delivery.body.replace('"usage_value":10', '"usage_value":12'))
+def with_value(delivery: Delivery, value: int) -> Delivery:
+    """Return the same delivery with another quantity, as no ledger would ever make it."""
+    was = f'"usage_value":{delivery.quantity}'
+    return replace(delivery, quantity=Decimal(value), body=delivery.body.replace(was, f'"usage_value":{value}'))
 
-    with pytest.raises(InDoubt, match="held with 10"):
-        destination.send([other])
-    with pytest.raises(Refused, match="held with 10, and 12 was sent"):
-        destination.settle([other])
+
+@pytest.mark.parametrize("case", [SINGLE, BATCH, BULK], ids=lambda case: case.label)
+def test_an_external_key_with_another_value_is_reported(case: Case, sandbox: Sandbox) -> None:
+    """The account holds one of our keys with another value: that one is in doubt and told, the other one is billed."""
+    destination = case.made(sandbox)
+    known, free = ready(case, destination)[:2]
+    destination.send([known])
+    other = with_value(known, 12)
+    chunk = [other] if case is SINGLE else [free, other]
+
+    with pytest.raises(InDoubt, match="held with 10, and 12 was sent") as doubt:
+        destination.send(chunk)
+    answers = destination.settle(chunk, now())
+
+    # One bad record spoils a whole bulk, and no record of a batch.
+    assert {receipt.token for receipt in doubt.value.receipts} == ({free.token} if case is BATCH else set())
+    assert_told_apart(answers[other.token], "held with 10, and 12 was sent")
+    assert billed(sandbox, case) == (30 if case is BATCH else 10)
+
+
+@pytest.mark.parametrize("duplicates", ["refuse", "accept", "overwrite"])
+@pytest.mark.parametrize("case", [SINGLE, BATCH, BULK], ids=lambda case: case.label)
+def test_settling_tells_apart_what_the_account_holds(case: Case, duplicates: str, sandbox: Sandbox) -> None:
+    """The same value is a receipt, another one a finding, nothing an absence: each delivery by itself."""
+    sandbox.switch(case.site, duplicate_external_key=duplicates)
+    destination = case.made(sandbox)
+    same, other, absent = ready(case, destination)
+    for delivery in (same, other):
+        destination.send([delivery])
+
+    answers = destination.settle([same, with_value(other, 21), absent], now())
+
+    assert isinstance(answers[same.token], Receipt)
+    assert_told_apart(answers[other.token], "held with 20, and 21 was sent")
+    assert answers[absent.token] is None
+    assert sum(row.records for row in sandbox.billed(case.site)) == 2
 
 
 def test_a_key_that_is_there_twice_is_reported(sandbox: Sandbox) -> None:
@@ -821,8 +866,126 @@ def test_a_key_that_is_there_twice_is_reported(sandbox: Sandbox) -> None:
     for _ in range(2):
         destination.send([delivery])
 
-    with pytest.raises(Refused, match="held with 10, 10"):
-        destination.settle([delivery])
+    assert_told_apart(destination.settle([delivery], now())[delivery.token], "held with 10, 10")
+
+
+# --- ChargeOver in bulk -----------------------------------------------------------------------------------------------
+
+
+def spoil(kind: str, sandbox: Sandbox, chosen: Sequence[Delivery]) -> Sequence[Delivery]:
+    """Make the second of three deliveries one that the account refuses."""
+    if kind == "negative":
+        sandbox.switch(BULK.site, negative_usage="refuse")
+        return [chosen[0], with_value(chosen[1], -20), chosen[2]]
+    upgrade(sandbox, 714, chosen[1].address["line_item_id"])
+    return chosen
+
+
+@pytest.mark.parametrize("duplicates", ["refuse", "accept", "overwrite"])
+@pytest.mark.parametrize("atomicity", ["atomic", "stop_at_first_error", "skip_bad_silently"])
+@pytest.mark.parametrize("kind", ["negative", "replaced line"])
+@pytest.mark.parametrize("fault", ["none", "lost_reply", "server_error_after_commit"])
+def test_a_bad_record_of_a_bulk_is_named_and_the_others_are_billed_once(
+    kind: str, atomicity: str, duplicates: str, fault: str, sandbox: Sandbox
+) -> None:
+    """Whatever one bad record does to a bulk, the good ones are billed once and the bad one is refused by name."""
+    sandbox.switch(BULK.site, bulk_atomicity=atomicity, duplicate_external_key=duplicates)
+    destination = BULK.made(sandbox)
+    good, bad, too = spoil(kind, sandbox, ready(BULK, destination))
+    if fault != "none":
+        sandbox.fault(BULK.site, fault)
+
+    # The culprit is unknown after the bulk, and shows once everything that is not there goes singly.
+    first = attempt(destination, [good, bad, too])
+    for delivery in (one for one in (good, too) if one.token not in first):
+        destination.send([delivery])
+    with pytest.raises(Refused, match="Missing or invalid parameter"):
+        destination.send([bad])
+
+    assert bad.token not in first
+    assert billed(sandbox, BULK) == good.quantity + too.quantity
+    assert sum(row.records for row in sandbox.billed(BULK.site)) == 2
+
+
+@pytest.mark.parametrize("atomicity", ["atomic", "stop_at_first_error", "skip_bad_silently"])
+def test_a_bulk_proves_what_can_be_read_back_and_doubts_the_rest(atomicity: str, sandbox: Sandbox) -> None:
+    """The receipts are of those that were stored before, or beside, the bad record; never of the bad one."""
+    sandbox.switch(BULK.site, bulk_atomicity=atomicity)
+    destination = BULK.made(sandbox)
+    good, bad, too = spoil("negative", sandbox, ready(BULK, destination))
+
+    with pytest.raises(InDoubt, match="of a bulk of 3 can be read back") as doubt:
+        destination.send([good, bad, too])
+
+    stored = {"atomic": [], "stop_at_first_error": [good], "skip_bad_silently": [good, too]}[atomicity]
+    assert [receipt.token for receipt in doubt.value.receipts] == [one.token for one in stored]
+    assert billed(sandbox, BULK) == sum((one.quantity for one in stored), Decimal(0))
+
+
+def test_a_bulk_that_cannot_be_seen_yet_is_in_doubt_and_found_later(sandbox: Sandbox) -> None:
+    """Reads lag ten minutes behind writes: what is not visible is no reason to send again."""
+    sandbox.switch(BULK.site, usage_read_delay_seconds=600, duplicate_external_key="accept")
+    destination = BULK.made(sandbox)
+    chosen = ready(BULK, destination)
+    with pytest.raises(InDoubt, match="0 of a bulk of 3 can be read back; the account says that it took it") as doubt:
+        destination.send(chosen)
+    sandbox.move_clock(advance_seconds=900)
+
+    answers = destination.settle(chosen, now())
+
+    assert doubt.value.receipts == ()
+    assert all(isinstance(answers[delivery.token], Receipt) for delivery in chosen)
+    assert billed(sandbox, BULK) == 60
+    assert sandbox.requests(BULK.site)["writing"] == 1
+
+
+@pytest.mark.parametrize("atomicity", ["atomic", "skip_bad_silently"])
+def test_a_bulk_that_was_sent_before_is_recognised(atomicity: str, sandbox: Sandbox) -> None:
+    """Its keys are all there with the same values: success, whether the second upload was refused or skipped."""
+    sandbox.switch(BULK.site, bulk_atomicity=atomicity)
+    destination = BULK.made(sandbox)
+    chosen = ready(BULK, destination)
+    first = destination.send(chosen)
+
+    again = destination.send(chosen)
+
+    assert [(receipt.token, receipt.record_id) for receipt in again] == [(r.token, r.record_id) for r in first]
+    assert billed(sandbox, BULK) == 60
+
+
+def test_an_account_that_cannot_be_read_leaves_the_bulk_in_doubt(sandbox: Sandbox) -> None:
+    """The upload went through and the question after it did not: nothing is accepted, nothing sent again."""
+    destination = BULK.made(sandbox)
+    chosen = ready(BULK, destination)
+    sandbox.fault(BULK.site, "server_error", route="query_usage", reads=True)
+
+    with pytest.raises(InDoubt, match="0 of a bulk of 3") as doubt:
+        destination.send(chosen)
+
+    assert doubt.value.receipts == ()
+    assert billed(sandbox, BULK) == 60
+
+
+@pytest.mark.parametrize("lines", [1, 40])
+def test_a_thousand_records_travel_in_one_request_and_are_read_back_in_few(lines: int, tmp_path: Path) -> None:
+    """Few lines are asked for one by one, many in the list of their time; every receipt has its own number."""
+    packages = f'  - {{count: {lines}, package_id: 2001, external_key: "many-{{n}}", customer: cust-001, '
+    world = (WORLDS / "telco.yaml").read_text() + packages + "lines: [{id: 5001, item: voip}]}\n"
+    (tmp_path / "telco.yaml").write_text(world)
+    with Sandbox([tmp_path / "telco.yaml"]) as sandbox:
+        destination = BULK.made(sandbox)
+        targets = destination.resolve([f"many-{number}" for number in range(1, lines + 1)])
+        tokens = [f"{number:064x}" for number in range(1000)]
+        proposed = proposals(targets * (1000 // lines), ["1"] * 1000).assign(token=tokens)
+        sandbox.reset_requests()
+
+        receipts = destination.send(deliveries(destination, proposed))
+
+        routes = sandbox.requests(BULK.site)["by_route"]
+        assert [receipt.token for receipt in receipts] == tokens
+        assert len({receipt.record_id for receipt in receipts}) == 1000
+        assert (routes["bulk_usage"], routes["query_usage"]) == (1, 3)
+        assert billed(sandbox, BULK) == 1000
 
 
 def test_negative_usage_waits_unless_the_connection_allows_it(sandbox: Sandbox) -> None:
@@ -855,7 +1018,7 @@ def test_what_cannot_be_billed_is_named_with_its_reason(tmp_path: Path) -> None:
 
     assert "ambiguous" in twice.unknown
     assert "no line" in none.unknown
-    assert found.address == {"line_item_id": 904}
+    assert found.address == {"line_item_id": 904, "account": odd}
     assert "not metered" in flat.unknown
     assert "3 lines" in by_customer[0].unknown
     assert not by_customer[1].unknown

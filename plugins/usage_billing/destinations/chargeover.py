@@ -1,15 +1,16 @@
 """ChargeOver: its client, and metered usage of a package's line item.
 
 Paths, limits and the meaning of replies follow ChargeOver's public REST documentation: "Storing Usage/Metered Data",
-"Query for Usage/Metered Data", "Bulk/Batch Requests", "Querying for Subscriptions", "Escape Syntax", "External Keys".
+"Query for Usage/Metered Data", "Bulk Usage/Metered Data Upload", "Bulk/Batch Requests", "Querying for Subscriptions",
+"Escape Syntax", "External Keys".
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from datetime import datetime, timedelta
-from decimal import Decimal
+from datetime import date, datetime, timedelta
 from itertools import islice
 from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
@@ -18,11 +19,14 @@ from zoneinfo import ZoneInfo, available_timezones
 import numpy as np
 import pandas as pd
 from pydantic import Field
+from requests.adapters import BaseAdapter
 
-from usage_billing.destinations.base import Destination, by_value, joined, negative
+from usage_billing.destinations.base import Answer, Destination, by_value, joined, negative
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
+    exact_number,
+    record_number,
     segment,
 )
 from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
@@ -31,18 +35,24 @@ from usage_billing.periods import local_midnight
 from usage_billing.records import Delivery, Receipt, SiteRecord, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
+log = logging.getLogger(__name__)
+
 Json = dict[str, Any]
 
 _API = "/api/v3"
 _VENDOR_HOST = "chargeover.com"
 _SETTLE_AFTER_SECONDS = 900
 _LARGEST_BATCH = 25
+_LARGEST_BULK = 1000
 _LIMIT = 500
 _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TIME = "%Y-%m-%d %H:%M:%S"
 _FEW = 20
+_MISSES = 3
+"""How many questions in a row may go without an answer before no more are asked."""
 _STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
 """Package states that are not billed: usage sent there would be lost, so it is quarantined."""
+_INVOICED = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
 _DAYS = {"dly": 1, "1wk": 7, "2wk": 14, "4wk": 28, "30d": 30, "8wk": 56, "12w": 84}
 _MONTHS = {"mon": 1, "2mn": 2, "qtr": 3, "six": 6, "yrl": 12, "2yr": 24, "3yr": 36, "4yr": 48, "5yr": 60, "10y": 120}
 _CYCLES = {name: pd.DateOffset(days=days) for name, days in _DAYS.items()}
@@ -138,11 +148,15 @@ class ChargeOverSite:
     Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
     """
 
-    def __init__(self, settings: ChargeOverSettings) -> None:
+    def __init__(self, settings: ChargeOverSettings, adapter: Callable[[], BaseAdapter] | None = None) -> None:
         self.settings = settings
-        keys = (settings.public_key, settings.private_key)
         self._http = HttpClient(
-            settings.site, settings.base_url, keys, timeouts=settings.timeouts, concurrency=settings.concurrency
+            settings.site,
+            settings.base_url,
+            (settings.public_key, settings.private_key),
+            timeouts=settings.timeouts,
+            concurrency=settings.concurrency,
+            adapter=adapter,
         )
 
     def read_account(self) -> None:
@@ -193,6 +207,21 @@ class ChargeOverSite:
             raise InDoubt(f"{self.settings.site}: {call}: the reply has no answer for each record")
         return answers
 
+    def upload_usage(self, bodies: Sequence[str]) -> None:
+        """Upload up to 1,000 usage records in one request.
+
+        That it returns proves nothing about any record: what a success says of them, and what one bad record does to
+        the others, is not documented. Look for them with `usages`.
+        """
+        call = f"upload {len(bodies)} usage records"
+        reply = self._http.write(call, f"{_API}/usage/_action/bulk", f"[{','.join(bodies)}]", Effect.BULK)
+        if isinstance(reply, dict) and reply.get("status") not in (None, "OK"):
+            raise InDoubt(f"{self.settings.site}: {call}: success, but an error inside: {self.said(reply)}")
+
+    def said(self, envelope: Json) -> str:
+        """Return the message of an envelope as it may be shown."""
+        return self._http.shown(envelope.get("message"))
+
     def usages(
         self, equal: Mapping[str, object], since: datetime | None = None, until: datetime | None = None
     ) -> Iterator[Json]:
@@ -211,14 +240,17 @@ class ChargeOverSite:
         found = self._list("query usage", "/usage", params)
         if others := [usage for usage in found if usage.get("external_key") != key]:
             # The filter was not obeyed, so that our own record is not among these says nothing.
-            raise NotApplied(
-                f"{self.settings.site}: query usage: asked for {key}, told {others[0].get('external_key')!r}"
-            )
+            other = self._http.shown(others[0].get("external_key"))
+            raise NotApplied(f"{self.settings.site}: query usage: asked for {key}, told {other!r}")
         return found
 
     def local(self, moment: datetime) -> str:
         """Return a moment as the account writes it: in its own zone, without an offset."""
         return moment.astimezone(self.settings.zone).strftime(_TIME)
+
+    def moment(self, local: str) -> datetime:
+        """Return the moment that the account writes so; `local` writes it back to the letter."""
+        return datetime.strptime(local, _TIME).replace(tzinfo=self.settings.zone)
 
     def _query(
         self, kind: str, key: str, where: Iterable[tuple[str, str, str]] = (), order: str = "", expand: str = ""
@@ -233,11 +265,14 @@ class ChargeOverSite:
         seen: set[object] = set()
         offset = 0
         while rows := self._list(f"query {kind}", f"/{kind}", {**params, "offset": offset}):
-            fresh = [row for row in rows if row[key] not in seen]
+            numbered = [(record_number(row.get(key)), row) for row in rows]
+            if any(number is None for number, _ in numbered):
+                raise NotApplied(f"{self.settings.site}: query {kind}: a row has no {key}")
+            fresh = [row for number, row in numbered if number not in seen]
             if not fresh:
                 return
             yield from fresh
-            seen.update(row[key] for row in fresh)
+            seen.update(number for number, _ in numbered)
             offset += len(rows)
 
     def _list(self, call: str, path: str, params: Mapping[str, Any]) -> list[Json]:
@@ -247,20 +282,23 @@ class ChargeOverSite:
             # A query is answered by a list, empty or not: 404 comes from somewhere else.
             where = self.settings.base_url
             raise Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no ChargeOver API at {where}")
-        if not isinstance(rows, list):
-            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list of objects")
         return rows
 
     def _object(self, call: str, path: str) -> Json | None:
         found = self._read(call, path)
-        return found if isinstance(found, dict) else None
+        if found is not None and not isinstance(found, dict):
+            # Only a 404 says that there is none.
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no object")
+        return found
 
     def _read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:
         reply = self._http.read(call, _API + path, params)
         if reply is None:
             return None
-        if not _is_envelope(reply) or reply.get("status") != "OK" or reply.get("response") is None:
-            said = reply.get("message") if isinstance(reply, dict) else ""
+        if not _is_envelope(reply) or not _is_success(reply) or reply.get("response") is None:
+            said = self.said(reply) if isinstance(reply, dict) else ""
             raise NotApplied(f"{self.settings.site}: {call}: success, but an error inside: {said!r}")
         return reply["response"]
 
@@ -281,10 +319,12 @@ def where_text(conditions: Iterable[tuple[str, str, str]]) -> str:
 
 def record_id(envelope: Json) -> str | None:
     """Return the id of the record that an envelope says was created, or None if it does not say so."""
-    code, made = whole_number(envelope.get("code"), 0), envelope.get("response")
-    if code not in (200, 201, 202) or envelope.get("status") != "OK" or not isinstance(made, dict) or "id" not in made:
-        return None
-    return str(made["id"])
+    made = envelope.get("response")
+    return record_number(made.get("id")) if _is_success(envelope) and isinstance(made, dict) else None
+
+
+def _is_success(envelope: Json) -> bool:
+    return whole_number(envelope.get("code"), 0) in (200, 201, 202) and envelope.get("status") == "OK"
 
 
 def _is_envelope(reply: object) -> bool:
@@ -298,13 +338,14 @@ class ChargeOverUsageSettings(DestinationSettings):
     """The keys of a source that is billed to ChargeOver.
 
     `package_by` says what the account column holds: the package's external key, or the customer's, who then must have
-    one line of the item. `item` is the product's external key. `mode` sends records in batches of 25, or singly.
+    one line of the item. `item` is the product's external key. `mode` says how records travel: in batches of 25, each
+    with its own answer; singly; or in a bulk of up to 1,000, which no answer accepts and which is therefore read back.
     """
 
     name: Literal["chargeover_usage"]
     package_by: Literal["external_key", "customer_external_key"]
     item: str = Field(min_length=1)
-    mode: Literal["batch", "single"] = "batch"
+    mode: Literal["batch", "single", "bulk"] = "batch"
 
 
 class ChargeOverUsage(Destination):
@@ -326,7 +367,7 @@ class ChargeOverUsage(Destination):
     def __init__(self, source: BillingSource, client: ChargeOverSite) -> None:
         super().__init__(source, client)
         self.settings = cast("ChargeOverUsageSettings", source.destination)
-        self.chunk_size = 1 if self.settings.mode == "single" else _LARGEST_BATCH
+        self.chunk_size = _CHUNK_SIZES[self.settings.mode]
 
     def _faults(self) -> Iterator[str]:
         item = self.client.item_by_external_key(self.settings.item)
@@ -385,14 +426,16 @@ class ChargeOverUsage(Destination):
             return Target(
                 account, unknown=f"{holder} {account!r}: its line of item {self.settings.item!r} is not metered"
             )
+        if (line := whole_number(lines[0].get("line_item_id"), 1)) is None:
+            raise NotApplied(f"{self.site}: query package: the line of {holder} {account!r} has no line_item_id")
+        package = next(package for package in billed if lines[0] in (package.get("line_items") or ()))
         return Target(
             account=account,
             subscription=f"{holder}:{account}",
             component=f"item:{self.settings.item}",
-            address={"line_item_id": int(lines[0]["line_item_id"])},
-            open_from=self._open_from(
-                next(package for package in billed if lines[0] in (package.get("line_items") or ()))
-            ),
+            address={"line_item_id": line, "account": account},
+            open_from=self._open_from(package),
+            open_until=self._next_invoice(package),
         )
 
     def _open_from(self, package: Json) -> datetime | None:
@@ -400,10 +443,9 @@ class ChargeOverUsage(Destination):
 
         The API names the next invoice's day and the cycle, and says of neither end which usage it takes in.
         """
-        text, cycle = str(package.get("next_invoice_datetime") or ""), str(package.get("paycycle") or "")
-        if not text:
+        day, cycle = self._invoice_day(package), str(package.get("paycycle") or "")
+        if day is None:
             return None
-        day = datetime.fromisoformat(text[: len("2026-10-01")]).date()
         if cycle == "116":  # The 1st and the 16th of each month.
             start = day.replace(day=1) if day.day > 1 else (day - timedelta(days=1)).replace(day=16)
         elif cycle in _CYCLES:
@@ -415,6 +457,21 @@ class ChargeOverUsage(Destination):
             return None
         return local_midnight(start, self.client.settings.zone)
 
+    def _next_invoice(self, package: Json) -> datetime | None:
+        """Return when the day of the package's next invoice begins, where it has one."""
+        day = self._invoice_day(package)
+        return None if day is None else local_midnight(day, self.client.settings.zone)
+
+    def _invoice_day(self, package: Json) -> date | None:
+        text = str(package.get("next_invoice_datetime") or "")
+        if not text:
+            return None
+        try:
+            return datetime.fromisoformat(text[: len("2026-10-01")]).date()
+        except ValueError:
+            words = f"package {package['package_id']} has no readable next_invoice_datetime"
+            raise NotApplied(f"{self.site}: query package: {words}") from None
+
     def _is_ours(self, line: Json) -> bool:
         return bool(line.get("item_external_key") == self.settings.item and not line.get("cancel_datetime"))
 
@@ -425,8 +482,22 @@ class ChargeOverUsage(Destination):
         why_minus = (
             "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
         )
-        why_late = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
-        return pd.Series(np.select([minus, late], [why_minus, why_late], ""), index=proposals.index, dtype=object)
+        return pd.Series(np.select([minus, late], [why_minus, _INVOICED], ""), index=proposals.index, dtype=object)
+
+    def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        """Hold what belongs to a cycle that was invoiced since, and what would go to a line that is no more."""
+        targets = self.resolve(sorted({str(delivery.address["account"]) for delivery in deliveries}))
+        today = {target.account: target for target in targets}
+        found = {one.token: self._why_not(one, today[str(one.address["account"])]) for one in deliveries}
+        return {token: why for token, why in found.items() if why}
+
+    def _why_not(self, delivery: Delivery, target: Target) -> str:
+        if target.unknown:
+            return target.unknown
+        if target.address["line_item_id"] != delivery.address["line_item_id"]:
+            return "its line item was replaced since it was planned: the next run of its period addresses the new one"
+        start = datetime.fromisoformat(json.loads(delivery.body)["from"]).replace(tzinfo=self.client.settings.zone)
+        return _INVOICED if target.open_from is not None and start < target.open_from else ""
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one usage record, the token as its external key."""
@@ -441,10 +512,12 @@ class ChargeOverUsage(Destination):
         )  # fmt: skip
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
-        """Store the chunk, singly or as a batch whose records are each answered."""
-        if self.settings.mode == "single":
+        """Store the chunk: singly, as a batch whose records are each answered, or as a bulk that is read back."""
+        if self.settings.mode == "single" or (self.settings.mode == "bulk" and len(chunk) == 1):
             (delivery,) = chunk
             return [self._send_one(delivery)]
+        if self.settings.mode == "bulk":
+            return self._send_bulk(chunk)
         answers = self.client.create_usage_batch([delivery.body for delivery in chunk])
         return self._read_answers(chunk, answers)
 
@@ -457,35 +530,88 @@ class ChargeOverUsage(Destination):
             raise
         return Receipt(delivery.token, made["id"])
 
+    def _send_bulk(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Upload the chunk and accept what can be read back; the rest is in doubt, whatever the reply was.
+
+        What cannot be seen may become visible later, or have been skipped without a word.
+        """
+        said = "the account says that it took it"
+        try:
+            self.client.upload_usage([delivery.body for delivery in chunk])
+        except InDoubt as doubt:
+            said = str(doubt)
+        answers = self._read_back(chunk)
+        receipts = [found for one in chunk if isinstance(found := answers.get(one.token), Receipt)]
+        if len(receipts) == len(chunk):
+            return receipts
+        different = [str(answer) for answer in answers.values() if isinstance(answer, Refused)]
+        words = f"{self.site}: {len(receipts)} of a bulk of {len(chunk)} can be read back; {said}"
+        raise InDoubt("; ".join([words, *different[:_FEW]]), receipts=receipts)
+
+    def _read_back(self, chunk: Sequence[Delivery]) -> dict[str, Receipt | Refused]:
+        """Return what of the chunk the account lists, by token; nothing follows for what is absent, or unreadable."""
+        wanted = {delivery.token: delivery for delivery in chunk}
+        held: dict[str, list[Json]] = {}
+        try:
+            for usage in self._usages_of(chunk):
+                if (key := str(usage.get("external_key"))) in wanted:
+                    held.setdefault(key, []).append(usage)
+        except UsageBillingError as failure:
+            log.warning("what the account holds of a bulk could not be read to its end: %s", failure)
+        return {token: self._judged(wanted[token], usages) for token, usages in held.items()}
+
+    def _usages_of(self, chunk: Sequence[Delivery]) -> Iterator[Json]:
+        """Yield the usage of the chunk's lines and times, and perhaps more; one may come twice.
+
+        Many lines are first looked for in the account's list of that time, as long as that takes fewer requests than
+        asking for one line after the other.
+        """
+        starts = [self.client.moment(json.loads(delivery.body)["from"]) for delivery in chunk]
+        since, until = min(starts), max(starts)
+        lines = sorted({int(delivery.address["line_item_id"]) for delivery in chunk})
+        if len(lines) > _FEW:
+            listed = self.client.usages({}, since, until)
+            yield from islice(listed, _LIMIT * (len(lines) // 4))
+            if next(listed, None) is None:
+                return
+        for line in lines:
+            yield from self.client.usages({"line_item_id": line}, since, until)
+
     def _read_answers(self, chunk: Sequence[Delivery], answers: Sequence[Json]) -> list[Receipt]:
         """Return the receipts of a batch, whose records were each answered singly.
 
         A record that was throttled or refused goes without a receipt: it was not applied, and comes again in a later
         chunk. Only a chunk of which nothing was taken is `Refused`, so that it is split until the culprit stands alone.
+
+        Raises:
+            NotApplied, Refused: nothing was taken.
+            InDoubt: the answer to one of them is unclear; it holds the receipts of the others.
         """
-        receipts: list[Receipt] = []
-        refused: list[str] = []
-        throttled = False
-        for delivery, answer in zip(chunk, answers, strict=True):
-            code = whole_number(answer.get("code"), 0) or 0
-            if (number := record_id(answer)) is not None:
-                receipts.append(Receipt(delivery.token, number))
-            elif code in _REFUSALS:
-                if (found := self._already_there(delivery)) is not None:
-                    receipts.append(found)
-                else:
-                    refused.append(f"HTTP {code}: {answer.get('message')}")
-            elif code == _THROTTLED:
-                throttled = True
-            else:
-                raise InDoubt(
-                    f"{self.site}: a record of the batch was answered with code {code}: {answer.get('message')}"
-                )
+        outcomes = [self._outcome(delivery, answer) for delivery, answer in zip(chunk, answers, strict=True)]
+        receipts = [outcome for outcome in outcomes if isinstance(outcome, Receipt)]
+        if unclear := [str(outcome) for outcome in outcomes if isinstance(outcome, InDoubt)]:
+            raise InDoubt(f"{self.site}: records of the batch: {_some(unclear)}", receipts=receipts)
+        refused = [str(outcome) for outcome in outcomes if isinstance(outcome, Refused)]
         if not receipts and refused:
-            raise Refused(f"{self.site}: {'; '.join(sorted(set(refused)))[:_LIMIT]}")
-        if not receipts and throttled:
+            raise Refused(f"{self.site}: {_some(refused)}")
+        if not receipts:
             raise NotApplied(f"{self.site}: the batch was throttled", throttled=True)
         return receipts
+
+    def _outcome(self, delivery: Delivery, answer: Json) -> Receipt | NotApplied | Refused | InDoubt:
+        """Return what the answer to one record of a batch means."""
+        code = whole_number(answer.get("code"), 0) or 0
+        words = f"HTTP {code}: {self.client.said(answer)}"
+        if (number := record_id(answer)) is not None:
+            return Receipt(delivery.token, number)
+        if code == _THROTTLED:
+            return NotApplied(words)
+        if code not in _REFUSALS:
+            return InDoubt(words)
+        try:
+            return self._already_there(delivery) or Refused(words)
+        except InDoubt as doubt:
+            return doubt
 
     def _already_there(self, delivery: Delivery) -> Receipt | None:
         """Return the receipt of a record that was refused because an earlier try had succeeded, or None.
@@ -494,36 +620,51 @@ class ChargeOverUsage(Destination):
             InDoubt: the account could not be asked, or holds the key with another quantity.
         """
         try:
-            return self._found(delivery)
+            found = self._found(delivery)
         except UsageBillingError as failure:
             raise InDoubt(
                 f"{failure}; a record was refused, and whether for its own earlier success is not known"
             ) from failure
+        if isinstance(found, Refused):
+            raise InDoubt(str(found))
+        return found
 
-    def _found(self, delivery: Delivery) -> Receipt | None:
+    def _found(self, delivery: Delivery) -> Receipt | Refused | None:
         held = self.client.usages_by_external_key(delivery.token)
-        if not held:
-            return None
-        values = [Decimal(str(usage["usage_value"])) for usage in held]
-        if values != [delivery.quantity]:
-            shown = ", ".join(str(value) for value in values)
-            raise Refused(
+        return self._judged(delivery, held) if held else None
+
+    def _judged(self, delivery: Delivery, held: Sequence[Json]) -> Receipt | Refused:
+        """Say whether what the account holds under a delivery's key is this delivery, once and with its quantity."""
+        numbers = {record_number(usage.get("usage_history_id")): usage for usage in held}
+        values = [exact_number(usage.get("usage_value")) for usage in numbers.values()]
+        if values != [delivery.quantity] or None in numbers:
+            shown = ", ".join("no readable value" if value is None else str(value) for value in values)
+            return Refused(
                 f"{self.site}: external key {delivery.token} is held with {shown}, and {delivery.quantity} was sent"
             )
-        return Receipt(delivery.token, str(held[0]["usage_history_id"]), "found by its external key")
+        return Receipt(delivery.token, str(*numbers), "found by its external key")
 
-    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
-        """Ask for each token as an external key; what is not there after `settle_after` was not applied."""
-        found: dict[str, Receipt | None] = {}
-        different: list[str] = []
-        for doubt in doubts:
+    def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
+        """Ask for each token as an external key; what is not there after `settle_after` was not applied.
+
+        Of many, most are found in the list of usage, with fewer questions; only the single one tells of an absence.
+        """
+        answers: dict[str, Receipt | Refused | None] = {}
+        if len(doubts) > _FEW:
+            answers.update(self._read_back(doubts))
+        misses = 0
+        for doubt in (doubt for doubt in doubts if doubt.token not in answers):
             try:
-                found[doubt.token] = self._found(doubt)
-            except Refused as refusal:
-                different.append(str(refusal))
-        if different:
-            raise Refused("; ".join(different))
-        return found
+                answers[doubt.token] = self._found(doubt)
+                misses = 0
+            except NotApplied:
+                # One odd answer leaves one in doubt; but an account that does not answer is not asked a thousand times.
+                misses += 1
+                if misses == min(_MISSES, len(doubts)) and not answers:
+                    raise
+                if misses == _MISSES:
+                    break
+        return answers
 
     def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
         """Yield the records of the line items that `deliveries` went to, over the span of their periods."""
@@ -533,11 +674,19 @@ class ChargeOverUsage(Destination):
             for usage in self.client.usages({"line_item_id": line}, since, until - timedelta(seconds=1)):
                 key = str(usage.get("external_key") or "")
                 token = key if _TOKEN.fullmatch(key) else ""
-                yield SiteRecord(token, str(usage["usage_history_id"]), Decimal(str(usage["usage_value"])))
+                if (value := exact_number(usage.get("usage_value"))) is None:
+                    raise NotApplied(f"{self.site}: query usage: a usage of line {line} has no readable value")
+                shown = f"{usage.get('from')} to {usage.get('to')}"
+                yield SiteRecord(token, str(usage["usage_history_id"]), value, shown)
 
 
+_CHUNK_SIZES = {"single": 1, "batch": _LARGEST_BATCH, "bulk": _LARGEST_BULK}
 _REFUSALS = (400, 404, 422)
 _THROTTLED = 429
+
+
+def _some(words: Iterable[str]) -> str:
+    return "; ".join(sorted(set(words)))[:_LIMIT]
 
 
 def _is_true(value: object) -> bool:

@@ -5,23 +5,25 @@ to its site as further `Outcome` rows. What a failure means depends on the `Effe
 nothing, a write whose reply was lost may have been carried out.
 """
 
+import codecs
 import email.utils
 import json
 import re
 import ssl
 import threading
 from base64 import b64encode
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
+from itertools import islice
 from typing import Any
 from urllib.parse import quote
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
+from requests.adapters import BaseAdapter, HTTPAdapter
 
 from usage_billing import __version__
 from usage_billing.destinations.settings import Timeouts, is_loopback, url_faults
@@ -29,6 +31,8 @@ from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, Us
 
 _WORDS_LENGTH = 300
 _LONGEST_CHAIN = 30
+_LONGEST_PAUSE = 86_400.0
+"""No site means longer than a day; a number without end would be no time to wait at all."""
 
 
 class Effect(StrEnum):
@@ -57,26 +61,93 @@ class Outcome:
 
 
 _CHANGING = (Effect.WRITE, Effect.BULK)
+_NO_REDIRECTS = "redirects are not followed with credentials: set the site's own address"
 
 OUTCOMES: tuple[Outcome, ...] = (
     Outcome((401,), Misconfigured, mend="the site does not know these credentials: mend the connection"),
     Outcome((403,), Misconfigured, mend="these credentials may not do this: give the key the right to"),
     Outcome((407,), Misconfigured, mend="the proxy wants credentials of its own: mend HTTPS_PROXY"),
-    Outcome(
-        range(300, 400), Misconfigured, mend="redirects are not followed with credentials: set the site's own address"
-    ),
+    Outcome((301, 307, 308), Misconfigured, mend=_NO_REDIRECTS),
+    # Any other redirect may come after the work was done: 303 says so, and 302 is sent in its place.
+    Outcome(range(300, 400), InDoubt, _CHANGING, mend=_NO_REDIRECTS),
+    Outcome(range(300, 400), Misconfigured, (Effect.READ,), mend=_NO_REDIRECTS),
     Outcome((429,), NotApplied, (Effect.READ, Effect.WRITE)),
-    Outcome((408, 425), NotApplied, (Effect.READ,)),
-    Outcome((408, 409, 425), InDoubt, _CHANGING),
+    # 460 and 499 are a load balancer's words for a client that hung up, after the request was passed on.
+    Outcome((408, 425, 460, 499), NotApplied, (Effect.READ,)),
+    Outcome((408, 409, 425, 460, 499), InDoubt, _CHANGING),
     Outcome(range(400, 500), Misconfigured, (Effect.READ,), mend="the site does not take this question as it stands"),
     Outcome(range(400, 500), Refused, (Effect.WRITE,)),
     Outcome(range(400, 500), InDoubt, (Effect.BULK,)),
-    Outcome(range(500, 600), NotApplied, (Effect.READ,)),
+    Outcome(range(1000), NotApplied, (Effect.READ,)),
+    Outcome(range(1000), InDoubt, _CHANGING),
 )
-"""What a reply other than success means, first match wins. What no row speaks of may have been applied."""
+"""What a reply other than success means, first match wins: what no document speaks of may have been applied."""
 
-_NO_HANDSHAKE = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
-"""OpenSSL's reasons that only a handshake can give, so no request had left."""
+_ANSWERS = (requests.codes.ok,)
+"""What says that a question was answered: part of an answer (206), or one to come (202), is no answer."""
+_TAKEN = (requests.codes.ok, requests.codes.created, requests.codes.accepted, requests.codes.no_content)
+"""What says that a body was taken, where success has no documented body."""
+
+_NO_TLS = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
+"""OpenSSL's reasons for a handshake with something that speaks no TLS."""
+
+
+class _NoReply(Exception):
+    """A request failed; `left` says whether the site can have got it whole, None where that cannot be told."""
+
+    def __init__(self, cause: Exception, *, left: bool | None) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.left = left
+
+
+class _Body:
+    """The body of a request, which knows whether it was asked for.
+
+    It is asked for when the connection stands and the headers are out. Until then the site has nothing that it could
+    carry out, whatever went wrong. No exception tells this much: urllib3 calls a reset after the request a fault of the
+    proxy, where there is one, and plain bytes amid a TLS connection look as they do in its handshake.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.left = False
+        self._content = content
+
+    def __iter__(self) -> Iterator[bytes]:
+        self.left = True
+        yield self._content
+
+
+class _Network(HTTPAdapter):
+    """The real network: keeps a connection open, repeats nothing by itself, and tells of a failure what had left."""
+
+    def __init__(self) -> None:
+        super().__init__(max_retries=0, pool_connections=2, pool_maxsize=1)
+
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        """Send a request.
+
+        Raises:
+            _NoReply: it failed before the reply's headers were in.
+        """
+        body = _Body(request.body) if isinstance(request.body, bytes) else None
+        if body is not None:
+            request.body = body  # type: ignore[assignment]  # An iterable is as good; the length is in the headers.
+        try:
+            return super().send(request, *args, **kwargs)
+        except _FAILURES as failure:
+            raise _NoReply(failure, left=None if body is None else body.left) from None
+
+
+_FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
+"""All that a request may fail with: not everything that its layers raise is wrapped by the layer above."""
+
+
+class _Session(requests.Session):
+    """A session that does not even look where a redirect leads: a broken address there would hide the reply."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Return None: there is nothing to follow."""
 
 
 class HttpClient:
@@ -97,13 +168,19 @@ class HttpClient:
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen.
         outcomes: Collection[Outcome] = (),
         concurrency: int = 4,
+        adapter: Callable[[], BaseAdapter] | None = None,
     ) -> None:
         """Prepare; nothing is opened before the first request. `outcomes` are asked before the general ones.
+
+        `adapter` makes what stands in for the network, once for each session.
 
         Raises:
             Misconfigured: the address is none to which credentials may go.
         """
-        if faults := list(url_faults("address", base_url)):
+        faults = list(url_faults("address", base_url))
+        if not all(part.isascii() for part in credentials):
+            faults.append("credentials: hold a character that no key has")
+        if faults:
             raise Misconfigured.all_at_once(site, faults)
         self.site = site
         self._base_url = base_url
@@ -111,11 +188,14 @@ class HttpClient:
         self._timeouts = timeouts
         self._outcomes = (*outcomes, *OUTCOMES)
         self._threads = threading.local()
+        self._adapter = adapter or _Network
         # An Airflow pool keeps the site's limit across machines; this keeps one process from exceeding it by itself.
         self._slots = threading.BoundedSemaphore(concurrency)
         pair = b64encode(":".join(credentials).encode()).decode()
         # One character, such as Maxio's password "x", is no secret and stands in many a word.
-        self._secrets = tuple(secret for secret in (*credentials, pair) if len(secret) > 1)
+        secrets = (secret for secret in (*credentials, pair) if len(secret) > 1)
+        # One may be a part of another, and must not be cut out of it.
+        self._secrets = sorted(secrets, key=len, reverse=True)
 
     def read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:
         """Return the JSON of a read, or None if the site definitely has no such thing (404).
@@ -134,6 +214,13 @@ class HttpClient:
             raise NotApplied(self._text(call, reply.status_code, "answered with null"))
         return found
 
+    def shown(self, words: object) -> str:
+        """Return words of the site as they may be shown: in one line, cut, and without our credentials."""
+        text = str(words)
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return " ".join(text.split())[:_WORDS_LENGTH]
+
     def write(self, call: str, path: str, body: str, effect: Effect = Effect.WRITE) -> Any:
         """Post a JSON text and return the reply's JSON.
 
@@ -147,12 +234,12 @@ class HttpClient:
     def write_blind(self, call: str, path: str, body: str) -> None:
         """Post a JSON text where success has no documented body; errors as for `write`.
 
-        A page of HTML is still no success: it comes from something between us and the site.
+        A page, a reply that was cut short, and one that speaks of errors are still no success.
         """
         reply = self._send("POST", call, path, Effect.WRITE, body=body)
         self._raise_for_failure(reply, call, Effect.WRITE)
-        if _is_html(reply):
-            raise InDoubt(self._text(call, reply.status_code, "answered with a page of HTML"))
+        if odd := _oddity(reply):
+            raise InDoubt(self._text(call, reply.status_code, odd))
 
     def _send(
         self,
@@ -167,7 +254,7 @@ class HttpClient:
         wait = self._timeouts.read if effect is Effect.READ else self._timeouts.write
         try:
             with self._slots:
-                return self._session().request(
+                reply = self._session().request(
                     method,
                     self._base_url + path,
                     params=params,
@@ -176,53 +263,56 @@ class HttpClient:
                     timeout=(self._timeouts.connect, wait),
                     allow_redirects=False,
                 )
-        except requests.RequestException as failure:
+        except _NoReply as failure:
             # Without the chain: urllib3's texts hold the whole address, and a proxy's may hold its password.
+            raise self._failed(failure.cause, call, effect, left=failure.left) from None
+        except _FAILURES as failure:
             raise self._failed(failure, call, effect) from None
+        self._threads.server_time = _moment(reply.headers.get("Date", ""))
+        return reply
+
+    @property
+    def server_time(self) -> datetime | None:
+        """The site's own time, to the second, as its last reply to this thread said; None where it said none."""
+        return getattr(self._threads, "server_time", None)
 
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._threads, "session", None)
         if session is None:
-            session = requests.Session()
+            session = _Session()
             session.auth = self._credentials
             session.headers.update({"Accept": "application/json", "User-Agent": f"usage-billing/{__version__}"})
             # Companies set their proxy and their certificate authority in the environment, so it is trusted, except
             # toward this very machine, where a proxy could only be in the way. The explicit credentials above keep
             # .netrc out, and no variable of the environment can turn verification off.
             session.trust_env = not is_loopback(self._base_url)
-            adapter = HTTPAdapter(max_retries=0, pool_connections=2, pool_maxsize=1)
+            adapter = self._adapter()
             session.mount("https://", adapter)
             session.mount("http://", adapter)
             self._threads.session = session
         return session
 
-    def _failed(self, failure: requests.RequestException, call: str, effect: Effect) -> UsageBillingError:
-        """Return what a request without a reply means: did it leave?"""
+    def _failed(self, failure: Exception, call: str, effect: Effect, *, left: bool | None = None) -> UsageBillingError:
+        """Return what a request without a reply means: did it leave? `left` is the adapter's word, if it knows."""
         where = f"{self.site}: {call}"
         chain = list(_chain(failure))
-        if any(isinstance(link, ssl.SSLCertVerificationError) for link in chain):
-            return Misconfigured(f"{where}: the site's TLS certificate cannot be verified; nothing was sent")
-        if any(isinstance(link, ssl.SSLError) and link.reason in _NO_HANDSHAKE for link in chain):
-            return Misconfigured(f"{where}: there is no TLS at the site's address; nothing was sent")
-        if isinstance(failure, ValueError):
-            # InvalidURL, MissingSchema and their kin are found before anything is opened.
-            return Misconfigured(f"{where}: the address cannot be used ({type(failure).__name__})")
-        if _never_left(failure, chain):
+        if not left and (fault := _fault_of_ours(failure, chain)):
+            return Misconfigured(f"{where}: {fault}; nothing was sent")
+        if left is False or (left is None and _never_left(failure, chain)):
             return NotApplied(f"{where}: the site cannot be reached ({_why(chain)}); nothing was sent")
         what = "no reply in time" if isinstance(failure, requests.Timeout) else "the connection broke off"
+        why = _why([link for link in chain if not isinstance(link, requests.exceptions.ProxyError)])
         if effect is Effect.READ:
-            return NotApplied(f"{where}: {what} ({_why(chain)})")
-        return InDoubt(f"{where}: {what} ({_why(chain)}); the request may have been carried out")
+            return NotApplied(f"{where}: {what} ({why})")
+        return InDoubt(f"{where}: {what} ({why}); the request may have been carried out")
 
     def _raise_for_failure(self, reply: requests.Response, call: str, effect: Effect) -> None:
         status = reply.status_code
-        if requests.codes.ok <= status < requests.codes.multiple_choices:
+        if _is_success(status, effect):
             return
-        words = self._words(reply)
-        row = next((row for row in self._outcomes if row.fits(status, effect, words)), None)
-        text = self._text(call, status, words, row.mend if row else "")
-        if row is None or row.means is InDoubt:
-            raise InDoubt(text)
+        words = self.shown("; ".join(_sayings(reply)))
+        row = next(row for row in self._outcomes if row.fits(status, effect, words))
+        text = self._text(call, status, words, row.mend)
         if row.means is NotApplied:
             throttled = status == requests.codes.too_many_requests
             raise NotApplied(text, retry_after_seconds=_retry_after(reply), throttled=throttled)
@@ -230,8 +320,8 @@ class HttpClient:
 
     def _json(self, reply: requests.Response, call: str, effect: Effect) -> Any:
         try:
-            return json.loads(reply.content, parse_float=Decimal)
-        except (ValueError, InvalidOperation):
+            return exact_json(reply.content)
+        except ValueError:
             what = "answered with a page of HTML" if _is_html(reply) else "answered with what is no JSON"
             means = NotApplied if effect is Effect.READ else InDoubt
             raise means(self._text(call, reply.status_code, what)) from None
@@ -240,17 +330,49 @@ class HttpClient:
         said = f"{self.site}: {call}: HTTP {status}" + (f": {words}" if words else "")
         return f"{said}; {mend}" if mend else said
 
-    def _words(self, reply: requests.Response) -> str:
-        """Return the site's own words without our credentials, should it echo them."""
-        text = "; ".join(_sayings(reply))
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return " ".join(text.split())[:_WORDS_LENGTH]
-
 
 def segment(value: object) -> str:
     """Return a value as one segment of a path, with everything encoded that could leave it."""
     return quote(str(value), safe="")
+
+
+def exact_json(text: str | bytes) -> Any:
+    """Return what a JSON text says, its numbers with every digit.
+
+    Raises:
+        ValueError: it is no JSON; ``NaN`` and infinities are none, nor is what is nested without end.
+    """
+    try:
+        return json.loads(text, parse_float=Decimal, parse_constant=_no_number)
+    except (InvalidOperation, RecursionError) as error:
+        raise ValueError(f"no JSON: {type(error).__name__}") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"no JSON: {name}")
+
+
+def exact_number(value: object) -> Decimal | None:
+    """Return a number that a site gave as number or as text, or None if it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | Decimal | str):
+        return None
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None
+
+
+def record_number(value: object) -> str | None:
+    """Return a site's own id of a record as text, or None if it is none; a number today, perhaps text tomorrow."""
+    known = isinstance(value, int | str) and not isinstance(value, bool)
+    return str(value).strip() or None if known else None
+
+
+def _is_success(status: int, effect: Effect) -> bool:
+    if effect is Effect.READ:
+        return status in _ANSWERS
+    return bool(requests.codes.ok <= status < requests.codes.multiple_choices)
 
 
 def _chain(failure: BaseException) -> Iterator[BaseException]:
@@ -265,10 +387,23 @@ def _chain(failure: BaseException) -> Iterator[BaseException]:
             waiting += [*link.args, getattr(link, "reason", None), link.__cause__, link.__context__]
 
 
-def _never_left(failure: requests.RequestException, chain: list[BaseException]) -> bool:
-    """Say whether not one byte of the request can have reached the site."""
+def _fault_of_ours(failure: Exception, chain: list[BaseException]) -> str:
+    """Return what is wrong on this side or with the address, so that a person has to mend it; else an empty text."""
+    if any(isinstance(link, ssl.SSLCertVerificationError) for link in chain):
+        return "the site's TLS certificate cannot be verified"
+    if any(isinstance(link, ssl.SSLError) and link.reason in _NO_TLS for link in chain):
+        return "there is no TLS at the site's address"
+    if isinstance(failure, ValueError):
+        # InvalidURL, MissingSchema and their kin are found before anything is opened.
+        return f"the address cannot be used ({type(failure).__name__})"
+    if type(failure) is OSError:
+        return "there are no certificates where REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE says"
+    return ""
+
+
+def _never_left(failure: Exception, chain: list[BaseException]) -> bool:
+    """Say whether an adapter's exception itself says that not one byte of the request can have reached the site."""
     if isinstance(failure, requests.ConnectTimeout | requests.exceptions.ProxyError):
-        # urllib3 tells of a proxy only while it is being connected to, before the request.
         return True
     refused = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
     return any(isinstance(link, refused) for link in chain)
@@ -302,12 +437,12 @@ def _sayings(reply: requests.Response) -> list[str]:
     if _is_html(reply):
         return ["a page of HTML"]
     try:
-        said = json.loads(reply.content, parse_float=str)
+        said = exact_json(reply.content)
     except ValueError:
-        return [reply.content[: 4 * _WORDS_LENGTH].decode("utf-8", "replace").strip()]
+        return [reply.content.decode("utf-8", "replace").strip()]
     if isinstance(said, dict):
         said = next((said[key] for key in ("errors", "error", "message") if said.get(key)), said)
-    return list(_leaves(said))
+    return list(islice(_leaves(said), _WORDS_LENGTH))
 
 
 def _leaves(said: object, key: str = "") -> Iterator[str]:
@@ -325,14 +460,38 @@ def _is_html(reply: requests.Response) -> bool:
     return re.match(rb"\s*<(!doctype|html|head|body)", reply.content, re.IGNORECASE) is not None
 
 
+def _oddity(reply: requests.Response) -> str:
+    """Return what makes a reply without a documented body no success, or an empty text."""
+    if reply.status_code not in _TAKEN:
+        return "no documented success"
+    text = reply.content.removeprefix(codecs.BOM_UTF8).lstrip()
+    if text.startswith(b"<"):
+        return "answered with a page of HTML" if _is_html(reply) else "answered with markup"
+    if not text.startswith((b"{", b"[")):
+        return ""
+    try:
+        said = exact_json(text)
+    except ValueError:
+        return "the reply was cut short"
+    errors = isinstance(said, dict) and (said.get("errors") or said.get("error"))
+    return "success, but an error inside" if errors else ""
+
+
 def _retry_after(reply: requests.Response) -> float | None:
     """Return the wait that the site asks for, in seconds; the header holds seconds or a date (RFC 9110)."""
     given = reply.headers.get("Retry-After", "").strip()
     if given.isascii() and given.isdigit():
-        return float(given)
+        return min(float(given), _LONGEST_PAUSE)
+    moment = _moment(given)
+    if moment is None:
+        return None
+    return min(max((moment - datetime.now(UTC)).total_seconds(), 0.0), _LONGEST_PAUSE)
+
+
+def _moment(given: str) -> datetime | None:
+    """Return the time that a header holds (RFC 9110), None where it holds none."""
     try:
         moment = email.utils.parsedate_to_datetime(given)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
-    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-    return max((aware - datetime.now(UTC)).total_seconds(), 0.0)
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

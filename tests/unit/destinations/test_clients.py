@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -137,14 +138,14 @@ def test_a_cancelled_line_is_not_in_the_way() -> None:
     with server(envelope([package]), envelope([])) as url:
         (target,) = usage(url).resolve(["k"])
 
-    assert target.address == {"line_item_id": 2}
+    assert target.address == {"line_item_id": 2, "account": "k"}
 
 
 def test_records_of_another_key_prove_nothing() -> None:
     """An account that does not obey the filter has not said that ours is absent, so nothing is sent again."""
     other = {"usage_history_id": 1, "external_key": "someone-else", "usage_value": 1}
     with server(envelope([other])) as url, pytest.raises(NotApplied, match="told 'someone-else'"):
-        usage(url).settle(deliveries()[:1])
+        usage(url).settle(deliveries()[:1], datetime.now(UTC))
 
 
 @pytest.mark.parametrize(

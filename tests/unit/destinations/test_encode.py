@@ -253,7 +253,7 @@ def test_a_where_clause_hides_no_colon() -> None:
         ({**METERED, "memo": "{quantity}"}, "unknown field {quantity}"),
         ({**METERED, "stream": "s"}, "stream"),
         ({**EVENTS, "stream": "../other"}, "stream"),
-        ({**USAGE, "mode": "bulk"}, "mode"),
+        ({**USAGE, "mode": "spreadsheet"}, "mode"),
         ({**USAGE, "item": ""}, "item"),
     ],
 )

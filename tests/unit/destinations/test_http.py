@@ -48,6 +48,7 @@ def raised(effect: Effect, *scripts: Script, outcomes: tuple[Outcome, ...] = (),
     ("status", "on_read", "on_write", "on_bulk"),
     [
         (301, Misconfigured, Misconfigured, Misconfigured),
+        (302, Misconfigured, InDoubt, InDoubt),
         (400, Misconfigured, Refused, InDoubt),
         (401, Misconfigured, Misconfigured, Misconfigured),
         (403, Misconfigured, Misconfigured, Misconfigured),
@@ -60,7 +61,7 @@ def raised(effect: Effect, *scripts: Script, outcomes: tuple[Outcome, ...] = (),
         (500, NotApplied, InDoubt, InDoubt),
         (502, NotApplied, InDoubt, InDoubt),
         (503, NotApplied, InDoubt, InDoubt),
-        (600, InDoubt, InDoubt, InDoubt),
+        (600, NotApplied, InDoubt, InDoubt),
     ],
 )
 def test_each_status_means_what_the_table_says(
@@ -136,7 +137,7 @@ def test_nothing_is_tried_twice_and_no_redirect_is_followed() -> None:
 
     def note(connection: socket.socket) -> None:
         played.append("once")
-        reply(302, "", "Location: /elsewhere")(connection)
+        reply(307, "", "Location: /elsewhere")(connection)
 
     with server(note) as url, pytest.raises(Misconfigured, match="redirects are not followed"):
         client(url).write("create usage", "/path", "{}")
