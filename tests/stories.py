@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from usage_billing.aggregate import aggregate
+from usage_billing.archive import Archive
+from usage_billing.chunks import plan_events
 from usage_billing.deliver import Delivered, Manners, deliver
 from usage_billing.destinations import destination_class, destination_settings
 from usage_billing.destinations.base import Destination
@@ -25,6 +27,7 @@ from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, load_source
 from usage_billing.staging import Staging
 from usage_billing.validate import validate
+from usage_billing.workers import Means
 
 CHECKOUT = Path(__file__).parents[1]
 WORLDS = sorted((CHECKOUT / "include" / "sandbox" / "worlds").glob("*.yaml"))
@@ -67,6 +70,7 @@ class House:
         Ledger.create(self.ledger_url)
         self.ledger = Ledger.connect(self.ledger_url)
         self.staging = Staging(folder / "staging")
+        self.archive = Archive(folder / "archive")
 
     def destination(self, source: BillingSource) -> Destination:
         """Return the source's destination, pointed at the sandbox."""
@@ -94,7 +98,9 @@ class House:
             events_url=self.sandbox.events_url,
             settle_after_seconds=1,
         )
-        return kind(source, MaxioSite(settings))
+        found = kind(source, MaxioSite(settings))
+        found.archive = self.archive
+        return found
 
     def totals(self, source: BillingSource, interval: Period, events: Iterable[Event]) -> tuple[Comparison, str]:
         """Extract (the given rows), validate and aggregate; return what a plan compares, and the run's folder."""
@@ -109,11 +115,14 @@ class House:
         self.ledger.record_read(number, extracted.rows)
         found = validate(extracted, source, periods, destination.resolve, self.staging, folder)
         totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
-        return Comparison(number, periods, totals, found.targets, found.accepted.rows, found.quarantined.rows), folder
+        accepted, targets = found.accepted, found.targets
+        return Comparison(number, periods, totals, targets, accepted.rows, found.quarantined.rows, accepted), folder
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
         """Plan what was compared."""
-        return plan(comparison, self.destination(source), self.ledger, self.staging, folder)
+        destination = self.destination(source)
+        how = plan_events if destination.stream else plan
+        return how(comparison, destination, self.ledger, self.staging, folder)
 
     def deliver(
         self,
@@ -134,8 +143,8 @@ class House:
             self.destination(source),
             self.ledger,
             self.staging,
-            stop or threading.Event(),
             manners,
+            Means(stop=stop or threading.Event()),
         )
 
     def run(
@@ -172,10 +181,10 @@ class House:
 
 
 @contextmanager
-def a_house(folder: Path) -> Iterator[House]:
+def a_house(folder: Path, kind: type[House] = House) -> Iterator[House]:
     """Open a house with all shipped worlds, and close it again."""
     with Sandbox(WORLDS) as sandbox:
-        house = House(sandbox, folder)
+        house = kind(sandbox, folder)
         try:
             yield house
         finally:

@@ -5,25 +5,29 @@ a delivery in doubt, and a doubt is settled by asking the site, never by sending
 """
 
 import logging
-import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
+from functools import partial
 
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.ledger import Ledger
-from usage_billing.ledger.leases import KeptLease, holder, kept
 from usage_billing.records import Delivery, Period, Plan, Receipt, State
+from usage_billing.settle import Doubts
 from usage_billing.staging import Staging
+from usage_billing.workers import Means, Worker
 
 log = logging.getLogger(__name__)
 
 _ROUNDS = 5
 """How often a delivery is planned again because something moved under it, before the rest is left to the next run."""
+_SHARE_TO_CLAIM = 10
+"""A claim is good for this part of `settle_after`; the rest is the site's cut-off and the time to connect."""
+_SHORTEST_CLAIM = timedelta(seconds=1)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Delivered:
     refused: int = 0
     doubted: int = 0
     not_applied: int = 0
+    held: int = 0
     requests: int = 0
     seconds: float = 0.0
 
@@ -60,14 +65,13 @@ def deliver(
     destination: Destination,
     ledger: Ledger,
     staging: Staging,
-    stop: threading.Event,
     manners: Manners,
+    means: Means,
 ) -> Delivered:
     """Bring extraction `number`'s plan to the site: write it down, send it chunk by chunk, settle what is in doubt.
 
     `replan` compares the same totals with the ledger again; it is asked where a key had moved since the plan was made,
-    or was blocked by a doubt. `stop` ends the work before the next request. What cannot be settled in time stays listed
-    in the ledger by name.
+    was blocked by a doubt, or could go in part only. What cannot be settled in time stays listed in the ledger by name.
 
     Raises:
         Stale: a newer extraction was compared; nothing more was sent.
@@ -75,90 +79,108 @@ def deliver(
         NotApplied: the site stayed out of reach, or this worker lost its lease; the rest is `reserved`.
     """
     started = time.monotonic()
-    # Each worker has a lease of its own: it does not keep others out, it tells whether this one still lives.
-    with kept(ledger, f"deliver:{destination.source.name}:{holder()}", manners.lease_lasts) as held:
-        worker = _Worker(held, stop)
-        work = _Work(number, window, destination, ledger, worker, manners)
+    source = destination.source.name
+    with Worker.at_work(ledger, f"deliver:{source}", manners.lease_lasts, means) as worker:
+        work = _Work(partial(ledger.reserved, source, number), window, destination, ledger, worker, manners)
         current = first
         for _ in range(_ROUNDS):
-            moved = work.reserve(current, staging)
-            work.until_settled()
-            if worker.stopped or not (moved or current.tally.blocked):
+            moved = work.reserve(current, number, staging)
+            ended = work.until_settled()
+            # A doubt that nothing ended blocks its key as before: planning again would only ask the same.
+            freed = current.tally.blocked if ended or current is first else 0
+            if worker.stopped or not (moved or work.reopened or freed or current.tally.partial):
                 break
             log.info(
-                "%d deliveries had moved, %d were blocked by a doubt: planning again", moved, current.tally.blocked
+                "%d deliveries had moved, %d were blocked by a doubt, %d could go in part: planning again",
+                moved + work.reopened,
+                current.tally.blocked,
+                current.tally.partial,
             )
             current = replan()
     work.done.seconds = time.monotonic() - started
     return work.done
 
 
-class _Worker:
-    """One deliver's right to send, and the reasons to stop."""
+def resume(destination: Destination, ledger: Ledger, manners: Manners, means: Means) -> Delivered:
+    """Send again what was sent before, turned out not to be at the site, and still stands: whatever its usage period.
 
-    def __init__(self, held: KeptLease, stop: threading.Event) -> None:
-        self.lease = held.lease
-        self._held = held
-        self._stop = stop
-
-    @property
-    def stopped(self) -> bool:
-        return self._held.lost or self._stop.is_set()
-
-    def wait(self, seconds: float) -> None:
-        """Wait, but no longer than until somebody asks this task to stop."""
-        self._stop.wait(max(seconds, 0.0))
+    Raises:
+        Misconfigured, NotApplied: as `deliver`.
+    """
+    source = destination.source.name
+    with Worker.at_work(ledger, f"deliver:{source}", manners.lease_lasts, means) as worker:
+        work = _Work(partial(ledger.resumable, source), None, destination, ledger, worker, manners)
+        work.send_ready()
+    return work.done
 
 
 class _Work:
-    """The sending and settling of one extraction's deliveries under one lease."""
+    """The sending and settling of deliveries under one lease; `ready` gives those to send by token, above a token."""
 
     def __init__(
-        self, number: int, window: Period, destination: Destination, ledger: Ledger, worker: _Worker, manners: Manners
+        self,
+        ready: Callable[[int, str], list[Delivery]],
+        window: Period | None,
+        destination: Destination,
+        ledger: Ledger,
+        worker: Worker,
+        manners: Manners,
     ) -> None:
         self.done = Delivered()
-        self._number = number
+        self.reopened = 0
+        self._ready = ready
         self._window = window
         self._destination = destination
         self._source = destination.source.name
         self._ledger = ledger
         self._worker = worker
         self._manners = manners
+        self._started = ledger.now()
         self._threads = manners.threads
         self._setback: NotApplied | None = None
         self._counting = threading.Lock()
         self._progress = _Progress()
-        self._conflicts: set[str] = set()
+        self._doubts = Doubts(destination, ledger, window)
 
-    def reserve(self, plan: Plan, staging: Staging) -> int:
+    def reserve(self, plan: Plan, number: int, staging: Staging) -> int:
         """Write the plan down; return how many of its keys have moved and must be planned again."""
+        self.reopened = 0
         written = already = moved = 0
         for proposals in staging.read(plan.proposals):
-            outcome = self._ledger.reserve(self._source, self._destination.site, self._number, proposals.to_pandas())
+            outcome = self._ledger.reserve(self._source, self._destination.site, number, proposals.to_pandas())
             written, already, moved = written + outcome.written, already + outcome.already, moved + outcome.moved
         self._progress.expect(written + already)
         log.info("reserved in the ledger: %d new, %d from an earlier try", written, already)
         return moved
 
-    def until_settled(self) -> None:
-        """Send and settle until nothing of the window is on its way, or patience has run out."""
+    def until_settled(self) -> int:
+        """Send and settle until nothing of the window is on its way, or patience has run out.
+
+        Return how many doubts ended.
+        """
+        before = self._doubts.settled.ended
         give_up_at = self._ledger.now() + self._destination.settle_after + self._manners.patience
         while not self._worker.stopped:
-            self._send_reserved()
-            self._ledger.doubt_abandoned(self._source)
-            doubts = [d for d in self._ledger.doubts(self._source, self._window) if d.token not in self._conflicts]
+            self.send_ready()
+            doubts = self._doubts.open()
             if not doubts and not self._ledger.in_the_air(self._source, self._window):
-                return
-            if self._settle_due(doubts):
+                break
+            if self._doubts.ask(doubts):
                 continue
             if self._ledger.now() > give_up_at:
-                return
-            self._worker.wait(self._until_due(doubts))
+                break
+            self._worker.wait(self._doubts.seconds_until_due(doubts))
+        self.reopened += self._doubts.settled.in_part
+        self.done.settled = self._doubts.settled.found
+        return self._doubts.settled.ended - before
 
-    # --- sending -----------------------------------------------------------------------------------------------------
+    # --- passes ------------------------------------------------------------------------------------------------------
 
-    def _send_reserved(self) -> None:
-        """Send whatever is reserved, pass by pass, until nothing is left; a pass ends early at a setback."""
+    def send_ready(self) -> None:
+        """Send whatever is reserved, pass by pass, until nothing is left; a pass ends early at a setback.
+
+        Patience begins anew whenever the site has taken something.
+        """
         give_up_at = self._ledger.now() + self._manners.patience
         setbacks = 0
         while not self._worker.stopped:
@@ -166,35 +188,94 @@ class _Work:
             setback = self._one_pass()
             if setback is None:
                 return
-            setbacks = 1 if self.done.accepted > before else setbacks + 1
-            if self._ledger.now() > give_up_at:
+            setbacks += 1
+            if self.done.accepted > before:
+                setbacks, give_up_at = 1, self._ledger.now() + self._manners.patience
+            seconds = self._seconds_to_wait(setbacks, setback)
+            if self._ledger.now() + timedelta(seconds=seconds) > give_up_at:
                 raise setback
-            self._pause(setbacks, setback)
+            self._threads = max(1, self._threads // 2)
+            log.warning("%s; going on in %.1f s with %d requests at once", setback, seconds, self._threads)
+            self._worker.wait(seconds)
 
     def _one_pass(self) -> NotApplied | None:
-        """Send what is reserved, chunk by chunk; return the setback that ended the pass, if one did."""
+        """Send what is reserved, chunk by chunk; return the setback that ended the pass, if one did.
+
+        What has to go alone goes last: a deduction finds most to take off after everything else was added.
+        """
         self._setback = None
+        alone: list[tuple[str, Delivery]] = []
         after = ""
-        size = self._destination.chunk_size
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="send") as pool:
-            while not self._worker.stopped and self._setback is None:
-                ready = self._ledger.reserved(self._source, self._number, size * self._threads * 8, after)
-                if not ready:
-                    break
-                chunks = [ready[start : start + size] for start in range(0, len(ready), size)]
-                list(pool.map(self._send_chunk, chunks))
-                after = ready[-1].token
-                self._progress.report(self.done)
-        if self._setback is None:
-            self._threads = min(self._threads + 1, self._manners.threads)
+        while not self._worker.stopped and self._setback is None:
+            page = self._ready(self._destination.chunk_size * self._manners.threads * 8, after)
+            if not page:
+                break
+            after = page[-1].token
+            locks = [(self._destination.lock(delivery), delivery) for delivery in page]
+            alone += [(lock, delivery) for lock, delivery in locks if lock]
+            self._send_page(self._still_right([delivery for lock, delivery in locks if not lock]))
+            self._progress.report(self.done)
+        for lock, delivery in alone:
+            self._send_alone(lock, delivery)
         return self._setback
 
-    def _pause(self, setbacks: int, error: NotApplied) -> None:
-        """Wait as the site asked, else longer each time and never in step with others; then go on more gently."""
-        self._threads = max(1, self._threads // 2)
-        seconds = error.retry_after_seconds or min(60.0, 0.5 * 2**setbacks) * random.uniform(0.5, 1.0)  # noqa: S311
-        log.warning("%s; going on in %.1f s with %d requests at once", error, seconds, self._threads)
-        self._worker.wait(seconds)
+    def _send_page(self, page: Sequence[Delivery]) -> None:
+        chunks = list(self._chunks(page))
+        if self._threads == 1:
+            for chunk in chunks:
+                self._send_chunk(chunk)
+        else:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="send") as pool:
+                list(pool.map(self._send_chunk, chunks))
+        if chunks and self._setback is None:
+            self._threads = min(self._threads + 1, self._manners.threads)
+
+    def _chunks(self, page: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
+        first = [delivery for delivery in page if not delivery.sends]
+        again = [delivery for delivery in page if delivery.sends]
+        sizes = ((first, self._destination.chunk_size), (again, self._destination.retry_chunk_size))
+        return (some[start : start + size] for some, size in sizes for start in range(0, len(some), size))
+
+    def _seconds_to_wait(self, setbacks: int, error: NotApplied) -> float:
+        """Return how long the site asked to wait, else longer each time and never in step with others."""
+        return error.retry_after_seconds or min(60.0, 0.5 * 2**setbacks) * (1 + self._worker.chance()) / 2
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def _still_right(self, page: Sequence[Delivery]) -> Sequence[Delivery]:
+        """Hold what was right when it was planned and may not be sent any more; return the rest."""
+        now = self._ledger.now()
+        doubtful = [delivery for delivery in page if self._may_have_changed(delivery, now)]
+        if not doubtful:
+            return page
+        try:
+            reasons = self._destination.recheck(doubtful, now)
+        except NotApplied as error:
+            self._setback = error
+            return []
+        self._count(held=self._ledger.hold(reasons))
+        return [delivery for delivery in page if delivery.token not in reasons]
+
+    def _may_have_changed(self, delivery: Delivery, now: datetime) -> bool:
+        """Say whether time has passed over a delivery: an earlier try, or the end of its billing period."""
+        earlier = delivery.reserved_at is not None and delivery.reserved_at < self._started
+        over = delivery.open_until is not None and delivery.open_until - self._destination.settle_after <= now
+        return bool(delivery.sends) or earlier or over
+
+    def _send_alone(self, lock: str, delivery: Delivery) -> None:
+        """Send one delivery while nobody else sends under the same lock, if the site still takes all of it."""
+        if self._worker.stopped or self._setback is not None:
+            return
+        try:
+            with self._worker.alone(lock, self._manners.patience):
+                reasons = self._destination.recheck([delivery], self._ledger.now())
+                if delivery.token not in reasons:
+                    self._send_chunk([delivery])
+                elif held := self._ledger.hold(reasons):
+                    self._count(held=held)
+                    self.reopened += held  # A part of it may go: planning again tells.
+        except NotApplied as error:
+            self._setback = error
 
     def _send_chunk(self, chunk: Sequence[Delivery]) -> None:
         if self._worker.stopped or self._setback is not None:
@@ -208,6 +289,7 @@ class _Work:
     def _send_claimed(self, ours: Sequence[Delivery]) -> None:
         """Make one request and write down its outcome, whatever it is."""
         try:
+            self._check_claim(ours)
             receipts = self._destination.send(ours)
         except NotApplied as error:
             self._land(ours, State.RESERVED, error)
@@ -219,24 +301,38 @@ class _Work:
             self._setback = NotApplied(str(error))  # The threads beside this one need not hear the same.
             raise
         except InDoubt as error:
-            self._land(ours, State.IN_DOUBT, error)
-            log.warning("in doubt: %d deliveries; %s", len(ours), error)
+            self._accept(error.receipts)
+            left = _without(ours, error.receipts)
+            self._land(left, State.IN_DOUBT, error)
+            log.warning("in doubt: %d deliveries; %s", len(left), error)
+            # Whatever made it, the site or the way to it is not well: the next request need not follow at once.
+            self._setback = NotApplied(f"{len(left)} deliveries are in doubt")
         except Exception as error:
             # A fault of ours, but the request may have left: the site will be asked.
             self._land(ours, State.IN_DOUBT, error)
             raise
         else:
-            self._accept(ours, receipts)
+            self._accept(receipts)
+            if left := _without(ours, receipts):
+                # It lies behind the pass by now: a setback makes another one.
+                self._setback = NotApplied(f"the site took {len(receipts)} of a chunk of {len(ours)}")
+                self._land(left, State.RESERVED, self._setback)
+        self._count(requests=1)
 
-    def _accept(self, ours: Sequence[Delivery], receipts: Sequence[Receipt]) -> None:
-        written = self._ledger.accept(receipts, self._worker.lease)
-        taken = {receipt.token for receipt in receipts}
-        left = [delivery for delivery in ours if delivery.token not in taken]
-        if left:
-            # It lies behind the pass by now: a setback makes another one.
-            self._setback = NotApplied(f"the site took {len(taken)} of a chunk of {len(ours)}")
-            self._land(left, State.RESERVED, self._setback)
-        self._count(accepted=written, requests=1)
+    def _check_claim(self, ours: Sequence[Delivery]) -> None:
+        """Make sure that no time was lost since the claim: others count `settle_after` from there.
+
+        Raises:
+            NotApplied: this process was held up, or its lease is gone; nothing was sent.
+        """
+        good_for = max(self._destination.settle_after / _SHARE_TO_CLAIM, _SHORTEST_CLAIM)
+        if not self._ledger.may_send(ours[0].token, self._worker.lease, good_for):
+            raise NotApplied("this worker was held up between its claim and the request; nothing was sent")
+
+    def _accept(self, receipts: Sequence[Receipt]) -> None:
+        if receipts:
+            self._count(accepted=self._ledger.accept(receipts, self._worker.lease))
+            self.reopened += sum(receipt.applied is not None for receipt in receipts)
 
     def _refused(self, ours: Sequence[Delivery], error: Refused) -> None:
         """A refusal of one is its own; a refusal of a chunk names nobody, so its members go singly."""
@@ -251,61 +347,17 @@ class _Work:
     def _land(self, ours: Sequence[Delivery], state: State, error: Exception) -> None:
         moved = self._ledger.land([delivery.token for delivery in ours], state, str(error), self._worker.lease)
         counter = {State.RESERVED: "not_applied", State.REFUSED: "refused", State.IN_DOUBT: "doubted"}[state]
-        self._count(**{counter: moved}, requests=1)
+        self._count(**{counter: moved})
 
     def _count(self, **more: int) -> None:
         with self._counting:
             for name, value in more.items():
                 setattr(self.done, name, getattr(self.done, name) + value)
 
-    # --- settling ----------------------------------------------------------------------------------------------------
 
-    def _settle_due(self, doubts: Sequence[Delivery]) -> int:
-        """Ask the site about every doubt that is old enough; return how many ended."""
-        now = self._ledger.now()
-        due = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at >= self._destination.settle_after]
-        size = self._destination.chunk_size
-        return sum(self._settle(due[start : start + size]) for start in range(0, len(due), size))
-
-    def _settle(self, doubts: Sequence[Delivery]) -> int:
-        if self._worker.stopped:
-            return 0
-        try:
-            answers = self._destination.settle(doubts)
-        except Refused as error:
-            if len(doubts) > 1:
-                return sum(self._settle([doubt]) for doubt in doubts)
-            # The site has it, with another quantity. As a refusal its next revision would bill the whole once more, so
-            # it stays in doubt, which blocks its key, until a person decides.
-            self._conflicts.add(doubts[0].token)
-            self._ledger.settle_doubt(doubts[0], State.IN_DOUBT, reason=str(error))
-            log.warning("in doubt until a person decides: %s", error)
-            return 0
-        except (NotApplied, InDoubt) as error:
-            log.warning("%d doubts stay open: %s", len(doubts), error)
-            return 0
-        ended = 0
-        for doubt in doubts:
-            if doubt.token in answers:
-                receipt = answers[doubt.token]
-                ended += self._end(
-                    doubt, State.ACCEPTED if receipt else State.RESERVED, receipt, "the site does not have it"
-                )
-        return ended
-
-    def _end(self, doubt: Delivery, state: State, receipt: Receipt | None = None, reason: str = "") -> int:
-        ended = self._ledger.settle_doubt(doubt, state, receipt, reason)
-        if ended:
-            self._count(settled=int(state is State.ACCEPTED))
-            log.info("doubt settled: %s is %s %s", doubt.token, state, receipt.note if receipt else reason)
-        return int(ended)
-
-    def _until_due(self, doubts: Sequence[Delivery]) -> float:
-        now, settle_after = self._ledger.now(), self._destination.settle_after
-        waits = [(doubt.sent_at + settle_after - now).total_seconds() for doubt in doubts if doubt.sent_at]
-        pending = [wait for wait in waits if wait > 0]
-        # Nothing newly due: a worker elsewhere is sending, or the site could not tell yet. Look again in a while.
-        return min(min(pending, default=2.0), 10.0)
+def _without(ours: Sequence[Delivery], receipts: Sequence[Receipt]) -> list[Delivery]:
+    taken = {receipt.token for receipt in receipts}
+    return [delivery for delivery in ours if delivery.token not in taken]
 
 
 class _Progress:

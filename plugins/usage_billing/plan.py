@@ -14,7 +14,7 @@ import pyarrow as pa
 from usage_billing import quantities
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
-from usage_billing.ledger import Ledger
+from usage_billing.ledger import ADOPTED, Ledger
 from usage_billing.records import Comparison, Plan, Staged, State, Tally
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
@@ -29,7 +29,18 @@ _ATTRIBUTES = [
     "period_end",
     "address",
 ]
-_COLUMNS = ["token", "identity", "revision", "state", "reason", "supersedes", "quantity", *_ATTRIBUTES, "body"]
+_COLUMNS = [
+    "token",
+    "identity",
+    "revision",
+    "state",
+    "reason",
+    "supersedes",
+    "quantity",
+    *_ATTRIBUTES,
+    "open_until",
+    "body",
+]
 _EVERYTHING_ABOVE = "g"
 """Sorts after every identity, which is hexadecimal."""
 
@@ -64,11 +75,9 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
 
 
 _TIME = pa.timestamp("us", tz="UTC")
+_MOMENTS = ("period_start", "period_end", "open_until")
 _SCHEMA = pa.schema(
-    [
-        (name, {"revision": pa.int64(), "period_start": _TIME, "period_end": _TIME}.get(name, pa.string()))
-        for name in _COLUMNS
-    ]
+    [(name, {"revision": pa.int64(), **dict.fromkeys(_MOMENTS, _TIME)}.get(name, pa.string())) for name in _COLUMNS]
 )
 
 
@@ -87,10 +96,10 @@ def _ranges(totals: Staged, staging: Staging) -> Iterator[tuple[str, str, pa.Tab
 
 
 def _targets(targets: Staged, staging: Staging) -> pd.DataFrame:
-    """Return today's address and open billing period by (subscription, component)."""
+    """Return today's address and the ends of the open billing period by (subscription, component)."""
     key = ["subscription", "component"]
     frame = pd.concat([part.to_pandas() for part in staging.read(targets)], ignore_index=True)
-    known: pd.DataFrame = frame.drop_duplicates(key).set_index(key)[["address", "open_from"]]
+    known: pd.DataFrame = frame.drop_duplicates(key).set_index(key)[["address", "open_from", "open_until"]]
     return known
 
 
@@ -104,7 +113,8 @@ def _compare(totals: pa.Table, standing: pd.DataFrame, decimals: int) -> pd.Data
         both[name] = both[name].where(both[name].notna(), both[f"{name}_was"])
     numbers = {name: _filled(both[name]) for name in ("owed", "settled", "waiting", "events", "extraction")}
     revision = both["revision"].fillna(-1).astype("int64")
-    return both.assign(**numbers, revision=revision, state=both["state"].fillna(""), token=both["token"].fillna(""))
+    texts = {name: both[name].fillna("") for name in ("state", "token", "reason")}
+    return both.assign(**numbers, **texts, revision=revision)
 
 
 def _nullable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -114,11 +124,13 @@ def _nullable(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _by_identity(standing: pd.DataFrame, decimals: int) -> pd.DataFrame:
     """Return, per identity, the settled sum and the last revision with its state."""
-    scaled = quantities.from_text(standing["quantity"].astype(object), decimals)
+    text = standing["quantity"].astype(object)
+    scaled = quantities.from_text(text, decimals)
+    counted = quantities.from_text(standing["applied"].astype(object).where(standing["applied"] != "", text), decimals)
     settles = standing["state"].isin([State.ACCEPTED, State.WRITTEN_OFF])
-    rows = standing.assign(settled=scaled.where(settles, 0), waiting=scaled)
+    rows = standing.assign(settled=counted.where(settles, 0), waiting=scaled)
     sums = quantities.sum_by(rows[["identity", "settled"]], ["identity"], "settled")
-    last = rows.drop(columns=["settled", "quantity", "reason"]).drop_duplicates("identity", keep="last")
+    last = rows.drop(columns=["settled", "quantity", "applied"]).drop_duplicates("identity", keep="last")
     return last.merge(sums, on="identity")
 
 
@@ -133,36 +145,50 @@ def _propose(
     difference = compared["owed"] - compared["settled"]
     state = compared["state"]
     blocked = state.isin([State.SENDING, State.IN_DOUBT])
+    same = difference == compared["waiting"]
     # The same extraction may have been validated anew since: what it owes no more is replaced, not sent.
-    ours = (state == State.RESERVED) & (compared["extraction"] == comparison.number)
-    ours &= difference == compared["waiting"]
-    parked = state.isin([State.HELD, State.REFUSED])
-    stays = parked & (difference == compared["waiting"])
-    replaceable = (parked & ~stays) | ((state == State.RESERVED) & ~ours)
+    ours = (state == State.RESERVED) & (compared["extraction"] == comparison.number) & same
+    # What a site refused it would refuse again; what was held may have become possible, so it is judged anew.
+    stays = (state == State.REFUSED) & same
+    # Of what was adopted as held the site may have any part: no difference is known, whatever the totals say now.
+    stays |= (state == State.HELD) & compared["reason"].astype(str).str.startswith(ADOPTED)
+    # It is judged with what this extraction knows of the site, unless its own delivery knew better; what a balance
+    # takes is asked each time.
+    judged_again = (state == State.HELD) & same & ~stays
+    judged_again &= (compared["extraction"] < comparison.number) | (difference < 0)
+    stays |= (state == State.HELD) & same & ~judged_again
+    replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
-    chosen = compared.assign(difference=difference, replaceable=replaceable)[proposed]
-    proposals = _written_out(chosen.reset_index(drop=True), comparison, destination, targets)
-    sending = proposals["state"] == State.RESERVED
+    chosen = compared.assign(difference=difference, replaceable=replaceable, judged_again=judged_again)[proposed]
+    chosen = chosen.reset_index(drop=True)
+    written = _written_out(chosen, comparison, destination, targets)
+    still_held = chosen["judged_again"] & (written["state"] == State.HELD)
+    chosen, written = chosen[~still_held], written[~still_held]
+    sending = written["state"] == State.RESERVED
     tally = Tally(
-        new=int((sending & (proposals["revision"] == 0)).sum()),
-        corrections=int((sending & (proposals["revision"] > 0)).sum()),
+        new=int((sending & (written["revision"] == 0)).sum()),
+        corrections=int((sending & (written["revision"] > 0)).sum()),
         unchanged=int((~blocked & ~stays & ~proposed & ~ours).sum()),
-        held=int((proposals["state"] == State.HELD).sum()),
+        held=int((written["state"] == State.HELD).sum()),
         blocked=int(blocked.sum()),
-        waiting=int((stays | ours).sum()),
-        withdrawn=int((proposals["state"] == State.SUPERSEDED).sum()),
+        waiting=int((stays | ours).sum() + still_held.sum()),
+        withdrawn=int((written["state"] == State.SUPERSEDED).sum()),
+        partial=int(written["partial"].sum()),
         owed=quantities.total(compared["owed"]),
         settled=quantities.total(compared["settled"]),
-        negative=quantities.total(difference[proposed & (difference < 0)]),
+        negative=quantities.total(chosen["difference"][chosen["difference"] < 0]),
         events=int(compared["events"].sum()),
     )
-    return proposals, tally
+    return written[_COLUMNS].reset_index(drop=True), tally
 
 
 def _written_out(
     chosen: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame
 ) -> pd.DataFrame:
-    """Return chosen identities as the ledger will keep them: token, state, reason and the exact request."""
+    """Return chosen identities as the ledger will keep them: token, state, reason and the exact request.
+
+    Column `partial` says of which only a part goes now.
+    """
     today = targets.reindex(pd.MultiIndex.from_frame(chosen[["subscription", "component"]]))
     revisions = chosen["revision"] + 1
     rows = chosen.assign(
@@ -173,14 +199,19 @@ def _written_out(
         quantity=quantities.to_text(chosen["difference"], destination.source.settings.meter.decimals),
         # Where the account was resolved today, today's address; a vanished key keeps the one that it was sent to.
         address=pd.Series(today["address"].to_numpy(), index=chosen.index).fillna(chosen["address"]),
-        open_from=pd.to_datetime(pd.Series(today["open_from"].array, index=chosen.index), utc=True),
+        **{
+            name: pd.to_datetime(pd.Series(today[name].array, index=chosen.index), utc=True)
+            for name in ("open_from", "open_until")
+        },
     )
-    reason = destination.hold_reason(rows).astype(object)
+    goes, reason = destination.judge(rows)
     withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined) & (reason == "")
-    reason = reason.mask(withheld, "rows are in quarantine, and quarantine withholds, it never withdraws")
+    why = "rows are in quarantine, and quarantine withholds, it never withdraws"
+    reason = reason.astype(object).mask(withheld, why)
     state = np.select([chosen["difference"] == 0, reason != ""], [State.SUPERSEDED, State.HELD], State.RESERVED)
-    rows = rows.assign(state=state, reason=reason, body=destination.encode(rows))
-    return rows[_COLUMNS]
+    goes = goes.where(state == State.RESERVED, rows["quantity"])
+    rows = rows.assign(state=state, reason=reason, partial=goes != rows["quantity"], quantity=goes)
+    return rows.assign(body=destination.encode(rows))
 
 
 def _stop_if_it_withdraws_much(tally: Tally, destination: Destination) -> None:

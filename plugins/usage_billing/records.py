@@ -143,8 +143,8 @@ class Target:
 
     `subscription` and `component` are canonical and never change for the same customer; `address` holds what today's
     request needs, which may change (ChargeOver replaces a line item's id at every upgrade). A target with `unknown` set
-    could not be found: its rows are quarantined with that reason. `open_from` is the start of the billing period that
-    is open on the site, where the site tells.
+    could not be found: its rows are quarantined with that reason. `open_from` and `open_until` are the ends of the
+    billing period that is open on the site, where the site tells.
     """
 
     account: str
@@ -154,6 +154,7 @@ class Target:
     address: Mapping[str, Any] = field(default_factory=dict)
     unknown: str = ""
     open_from: datetime | None = None
+    open_until: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +162,7 @@ class Delivery:
     """One revision of one usage total on its way to a billing site, as the ledger stored it before sending.
 
     `body` is the exact JSON text of the record and `address` where it goes: a doubt is settled with these, never with
-    what today's settings would give.
+    what today's settings would give. `open_until` is when the billing period ends in which it was found right to send.
     """
 
     token: str
@@ -172,12 +173,15 @@ class Delivery:
     body: str
     sent_at: datetime | None = None
     sends: int = 0
+    reserved_at: datetime | None = None
+    open_until: datetime | None = None
 
     def __post_init__(self) -> None:
         if not self.quantity.is_finite() or self.quantity == 0:
             raise ValueError(f"a delivery has a finite quantity other than 0, not {self.quantity}")
-        if self.sent_at is not None:
-            check_aware("sent_at", self.sent_at)
+        for name in ("sent_at", "reserved_at", "open_until"):
+            if (moment := getattr(self, name)) is not None:
+                check_aware(name, moment)
 
     @staticmethod
     def address_from(text: str) -> Mapping[str, Any]:
@@ -188,20 +192,29 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the site gave back for one delivery: its own record id (empty where it gives none) and what it said."""
+    """What the site gave back for one delivery: its own record id (empty where it gives none) and what it said.
+
+    `applied` is how much of the quantity the site is proven to have counted, where that may be less than it stored: a
+    deduction that met Maxio's floor at 0. None stands for all of it.
+    """
 
     token: str
     record_id: str = ""
     note: str = ""
+    applied: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class SiteRecord:
-    """One usage record as the billing site holds it; `token` is empty where the record is not ours."""
+    """One usage record as the billing site holds it; `token` is empty where the record is not ours.
+
+    `note` is what the site shows a person beside it, such as the period that it is for.
+    """
 
     token: str
     record_id: str
     quantity: Decimal
+    note: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +229,10 @@ class SiteTotal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a plan compares: the totals of one extraction, for whole usage periods of one source."""
+    """What a plan compares: the totals of one extraction, for whole usage periods of one source.
+
+    `events` are the accepted rows themselves; only a source that is billed by raw events needs them.
+    """
 
     number: int
     periods: tuple[Period, ...]
@@ -224,6 +240,7 @@ class Comparison:
     targets: Staged
     rows_accepted: int
     rows_quarantined: int
+    events: Staged | None = None
 
     @property
     def window(self) -> Period:
@@ -233,7 +250,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Tally:
-    """How many identities the plan found in each case, and the scaled sums behind them."""
+    """How many identities the plan found in each case, and the scaled sums behind them.
+
+    `partial` counts those of which only a part may go now: what is left is planned again once that part has landed.
+    """
 
     new: int = 0
     corrections: int = 0
@@ -242,6 +262,7 @@ class Tally:
     blocked: int = 0
     waiting: int = 0
     withdrawn: int = 0
+    partial: int = 0
     owed: int = 0
     settled: int = 0
     negative: int = 0

@@ -85,6 +85,10 @@ class DestinationSettings(Settings):
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
 
+    def naming(self) -> dict[str, Any]:
+        """Return the keys that name what is billed; the others may change under history."""
+        return self.model_dump(mode="json", exclude={"connection", "threads", "memo", "mode"})
+
 
 class SourceSettings(Settings):
     """The keys of ``source.yaml`` that do not depend on the destination."""
@@ -149,10 +153,9 @@ class BillingSource:
     def definition(self) -> dict[str, Any]:
         """Return the settings that name what is billed; they may not change while history hangs on them."""
         settings = self.settings
-        addressing = self.destination.model_dump(mode="json", exclude={"connection", "threads", "memo"})
         return {
             "name": settings.name,
-            "destination": addressing,
+            "destination": self.destination.naming(),
             "period": settings.period,
             "timezone": settings.timezone.key,
             "meter": settings.meter.model_dump(mode="json"),

@@ -35,7 +35,7 @@ _FINDINGS = pa.schema([("row", pa.int64()), ("reason", pa.string())])
 _TARGETS = pa.schema(
     [
         *((name, pa.string()) for name in ("account", "subscription", "component", "price_point", "address")),
-        ("open_from", pa.timestamp("us", "UTC")),
+        *((name, pa.timestamp("us", "UTC")) for name in ("open_from", "open_until")),
     ]
 )
 
@@ -47,8 +47,8 @@ class Validated:
     ``accepted`` has the extracted columns with exact quantities (``decimal128(38, decimals)``; text for a meter that
     counts distinct values; none for one that counts events). ``quarantined`` has all extracted columns, the quantity
     as text, and ``reasons`` (list of text). ``targets`` has one row per known account: ``account``, ``subscription``,
-    ``component``, ``price_point``, ``address`` (JSON text), ``open_from`` (UTC or null). ``reasons`` counts rows by
-    reason, and ``examples`` names some event ids of each.
+    ``component``, ``price_point``, ``address`` (JSON text), ``open_from`` and ``open_until`` (UTC or null). ``reasons``
+    counts rows by reason, and ``examples`` names some event ids of each.
     """
 
     accepted: Staged
@@ -160,6 +160,7 @@ class _Accounts:
                 "price_point": target.price_point,
                 "address": json.dumps(dict(target.address), sort_keys=True),
                 "open_from": target.open_from,
+                "open_until": target.open_until,
             }
             for target in known
         ]

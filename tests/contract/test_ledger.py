@@ -312,3 +312,96 @@ def test_quantities_come_back_to_the_last_digit(world: SimpleNamespace) -> None:
     number = reserved(world, {"a": "12345678901234567890123456789.123456789"})
     (delivery,) = world.ledger.reserved("calls", number, 1)
     assert delivery.quantity == Decimal("12345678901234567890123456789.123456789")
+
+
+def found_at_the_site(quantities: dict[str, str], revision: int = 0) -> pd.DataFrame:
+    """Return records of the site as an adoption gives them."""
+    return proposals(quantities, revision=revision).assign(record_id="77", applied="")
+
+
+def test_adopted_deliveries_are_accepted_with_the_sites_quantity(world: SimpleNamespace) -> None:
+    """What was forgotten stands as accepted, an open one as settled, and an open one before a later one as closed."""
+    number = reserved(world, {"a": "10", "b": "20"})
+    tokens = dict(
+        zip(proposals({"a": "", "b": ""})["subscription"], proposals({"a": "", "b": ""})["token"], strict=True)
+    )
+    newer = extraction(world)
+    receipt = Receipt(tokens["a"], "76")
+    later = pd.concat([found_at_the_site({"b": "25"}, 1), found_at_the_site({"c": "1.5"})])
+    world.ledger.adopt("calls", "maxio:us:acme", newer, later, {tokens["a"]: receipt}, "adopted on a day by somebody")
+    rows = world.ledger.standing("calls", DAY).sort_values(["subscription", "revision"])
+    assert rows[["subscription", "revision", "state", "quantity"]].values.tolist() == [
+        ["a", 0, "accepted", "10"],
+        ["b", 0, "superseded", "20"],
+        ["b", 1, "accepted", "25"],
+        ["c", 0, "accepted", "1.5"],
+    ]
+    assert set(rows["reason"]) == {"adopted on a day by somebody"}
+    assert world.ledger.reserved("calls", number, 10) == []
+    assert sorted(world.ledger.accepted("calls", DAY)["record_id"]) == ["76", "77", "77"]
+
+
+def test_what_moved_while_the_site_was_asked_is_not_adopted(world: SimpleNamespace) -> None:
+    """A key that was written down meanwhile, or a doubt that was settled, leaves the whole adoption undone."""
+    number = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", number, 10)
+    both = pd.concat([found_at_the_site({"a": "10"}), found_at_the_site({"b": "1"})])
+    with pytest.raises(NotApplied, match="moved"):
+        world.ledger.adopt("calls", "maxio:us:acme", number, both, {}, "adopted")
+    gone = {"f" * 64: Receipt("f" * 64)}
+    with pytest.raises(NotApplied, match="moved"):
+        world.ledger.adopt("calls", "maxio:us:acme", number, found_at_the_site({"b": "1"}), gone, "adopted")
+    world.ledger.begin_sending([delivery.token], world.ledger.acquire("deliver:one", "one", MINUTE))
+    with pytest.raises(NotApplied, match="being sent"):
+        world.ledger.adopt("calls", "maxio:us:acme", number, found_at_the_site({"b": "1"}), {}, "adopted")
+    assert len(world.ledger.standing("calls", DAY)) == 1
+
+
+def test_numbers_go_on_above_what_staging_has_seen(world: SimpleNamespace) -> None:
+    """Before the first extraction and after it, and never back."""
+    world.ledger.number_above(7)
+    assert extraction(world) > 7
+    world.ledger.number_above(100)
+    world.ledger.number_above(3)
+    number = extraction(world)
+    assert 100 < number < 110
+    assert extraction(world) > number
+
+
+def test_a_ledger_knows_the_leases_that_it_gave_out(world: SimpleNamespace) -> None:
+    """By fence and holder, also when they are long released; of others it knows nothing."""
+    lease = world.ledger.acquire("mark:calls", "one", MINUTE)
+    world.ledger.release(lease)
+    assert world.ledger.holder_of(lease.fence) == "one"
+    assert world.ledger.holder_of(lease.fence + 1) is None
+    assert len(world.ledger.ledger_id) == 36
+
+
+def test_a_person_decides_about_what_waits_and_about_nothing_else(world: SimpleNamespace) -> None:
+    """Held can be written off, and counts as settled then; an accepted delivery is nobody's to decide."""
+    number = extraction(world)
+    world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "10", "b": "20"}).assign(state="held"))
+    first, second = world.ledger.standing("calls", DAY)["token"]
+    world.ledger.decide(first, State.WRITTEN_OFF, "decided by somebody: credited by hand")
+    with pytest.raises(Misconfigured, match="it is written_off"):
+        world.ledger.decide(first, State.WRITTEN_OFF, "again")
+    with pytest.raises(Misconfigured, match="it is held; accepted can be decided of what is in_doubt"):
+        world.ledger.decide(second, State.ACCEPTED, "no doubt")
+    with pytest.raises(Misconfigured, match="no such delivery"):
+        world.ledger.decide("f" * 64, State.WRITTEN_OFF, "none")
+    rows = world.ledger.standing("calls", DAY).set_index("token")
+    assert rows.loc[first, ["state", "reason"]].tolist() == ["written_off", "decided by somebody: credited by hand"]
+    assert rows.loc[second, "state"] == "held"
+
+
+@pytest.mark.parametrize(("outcome", "resumes"), [(State.ACCEPTED, 0), (State.RESERVED, 1)])
+def test_a_person_ends_a_doubt(world: SimpleNamespace, outcome: State, resumes: int) -> None:
+    """Found at the site it is accepted; definitely not there it is sent again."""
+    number = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", number, 10)
+    lease = world.ledger.acquire("deliver:one", "one", MINUTE)
+    world.ledger.begin_sending([delivery.token], lease)
+    world.ledger.land([delivery.token], State.IN_DOUBT, "lost", lease)
+    world.ledger.decide(delivery.token, outcome, "decided by somebody: looked it up")
+    assert world.ledger.doubts("calls") == []
+    assert len(world.ledger.resumable("calls", 10)) == resumes

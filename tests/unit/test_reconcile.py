@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Period, SiteTotal
+from usage_billing.records import Period, SiteRecord, SiteTotal
 
 MONTH = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC))
 DAY = Period(datetime(2026, 10, 5, tzinfo=UTC), datetime(2026, 10, 6, tzinfo=UTC))
@@ -25,7 +25,13 @@ def looked(here: dict[str, list[str]], there: list[dict[str, str]]) -> tuple[Any
         return [SiteTotal(name, "1", MONTH, Decimal(quantity)) for name, quantity in next(answers).items()]
 
     site: Any = SimpleNamespace(
-        source=SimpleNamespace(name="units"), site="maxio:us:orbit", records=lambda _: None, totals=totals
+        source=SimpleNamespace(name="units"),
+        site="maxio:us:orbit",
+        records=lambda _: None,
+        totals=totals,
+        metric="sum",
+        stream="",
+        archive=None,
     )
     book: Any = SimpleNamespace(
         accepted=lambda *_: pd.DataFrame(rows),
@@ -55,3 +61,20 @@ def test_sources_of_different_decimal_places_add_up_exactly(there: str, ties_out
     """Two sources feed one component, one in tenths and one in hundredths."""
     found, _ = looked({"7": ["7.1", "0.25"]}, [{"7": there}] * 4)
     assert (found.ties_out, found.unknown, found.ours) == (ties_out, unknown, Decimal("7.35"))
+
+
+def test_a_token_that_the_ledger_never_wrote_down_is_the_sign_of_another_ledger() -> None:
+    """It is told before what somebody typed in by hand, with the mend; neither breaks the tie-out."""
+    ours, theirs = "a" * 64, "b" * 64
+    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": ""}])
+    there = [
+        SiteRecord("", "1", Decimal(50)), SiteRecord(theirs, "2", Decimal(4)), SiteRecord(ours, "3", Decimal(3)),
+    ]  # fmt: skip
+    site: Any = SimpleNamespace(source=SimpleNamespace(name="calls"), records=lambda _: iter(there))
+    book: Any = SimpleNamespace(accepted=lambda *_: accepted, states=lambda _: {})
+    found = reconcile(site, book, DAY)
+    assert (found.matched, found.unknown, found.ties_out) == (1, 2, True)
+    first, second = found.examples
+    for words in ("record 2: 4 there", theirs, "a second or a restored ledger", "usage-billing ledger adopt"):
+        assert words in first
+    assert second == "record 1: 50 there, unknown here"

@@ -184,6 +184,7 @@ def test_each_account_is_asked_for_once_in_a_run(judge, staging):
             "price_point": "",
             "address": '{"a": 2, "b": 1}',
             "open_from": START,
+            "open_until": None,
         }
     ]
 

@@ -7,7 +7,7 @@ through this class alone, and the contract suite in ``tests/contract`` holds eac
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -15,9 +15,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from usage_billing.errors import Misconfigured
+from usage_billing.archive import Archive
+from usage_billing.errors import InDoubt, Misconfigured, Refused
 from usage_billing.records import Delivery, Receipt, SiteRecord, SiteTotal, Target
 from usage_billing.sources import BillingSource, DestinationSettings
+
+Answer = Receipt | Refused | InDoubt | None
+"""What a site says of one delivery in doubt; see `Destination.settle`."""
 
 
 class Destination(ABC):
@@ -32,8 +36,18 @@ class Destination(ABC):
     settings_model: ClassVar[type[DestinationSettings]]
     chunk_size: int
     """How many deliveries travel in one request at most; a class attribute, unless the source's settings lower it."""
+    retry_chunk_size: int = 1
+    """How many of those that were sent before and came back travel in one request: a chunk must not hide its culprit
+    twice."""
     replay_window: ClassVar[timedelta]
     """How long the API itself ignores a repeated token; zero where it promises nothing."""
+
+    stream: str = ""
+    """The stream that takes each accepted row as an event of its own, in archived chunks; empty where totals go."""
+    metric: str = "sum"
+    """What the site computes of what it was sent; only a sum or a count can be tied out."""
+    archive: Archive | None = None
+    """Where chunks of events are kept; whoever makes a destination with a `stream` hands one in."""
 
     client: Any
     """The plain client of the site; its `settings` tell the site's name and how many requests it takes at once."""
@@ -86,6 +100,30 @@ class Destination(ABC):
         `proposals` has the columns of `encode`.
         """
 
+    def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        """Return how much of each proposal may go now (plain decimal text), and why it is held, or an empty text.
+
+        All of it, unless the site is known to take a part only. It may ask the site, and it writes nothing.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked.
+        """
+        return proposals["quantity"], self.hold_reason(proposals)
+
+    def lock(self, delivery: Delivery) -> str:
+        """Return the name of the lock under which a delivery goes alone, after all others; empty for most."""
+        return ""
+
+    def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        """Return, by token, why what was right when it was planned may not be sent any more.
+
+        Asked right before a request that waited: for a lock, or since an earlier try. `now` is the ledger's time.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked; nothing may be sent.
+        """
+        return {}
+
     @abstractmethod
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return the exact JSON text of each proposal's record, without a loop over rows.
@@ -94,6 +132,25 @@ class Destination(ABC):
         ``address`` (JSON text), ``period_start``, ``period_end`` (UTC timestamps), ``quantity`` (plain decimal text),
         ``open_from`` (start of the open billing period, UTC, or NaT).
         """
+
+    def encode_events(self, events: pd.DataFrame) -> pd.Series:
+        """Return the exact JSON text of each row as an event at its own time, without a loop over rows.
+
+        Columns: ``token``, ``time`` (UTC), ``quantity`` (plain decimal text, or the value that a meter counts),
+        ``address``, ``dimensions`` (both JSON text). The text of an event may never change: by it a later run tells
+        whether the row is still what was sent.
+        """
+        raise NotImplementedError(f"{self.name} sends no events of single rows")
+
+    def kept(self) -> Archive:
+        """Return the archive.
+
+        Raises:
+            Misconfigured: none was handed in, so nothing can be sent or compared.
+        """
+        if self.archive is None:
+            raise Misconfigured(f"billing source {self.source.name!r}: sends raw events, and was given no archive")
+        return self.archive
 
     @abstractmethod
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
@@ -105,19 +162,19 @@ class Destination(ABC):
             Misconfigured: nothing was applied and nothing will be, until a person acts.
             NotApplied: nothing of the chunk was applied.
             Refused: nothing of the chunk was applied and the reason lies in it (a chunk of several is then split).
-            InDoubt: some of it may have been applied.
+            InDoubt: some of it may have been applied; its `receipts` are of those that are proven to have been.
         """
 
     @abstractmethod
-    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
-        """Settle deliveries in doubt, all of them older than `settle_after`; give the outcome by token.
+    def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
+        """Settle deliveries in doubt, all of them sent longer than `settle_after` before `now`, the ledger's time.
 
-        A receipt says that the site has it with the same quantity; ``None`` that it definitely has not. A token that is
-        absent from the answer is still in doubt.
+        By token: a receipt says that the site has it with the same quantity; ``None`` that it definitely has it not; a
+        `Refused` that it has it with another one, and an `InDoubt` that no waiting will tell: with these a person
+        decides. A token that is absent from the answer is still in doubt, and worth asking about again.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked; all stay in doubt.
-            Refused: the site holds the token with another quantity.
             InDoubt: all stay in doubt.
         """
 
@@ -152,12 +209,6 @@ def by_value(column: pd.Series, write: Callable[[Any], str]) -> pd.Series:
     codes, values = pd.factorize(column)
     written = np.array([write(cast("Hashable", value)) for value in values], dtype=object)
     return pd.Series(written[codes], index=column.index, dtype=object)
-
-
-def reasons(why: str, withheld: np.ndarray, index: pd.Index) -> pd.Series:
-    """Return `why` where `withheld`, and an empty text elsewhere."""
-    texts = np.array(["", why], dtype=object)
-    return pd.Series(texts[withheld.astype(int)], index=index, dtype=object)
 
 
 def negative(quantity: pd.Series) -> np.ndarray:

@@ -9,28 +9,34 @@ import re
 import string
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cached_property
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
-from pydantic import AfterValidator, BeforeValidator, Field
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from requests.adapters import BaseAdapter
 
-from usage_billing.destinations.base import Destination, by_value, joined, negative, reasons
+from usage_billing.archive import Archived
+from usage_billing.destinations.base import Answer, Destination, by_value, joined, negative
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
     Outcome,
+    exact_number,
+    record_number,
     segment,
 )
-from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults
-from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
+from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults, whole_number
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.records import Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
@@ -48,6 +54,7 @@ _TOKEN_HONOURED = timedelta(minutes=61)
 _FEW = 20
 _CHARGIFY_FIELDS = ("subscription_id", "subscription_reference")
 """Identifiers that stand inside an event's ``chargify`` object; any other is a property of the event."""
+_NO_BALANCE = "a deduction waits: the open billing period's balance does not take it, and never falls below 0"
 _ENDED = frozenset(
     {"canceled", "expired", "failed_to_create", "on_hold", "suspended", "trial_ended", "awaiting_signup"}
 )
@@ -137,10 +144,11 @@ class MaxioSite:
     Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
     """
 
-    def __init__(self, settings: MaxioSettings) -> None:
+    def __init__(self, settings: MaxioSettings, adapter: Callable[[], BaseAdapter] | None = None) -> None:
+        """Prepare; `adapter` takes the place of the network, see `HttpClient`."""
         self.settings = settings
         key = (settings.api_key, "x")
-        shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency}
+        shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "adapter": adapter}
         self._main = HttpClient(settings.site, settings.base_url, key, outcomes=_SITE_WIDE, **shared)
         events_url = f"{settings.events_url}/{settings.subdomain}"
         self._events = HttpClient(settings.site, events_url, key, outcomes=(*_SITE_WIDE, _NO_STREAM), **shared)
@@ -164,9 +172,10 @@ class MaxioSite:
         """
         call = f"create usage of component {component} for subscription {subscription_id}"
         reply = self._main.write(call, _usages_path(subscription_id, component), body)
-        if not isinstance(reply, dict) or not isinstance(reply.get("usage"), dict) or "id" not in reply["usage"]:
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        if not isinstance(usage, dict) or record_number(usage.get("id")) is None:
             raise InDoubt(f"{self.settings.site}: {call}: success, but no usage in the reply")
-        return _unwrapped(reply, "usage")
+        return usage
 
     def usages(self, subscription_id: int, component: int | str, since_id: int | None = None) -> Iterator[Json] | None:
         """Yield all usages from id `since_id` on, each once; None if there is no such subscription or component.
@@ -206,14 +215,21 @@ class MaxioSite:
         bounds = {"since_id": since_id, "max_id": max_id}
         params = {"per_page": _PER_PAGE} | {name: value for name, value in bounds.items() if value is not None}
         found = self._main.read("list usages", path, params)
-        return None if found is None else self._rows("list usages", found, "usage")
+        return None if found is None else self._numbered("list usages", found, "usage")
 
     def _rows(self, call: str, found: object, key: str) -> list[Json]:
         """Return the rows of a list; only a list, empty or not, says what there is."""
         rows = found.get(key) if isinstance(found, dict) else found
-        if not isinstance(rows, list):
-            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list of objects")
         return [_unwrapped(row, key) for row in rows]
+
+    def _numbered(self, call: str, found: object, key: str) -> list[Json]:
+        """Return the rows of a list with their ids as numbers: by these a walk knows where it is."""
+        numbers = [(whole_number(row.get("id"), 0), row) for row in self._rows(call, found, key)]
+        if any(number is None for number, _ in numbers):
+            raise NotApplied(f"{self.settings.site}: {call}: a row has no id that is a number")
+        return [{**row, "id": number} for number, row in numbers]
 
     def component_by_handle(self, handle: str) -> Json | None:
         """Return the component with a handle, or None."""
@@ -252,6 +268,29 @@ class MaxioSite:
         )
         return None if found is None else self._rows("list components", found, "component")
 
+    def subscription_component(self, subscription_id: int, component: int | str) -> Json | None:
+        """Return one component of a subscription with its `unit_balance`, or None; there also before its first use."""
+        path = f"/subscriptions/{int(subscription_id)}/components/{segment(component)}.json"
+        found = self._main.read(f"read component {component} of subscription {subscription_id}", path)
+        return None if found is None else _unwrapped(found, "component")
+
+    def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
+        """Yield what the site noted about a subscription, the newest first; a usage shows here with some delay.
+
+        A ``metered_usage`` event tells in its `event_specific_data` the memo of the usage and the balance before and
+        after it.
+        """
+        path = f"/subscriptions/{int(subscription_id)}/events.json"
+        params: Json = {"filter": ",".join(kinds), "direction": "desc", "per_page": _PER_PAGE}
+        call = f"list site events of subscription {subscription_id}"
+        while rows := self._numbered(call, self._main.read(call, path, params) or [], "event"):
+            yield from rows
+            params["max_id"] = min(row["id"] for row in rows) - 1
+
+    def time(self) -> datetime | None:
+        """Return the site's own time, as its last answer to this thread said; None before the first one."""
+        return self._main.server_time
+
     def record_event(self, stream: str, body: str) -> None:
         """Record one event, the JSON text of an object, in a stream.
 
@@ -272,7 +311,7 @@ class MaxioSite:
             found = self._main.read(call, path, {**params, "page": page, "per_page": _PER_PAGE})
             if found is None:
                 raise self._no_site(call)
-            fresh = [row for row in self._rows(call, found, key) if row["id"] not in seen]
+            fresh = [row for row in self._numbered(call, found, key) if row["id"] not in seen]
             if not fresh:
                 return
             yield from fresh
@@ -335,6 +374,7 @@ class _MaxioDestination(Destination):
             price_point=self._price_point,
             address=self._address(account, number),
             open_from=_instant(subscription.get("current_period_started_at")),
+            open_until=_instant(subscription.get("current_period_ends_at")),
         )
 
     def _unusable(self, account: str, subscription: Json, component: Json) -> str:
@@ -425,8 +465,12 @@ class _MaxioDestination(Destination):
         return found if found is not None and found.get("reference") == account else None
 
 
-def _instant(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text).astimezone(UTC) if text else None
+def _instant(text: object) -> datetime | None:
+    """Return a moment that the site tells, or None if it tells none that can be read."""
+    try:
+        return datetime.fromisoformat(str(text)).astimezone(UTC)
+    except ValueError:
+        return None
 
 
 # --- metered components ---------------------------------------------------------------------------------------------
@@ -467,9 +511,65 @@ class MaxioMetered(_MaxioDestination):
     replay_window = timedelta(0)
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
-        """Hold negative differences: what goes below a balance of 0 would be lost."""
-        why = "a negative difference waits: the site's balance never falls below 0"
-        return reasons(why, negative(proposals["quantity"]), proposals.index)
+        """Hold nothing by itself: how much of a deduction the balance takes is for `judge` to ask."""
+        return pd.Series("", index=proposals.index, dtype=object)
+
+    def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        """Let a deduction go only as far as the balance takes it: the site keeps 0 and forgets the rest.
+
+        What the same plan adds to a subscription is sent first, so it counts as balance already.
+        """
+        goes = proposals["quantity"].to_numpy(dtype=object, copy=True)
+        why = self.hold_reason(proposals).to_numpy(copy=True)
+        subscriptions, components = proposals["subscription"].to_numpy(), proposals["component"].to_numpy()
+        minus = negative(proposals["quantity"])
+        room: dict[tuple[str, str], Decimal] = {}
+        unfit: dict[tuple[str, str], str] = {}
+        for place in np.flatnonzero(minus):
+            key = (subscriptions[place], components[place])
+            if key not in room:
+                added = goes[~minus & (subscriptions == key[0]) & (components == key[1])]
+                room[key] = self._balance(*map(int, key)) + sum(map(Decimal, added), Decimal(0))
+                unfit[key] = self._unfit_for_deductions(int(key[0]))
+            part = min(-Decimal(goes[place]), room[key])
+            why[place] = unfit[key] or ("" if part > 0 else _NO_BALANCE)
+            if not why[place]:
+                room[key] -= part
+                goes[place] = f"{-part:f}"
+        return pd.Series(goes, proposals.index, object), pd.Series(why, proposals.index, object)
+
+    def lock(self, delivery: Delivery) -> str:
+        """Send the deductions of one balance one after the other, whichever source they come from."""
+        if delivery.quantity > 0:
+            return ""
+        where = delivery.address
+        return f"floor:{self.site}:{where['subscription_id']}:{where['component_id']}"
+
+    def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        """Hold a deduction that the balance does not take whole, or that a renewal could overtake."""
+        found = {one.token: self._why_no_deduction(one) for one in deliveries if one.quantity < 0}
+        return {token: why for token, why in found.items() if why}
+
+    def _why_no_deduction(self, delivery: Delivery) -> str:
+        where = delivery.address
+        if why := self._unfit_for_deductions(where["subscription_id"]):
+            return why
+        balance = self._balance(where["subscription_id"], where["component_id"])
+        return "" if balance >= -delivery.quantity else f"{_NO_BALANCE} (it is {balance})"
+
+    def _unfit_for_deductions(self, subscription_id: int) -> str:
+        subscription = self.client.subscription(subscription_id)
+        if subscription is None or subscription.get("state") in _ENDED:
+            return "a deduction waits: its subscription has ended, so there is no balance to take it from"
+        # A balance is reset when the site renews, and it is the site's clock that decides about that.
+        ends, now = _instant(subscription.get("current_period_ends_at")), self.client.time()
+        if ends is None or now is None or now >= ends - self.settle_after:
+            return f"a deduction waits for the renewal: the billing period ends at {ends}"
+        return ""
+
+    def _balance(self, subscription_id: int, component_id: int) -> Decimal:
+        found = self.client.subscription_component(subscription_id, component_id) or {}
+        return exact_number(found.get("unit_balance")) or Decimal(0)
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return the body of a create-usage request: the token is the first word of the memo, and on the top level."""
@@ -506,16 +606,20 @@ class MaxioMetered(_MaxioDestination):
         return names.get(kind, f"{first:%Y-%m-%d %H:%M} to {after:%Y-%m-%d %H:%M}")
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
-        """Create one usage; one that comes back with another quantity is in doubt."""
+        """Create one usage; one that comes back with another quantity is in doubt, and so is an unproven deduction."""
         (delivery,) = chunk
         address = delivery.address
         usage = self.client.create_usage(address["subscription_id"], address["component_id"], delivery.body)
-        if (stored := _quantity(usage)) != delivery.quantity:
-            # It was applied, and wrongly: settling will find the token with another quantity and report it.
-            raise InDoubt(f"{self.site}: usage {usage['id']} was sent as {delivery.quantity} and stored as {stored}")
-        return [Receipt(delivery.token, str(usage["id"]))]
+        try:
+            found = self._receipt(delivery, usage)
+        except UsageBillingError as failure:
+            raise InDoubt(f"{failure}; a deduction was taken, how much of it counted could not be asked") from failure
+        if not isinstance(found, Receipt):
+            # It was applied. Settling will find it, with its proof, or with another quantity and report that.
+            raise InDoubt(f"{self.site}: {found or 'the site does not show yet how much of the deduction counted'}")
+        return [found]
 
-    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
+    def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
         """Look for each token in the usages of its stored address.
 
         The whole list is walked, never a window of dates: with two clocks apart, a window could hide what was billed.
@@ -525,28 +629,47 @@ class MaxioMetered(_MaxioDestination):
         try renews the 60 minutes. Then it stays in doubt for 61 minutes after the last send. A first send cannot have
         met its own token, so it does not wait.
         """
-        found: dict[str, Receipt | None] = {}
-        different: list[str] = []
+        found: dict[str, Answer] = {}
         for (subscription_id, component_id), some in _by_address(doubts).items():
             usages = self.client.usages(subscription_id, component_id)
             if usages is None:
                 continue  # A subscription that is gone answers nothing about what it was billed.
             held = _first_with_token(usages, set(some))
             for token, doubt in some.items():
-                usage = held.get(token)
-                if usage is None and _may_meet_its_token(doubt):
-                    continue
-                if usage is None:
+                if token in held:
+                    answer = self._receipt(doubt, held[token], "found in the list of usages")
+                    if answer is not None:
+                        found[token] = answer
+                elif not _may_meet_its_token(doubt, now):
                     found[token] = None
-                elif _quantity(usage) == doubt.quantity:
-                    found[token] = Receipt(token, str(usage["id"]), "found in the list of usages")
-                else:
-                    different.append(
-                        f"usage {usage['id']} holds {_quantity(usage)}, not {doubt.quantity} (token {token})"
-                    )
-        if different:
-            raise Refused(f"{self.site}: stored with another quantity: {'; '.join(different)}")
         return found
+
+    def _receipt(self, delivery: Delivery, usage: Json, note: str = "") -> Receipt | Refused | None:
+        """Return the receipt of a usage that the site holds, or what is wrong with it; None while it is not proven.
+
+        A site may store a deduction as sent or clipped at the floor; what counted, its site event tells.
+        """
+        number, stored = str(usage["id"]), _quantity(usage)
+        if delivery.quantity > 0:
+            return Receipt(delivery.token, number, note) if stored == delivery.quantity else _another(delivery, usage)
+        counted = self._counted(delivery)
+        if counted is None:
+            return None
+        if stored not in (delivery.quantity, counted):
+            return _another(delivery, usage)
+        return Receipt(delivery.token, number, note, None if counted == delivery.quantity else counted)
+
+    def _counted(self, delivery: Delivery) -> Decimal | None:
+        """Return by how much a deduction moved the balance, 0 or less; None while the site does not show it."""
+        for event in self.client.site_events(delivery.address["subscription_id"]):
+            data = _unwrapped(event, "event_specific_data")
+            if _token_of(data) == delivery.token:
+                after = exact_number(data.get("new_unit_balance"))
+                before = exact_number(data.get("previous_unit_balance"))
+                return None if after is None or before is None else after - before
+            if _long_before(event, delivery):
+                break
+        return None
 
     def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
         """Yield the usages from the oldest of `deliveries` on: a usage does not know its usage period."""
@@ -555,7 +678,11 @@ class MaxioMetered(_MaxioDestination):
             where = json.loads(str(address))
             since = None if some["number"].isna().any() else int(some["number"].min())
             for usage in self.client.usages(where["subscription_id"], where["component_id"], since) or ():
-                yield SiteRecord(_token_of(usage), str(usage["id"]), _quantity(usage))
+                memo = str(usage.get("memo") or "")
+                shown = memo.partition(" ")[2] if (token := _token_of(usage)) else memo
+                if (quantity := _quantity(usage)) is None:
+                    raise NotApplied(f"{self.site}: list usages: usage {usage['id']} has no readable quantity")
+                yield SiteRecord(token, str(usage["id"]), quantity, shown)
 
     def _address(self, account: str, number: str) -> Json:
         return {"subscription_id": int(number), "component_id": self._component["id"]}
@@ -593,9 +720,9 @@ class MaxioMetered(_MaxioDestination):
             yield self._no_price_point()
 
 
-def _quantity(usage: Json) -> Decimal:
-    """Return a usage's quantity, which comes as a number or as text."""
-    return Decimal(str(usage["quantity"]))
+def _quantity(usage: Json) -> Decimal | None:
+    """Return a usage's quantity, which comes as a number or as text; None if it is neither."""
+    return exact_number(usage.get("quantity"))
 
 
 def _token_of(usage: Json) -> str:
@@ -622,10 +749,25 @@ def _by_address(doubts: Sequence[Delivery]) -> dict[tuple[int, int], dict[str, D
     return groups
 
 
-def _may_meet_its_token(doubt: Delivery) -> bool:
+def _may_meet_its_token(doubt: Delivery, now: datetime) -> bool:
     if doubt.sends <= 1 or doubt.sent_at is None:
         return False
-    return datetime.now(UTC) < doubt.sent_at + _TOKEN_HONOURED
+    return now < doubt.sent_at + _TOKEN_HONOURED
+
+
+def _another(delivery: Delivery, usage: Json) -> Refused:
+    stored = _quantity(usage)
+    held = "no readable quantity" if stored is None else stored
+    return Refused(
+        f"stored with another quantity: usage {usage['id']} holds {held}, "
+        f"not {delivery.quantity} (token {delivery.token})"
+    )
+
+
+def _long_before(event: Json, delivery: Delivery) -> bool:
+    """Say whether an event is so old that those before it cannot be of this delivery, even with clocks apart."""
+    noted, sent = _instant(event.get("created_at")), delivery.sent_at
+    return noted is not None and sent is not None and noted < sent - timedelta(days=1)
 
 
 # --- events ---------------------------------------------------------------------------------------------------------
@@ -635,9 +777,10 @@ class MaxioEventsSettings(DestinationSettings):
     """The keys of a source that is billed as events of a stream.
 
     `subscription_by` is the stream's Subscription Identifier: ``subscription_id``, ``subscription_reference``, or the
-    name of a property whose value is the subscription's reference. `property` holds the quantity, and the metric behind
-    `component` must be the sum of it: a correction is a signed difference, which only a sum takes in. No API tells the
-    metric's formula, so nobody but you can check that.
+    name of a property whose value is the subscription's reference. `property` holds the quantity. `mode` says what an
+    event is: ``totals`` for one usage total, whose correction is a signed difference, or ``events`` for one row of
+    ``usage.sql``, as it is. `metric` says what the metric behind `component` computes of the events; totals need a sum.
+    No API tells the metric's formula, so nobody but you can check that.
     """
 
     name: Literal["maxio_events"]
@@ -645,17 +788,44 @@ class MaxioEventsSettings(DestinationSettings):
     subscription_by: str = Field(min_length=1)
     component: _IdOrHandle
     property: str = Field(min_length=1)
+    mode: Literal["totals", "events"] = "totals"
+    metric: Literal["sum", "count", "maximum", "minimum", "average", "unique", "percentile"] = "sum"
+
+    @model_validator(mode="after")
+    def _totals_are_sums(self) -> Self:
+        if self.mode == "totals" and self.metric != "sum":
+            raise ValueError(
+                f"metric: is {self.metric}, and mode totals sends signed differences, which only a sum takes in; "
+                "set mode: events"
+            )
+        return self
+
+    def naming(self) -> dict[str, Any]:
+        """Return what names the usage that is billed; what an event is belongs to it, the metric does not."""
+        mode = {"mode": self.mode} if self.mode == "events" else {}
+        return {key: value for key, value in super().naming().items() if key != "metric"} | mode
 
 
 class MaxioEvents(_MaxioDestination):
-    """Usage as events of a stream: a thousand to a request, each with its token and the start of its usage period."""
+    """Usage as events of a stream, a thousand to a request, each with its token.
+
+    In mode ``totals`` a delivery is an event at the start of its usage period. In mode ``events`` a delivery is a chunk
+    of rows, each an event at its own time, which the archive keeps: one delivery then makes one request.
+    """
 
     name = "maxio_events"
     settings_model = MaxioEventsSettings
     kind = "event_based_component"
     chunk_size = 1000
+    retry_chunk_size = 1000
     # The documentation says 31 days; a day is left for clocks and for the time that the request took.
     replay_window = timedelta(days=30)
+
+    def __init__(self, source: BillingSource, client: MaxioSite) -> None:
+        super().__init__(source, client)
+        if self.settings.mode == "events":
+            self.stream, self.metric = self.settings.stream, self.settings.metric
+            self.chunk_size = self.retry_chunk_size = 1
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
@@ -673,14 +843,21 @@ class MaxioEvents(_MaxioDestination):
             ~(proposals["period_start"] < proposals["open_from"]), proposals["open_from"]
         )
         when = by_value(starts, lambda start: f"{start.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}")
-        named = by_value(proposals["address"], self._subscriber)
+        return self._written(proposals, when, proposals["quantity"])
+
+    def encode_events(self, events: pd.DataFrame) -> pd.Series:
+        """Return each row as one event at its own time, its dimensions as properties."""
+        counts_values = self.source.settings.meter.function == "unique"
+        quantity = by_value(events["quantity"], json.dumps) if counts_values else events["quantity"]
+        return self._written(events, _moments(events["time"]), quantity)
+
+    def _written(self, rows: pd.DataFrame, when: pd.Series, quantity: pd.Series) -> pd.Series:
+        named = by_value(rows["address"], self._subscriber)
         key = json.dumps(self.settings.property)
-        also = by_value(
-            proposals["dimensions"].fillna("{}"), lambda text: f",{text[1:-1]}" if len(text) > len("{}") else ""
-        )
+        also = by_value(rows["dimensions"].fillna("{}"), lambda text: f",{text[1:-1]}" if len(text) > len("{}") else "")
         return joined(
-            '{"chargify":{"timestamp":"', when, '","uniqueness_token":"', proposals["token"], '"', named,
-            f",{key}:", proposals["quantity"], also, "}",
+            '{"chargify":{"timestamp":"', when, '","uniqueness_token":"', rows["token"], '"', named,
+            f",{key}:", quantity, also, "}",
         )  # fmt: skip
 
     def _subscriber(self, address: str) -> str:
@@ -700,28 +877,66 @@ class MaxioEvents(_MaxioDestination):
 
     def _record(self, chunk: Sequence[Delivery]) -> None:
         (stream,) = {delivery.address["stream"] for delivery in chunk}
-        self.client.record_events(stream, [delivery.body for delivery in chunk])
+        self.client.record_events(stream, [body for delivery in chunk for body in self._bodies(delivery)])
 
-    def settle(self, doubts: Sequence[Delivery]) -> Mapping[str, Receipt | None]:
+    def _bodies(self, delivery: Delivery) -> list[str]:
+        if not self.stream:
+            return [delivery.body]
+        bodies: list[str] = self._chunk(delivery).column("body").to_pylist()
+        return bodies
+
+    def _chunk(self, delivery: Delivery) -> pa.Table:
+        return self.kept().read(Archived.at(delivery.address))
+
+    def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
         """Send the same events again: the stream ignores a token that it holds, for 31 days.
 
         What was sent before the replay window stays in doubt, since a replay could bill twice. So does what belongs to
         a billing period that has closed since: if the first request was lost, its replay would be taken and not billed.
         """
-        replayable = self._replayable(doubts)
+        fresh = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at <= self.replay_window]
+        still = self._still_open(fresh)
+        replayable = [doubt for doubt in fresh if doubt.token in still]
         for stream in sorted({doubt.address["stream"] for doubt in replayable}):
             of_stream = [doubt for doubt in replayable if doubt.address["stream"] == stream]
             for first in range(0, len(of_stream), self.chunk_size):
                 self._replay(of_stream[first : first + self.chunk_size])
+        too_old = f"sent more than {self.replay_window.days} days ago: a replay could bill it twice; compare the totals"
+        closed = "its billing period has closed: a replay would be taken and never billed; compare the totals"
+        answers: dict[str, Answer] = {doubt.token: InDoubt(too_old) for doubt in doubts}
+        answers |= {doubt.token: InDoubt(closed) for doubt in fresh}
         note = "replayed; the stream ignores what it holds"
-        return {doubt.token: Receipt(doubt.token, note=note) for doubt in replayable}
+        return answers | {doubt.token: Receipt(doubt.token, note=note) for doubt in replayable}
 
-    def _replayable(self, doubts: Sequence[Delivery]) -> list[Delivery]:
-        latest = datetime.now(UTC) - self.replay_window
-        fresh = [doubt for doubt in doubts if doubt.sent_at is not None and doubt.sent_at >= latest]
-        targets = self.resolve(sorted({_account(doubt) for doubt in fresh}))
+    def _still_open(self, deliveries: Sequence[Delivery]) -> set[str]:
+        """Return the tokens of those all of whose billing periods are open on the site right now."""
+        earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
+        targets = self.resolve(sorted({account for moments in earliest.values() for account in moments}))
         opened = {target.account: target.open_from for target in targets if target.open_from is not None}
-        return [doubt for doubt in fresh if _account(doubt) in opened and _timestamp(doubt) >= opened[_account(doubt)]]
+        return {
+            token
+            for token, moments in earliest.items()
+            if all(account in opened and moment >= opened[account] for account, moment in moments.items())
+        }
+
+    def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
+        """Return the time of each account's earliest event."""
+        if not self.stream:
+            event = json.loads(delivery.body)["chargify"]
+            return {str(delivery.address["account"]): datetime.fromisoformat(event["timestamp"])}
+        first = self._chunk(delivery).group_by("account").aggregate([("time", "min")])
+        return dict(zip(first.column("account").to_pylist(), first.column("time_min").to_pylist(), strict=True))
+
+    def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        """Hold what belongs to a billing period that has closed since it was planned."""
+        still = self._still_open(deliveries)
+        why = "its billing period closed before it was sent: the site would take the event and never bill it"
+        if self.stream:
+            why = (
+                "the billing period of some of its events closed before it was sent, and the site would never bill "
+                "those: clear the run from validate on, and the others go"
+            )
+        return {delivery.token: why for delivery in deliveries if delivery.token not in still}
 
     def _replay(self, chunk: Sequence[Delivery]) -> None:
         try:
@@ -765,6 +980,8 @@ class MaxioEvents(_MaxioDestination):
         # Neither the stream and its Subscription Identifier, nor the metric's formula, nor whether the component is
         # activated for a subscription can be read through any documented call: a wrong stream shows at the first
         # request, the others when totals are compared.
+        if self.stream and self.source.settings.meter.function == "unique" and self.metric not in {"unique", "count"}:
+            yield f"metric: the {self.metric} of a property that holds text is nothing; meter unique sends the values"
         names = Counter([self.settings.property, *self.source.settings.dimensions, "chargify"])
         names.update([] if self.settings.subscription_by in _CHARGIFY_FIELDS else [self.settings.subscription_by])
         for name in (name for name, count in names.items() if count > 1):
@@ -772,9 +989,8 @@ class MaxioEvents(_MaxioDestination):
             yield f"{where}: {name!r} would stand twice in an event; rename one in usage.sql"
 
 
-def _account(delivery: Delivery) -> str:
-    return str(delivery.address["account"])
-
-
-def _timestamp(delivery: Delivery) -> datetime:
-    return datetime.fromisoformat(json.loads(delivery.body)["chargify"]["timestamp"])
+def _moments(times: pd.Series) -> pd.Series:
+    """Return moments in UTC as text, with microseconds where they have any."""
+    text = np.datetime_as_string(times.dt.tz_convert(None).to_numpy("datetime64[us]"), unit="us")
+    plain = pc.replace_substring_regex(pa.array(text.astype(object), pa.string()), r"\.000000$", "")
+    return joined(pd.Series(plain.to_pylist(), index=times.index, dtype=object), "Z")

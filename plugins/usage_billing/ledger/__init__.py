@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any, Self
 
@@ -31,10 +32,21 @@ from sqlalchemy.exc import IntegrityError
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger import queries
-from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, source
+from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, ledger, source
 from usage_billing.records import Delivery, Extraction, Period, Receipt, State
 
-__all__ = ["Lease", "Ledger", "Reserved"]
+__all__ = ["ADOPTED", "Lease", "Ledger", "Reserved", "bases"]
+
+_DECISIONS: Mapping[State, tuple[State, ...]] = {
+    State.WRITTEN_OFF: (State.HELD, State.REFUSED),
+    State.ACCEPTED: (State.IN_DOUBT,),
+    State.RESERVED: (State.IN_DOUBT,),
+}
+"""What a person may decide, and of what."""
+
+ADOPTED = "adopted on "
+"""How the reason of each adopted delivery begins. One that is held with it waits for a person, whatever the warehouse
+says by then: the site may have it, and nobody can ask."""
 
 _BATCH = 500
 """How many values go into one IN list: SQLite and PostgreSQL both take more, plans stay readable with this."""
@@ -227,8 +239,9 @@ class Ledger:
     def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
         """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
 
-        Columns: identity, revision, state, quantity (text), extraction, token, reason, account, subscription,
-        component, price_point, dimensions, period_start, period_end, address; sorted by identity and revision.
+        Columns: identity, revision, state, quantity, applied (both text), extraction, token, reason, account,
+        subscription, component, price_point, dimensions, period_start, period_end, address; sorted by identity and
+        revision.
         """
         return self._frame(queries.standing(name, window, low, high))
 
@@ -249,12 +262,16 @@ class Ledger:
         ``held``, or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has
         another last revision than the plan saw is not written: it has moved, and has to be planned again.
         So does one for whose usage period a newer extraction was compared.
+
+        What a chunk of raw events may hold hangs on all others of its usage period: proposals of chunks, one period in
+        one call, have a column ``basis`` (see `bases`), and move where the ledger has another one by now.
         """
         if proposals.empty:
             return Reserved(0, 0, 0)
         periods = _periods(proposals)
         window = Period.around(periods)
-        low, high = proposals["identity"].iloc[0], proposals["identity"].iloc[-1] + "~"
+        chunks = "basis" in proposals
+        low, high = ("", "g") if chunks else (proposals["identity"].iloc[0], proposals["identity"].iloc[-1] + "~")
         with self._writing() as connection:
             # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
             connection.execute(select(source).where(source.c.name == name).with_for_update())
@@ -264,8 +281,12 @@ class Ledger:
             last = known.groupby("identity")["revision"].max()
             base = proposals["identity"].map(last).fillna(-1).astype(int)
             # An earlier try of the same plan; the same token from another extraction means that it has moved.
-            already = proposals["token"].isin(known.loc[known["extraction"] == number, "token"])
+            ours = (known["extraction"] == number) & ~(chunks & (known["state"] == State.SUPERSEDED))
+            already = proposals["token"].isin(known.loc[ours, "token"])
             sound = ~already & (base == proposals["revision"] - 1) & ~proposals["period_start"].isin(stale)
+            if chunks:
+                found = bases(known)
+                sound &= proposals["basis"] == [found.get(start, "") for start in proposals["period_start"]]
             if not self._supersede(connection, proposals.loc[sound, "supersedes"], now):
                 # A worker took one of them between the plan and here: nothing of this batch holds any more.
                 connection.rollback()
@@ -281,6 +302,21 @@ class Ledger:
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESERVED, binds).mappings()]
 
+    def resumable(self, name: str, limit: int, after: str = "") -> list[Delivery]:
+        """Return up to `limit` deliveries, by token, that were sent, turned out not to be there, and still stand."""
+        binds = {"of": name, "after": after, "most": limit}
+        with self._reading() as connection:
+            return [_delivery(row) for row in connection.execute(queries.RESUMABLE, binds).mappings()]
+
+    def hold(self, reasons: Mapping[str, str]) -> int:
+        """Hold reserved deliveries, each token for its reason; return how many were still reserved."""
+        held = 0
+        with self._writing() as connection:
+            for token, reason in reasons.items():
+                this_one = update(delivery).where(delivery.c.token == token, delivery.c.state == State.RESERVED)
+                held += connection.execute(this_one.values(state=State.HELD, reason=reason)).rowcount
+        return held
+
     def begin_sending(self, tokens: Sequence[str], held: Lease) -> frozenset[str]:
         """Put reserved deliveries in the air under a lease; return those that are now ours to send, and only those.
 
@@ -290,9 +326,16 @@ class Ledger:
             binds = {"tokens": tokens, "held": held.fence, "now": self._now(connection)}
             return frozenset(connection.execute(queries.BEGIN_SENDING, binds).scalars())
 
+    def may_send(self, token: str, held: Lease, good_for: timedelta) -> bool:
+        """Say whether a claimed delivery may still go out: its claim is younger than `good_for`, its lease alive."""
+        with self._reading() as connection:
+            now = self._now(connection)
+            binds = {"of": token, "held": held.fence, "now": now, "since": now - good_for}
+            return bool(connection.execute(queries.MAY_SEND, binds).scalar_one())
+
     def accept(self, receipts: Iterable[Receipt], held: Lease) -> int:
         """Write the receipts of deliveries that this lease sent; return how many were still its own to write."""
-        rows = [{"of": receipt.token, "record": receipt.record_id, "note": receipt.note} for receipt in receipts]
+        rows = [{"of": receipt.token, **_proof(receipt)} for receipt in receipts]
         if not rows:
             return 0
         with self._writing() as connection:
@@ -318,13 +361,13 @@ class Ledger:
             values = {"state": State.IN_DOUBT, "reason": "its worker ended before it wrote down an outcome"}
             return connection.execute(sending.where(~alive).values(values)).rowcount
 
-    def doubts(self, name: str, window: Period) -> list[Delivery]:
-        """Return the deliveries in doubt of a source in `window`, the longest waiting first."""
+    def doubts(self, name: str, window: Period | None = None) -> list[Delivery]:
+        """Return the deliveries in doubt of a source in `window`, or in all, the longest waiting first."""
         statement = select(delivery).where(queries.in_window(name, window), delivery.c.state == State.IN_DOUBT)
         return self._deliveries(statement.order_by(delivery.c.sent_at, delivery.c.token))
 
-    def in_the_air(self, name: str, window: Period) -> int:
-        """Return how many deliveries of `window` some worker is sending right now."""
+    def in_the_air(self, name: str, window: Period | None = None) -> int:
+        """Return how many deliveries of `window`, or of all, some worker is sending right now."""
         statement = select(func.count()).where(queries.in_window(name, window), delivery.c.state == State.SENDING)
         with self._reading() as connection:
             return int(connection.execute(statement).scalar_one())
@@ -337,11 +380,99 @@ class Ledger:
         this_one = update(delivery).where(
             delivery.c.token == doubt.token, delivery.c.state == State.IN_DOUBT, delivery.c.sends == doubt.sends
         )
-        values = {"state": state, "record_id": receipt.record_id if receipt else ""}
-        values["reason"] = receipt.note if receipt else reason
+        proof = _proof(receipt or Receipt(doubt.token, note=reason))
+        values = {"record_id": proof["record"], "reason": proof["note"], "applied": proof["counted"]}
+        with self._writing() as connection:
+            settled = self._now(connection) if state in {State.ACCEPTED, State.REFUSED} else None
+            return connection.execute(this_one.values(state=state, settled_at=settled, **values)).rowcount == 1
+
+    def decide(self, token: str, state: State, by: str) -> None:
+        """Write down what a person decided about one delivery, with who and why as its reason.
+
+        What is held or refused can be `written_off`: it is settled, and never billed. A doubt can be `accepted` (the
+        site has it, with this quantity) or `reserved` (it has it not: it is sent again).
+
+        Raises:
+            Misconfigured: there is no such delivery, or it does not stand where this can be decided.
+        """
+        leaves = _DECISIONS[state]
         with self._writing() as connection:
             settled = None if state is State.RESERVED else self._now(connection)
-            return connection.execute(this_one.values(settled_at=settled, **values)).rowcount == 1
+            values = {"state": state, "reason": by, "settled_at": settled}
+            this_one = update(delivery).where(delivery.c.token == token, delivery.c.state.in_(leaves))
+            if connection.execute(this_one.values(values)).rowcount:
+                return
+            found = connection.execute(select(delivery.c.state).where(delivery.c.token == token)).scalar()
+        where = f"it is {found}" if found else "the ledger has no such delivery"
+        raise Misconfigured(f"token {token}: {where}; {state} can be decided of what is {' or '.join(leaves)}")
+
+    # --- adopting ----------------------------------------------------------------------------------------------------
+
+    @property
+    def ledger_id(self) -> str:
+        """The name that no other ledger has; a copy of this one has it too."""
+        with self._reading() as connection:
+            name: str = connection.execute(select(ledger.c.ledger_id)).scalar_one()
+            return name
+
+    def holder_of(self, fence: int) -> str | None:
+        """Return who took the lease with this fence, or None if this ledger never gave it out."""
+        with self._reading() as connection:
+            return connection.execute(select(lease.c.holder).where(lease.c.fence == fence)).scalar_one_or_none()
+
+    def number_above(self, number: int) -> None:
+        """Let all later extractions have larger numbers than `number`, which staging has seen and this ledger may not.
+
+        A run of before, whose tasks are cleared now, must not meet the rows of another one under its own number.
+        """
+        statements = queries.NUMBER_ABOVE[self._engine.dialect.name]
+        with self._writing() as connection:
+            for statement in statements:
+                connection.execute(statement, {"least": number})
+
+    def known(self, tokens: Sequence[str]) -> pd.DataFrame:
+        """Return what this ledger has of `tokens`: token, source, state and quantity (text)."""
+        columns = [delivery.c[name] for name in ("token", "source", "state", "quantity")]
+        parts = [self._frame(select(*columns).where(delivery.c.token.in_(some))) for some in _batches(tokens)]
+        return pd.concat(parts) if parts else pd.DataFrame(columns=["token", "source", "state", "quantity"])
+
+    def adopt(
+        self, name: str, site: str, number: int, found: pd.DataFrame, settled: Mapping[str, Receipt], reason: str
+    ) -> None:
+        """Enter what the site holds and this ledger had forgotten, as accepted, in one transaction.
+
+        `found` has the columns of `delivery` up to `body`, ``record_id`` and ``applied``. `settled` gives, by token,
+        the receipt of each open delivery that the site turned out to hold. Where a later revision is entered, an open
+        one before it ends as superseded: it had come to its end before the later one was made.
+
+        Raises:
+            NotApplied: a delivery of the source is being sent, or one of these has moved; nothing was entered.
+        """
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            sending = select(delivery.c.token).where(delivery.c.source == name, delivery.c.state == State.SENDING)
+            if connection.execute(sending.limit(1)).first() is not None:
+                raise NotApplied(f"deliveries of {name!r} are being sent: adopt again when the deliver task has ended")
+            now = self._now(connection)
+            same = {"why": reason, "now": now}
+            # One by one: how many rows of a batch matched is not told by every driver.
+            taken = [
+                connection.execute(
+                    queries.ADOPT_OPEN, {"of": token, "record": proof["record"], "counted": proof["counted"], **same}
+                ).rowcount
+                for token, proof in ((token, _proof(receipt)) for token, receipt in settled.items())
+            ]
+            if sum(taken) != len(settled) or _any_known(connection, found["token"].tolist()):
+                raise NotApplied(f"deliveries of {name!r} moved while the site was asked; adopt again")
+            if found.empty:
+                return
+            rows = _rows(found.assign(state=State.ACCEPTED, reason=reason), name, site, number, now)
+            connection.execute(
+                queries.CLOSE_BELOW, [{"of": row["identity"], "up_to": row["revision"], **same} for row in rows]
+            )
+            for row, record_id, applied in zip(rows, found["record_id"], found["applied"], strict=True):
+                row.update(settled_at=now, record_id=record_id, applied=applied)
+            connection.execute(insert(delivery), rows)
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
@@ -369,7 +500,7 @@ class Ledger:
         """Return what all sources had accepted for one component of a site: subscription, period_start, quantity."""
         parts = [
             self._frame(
-                select(delivery.c.subscription, delivery.c.period_start, delivery.c.quantity).where(
+                select(delivery.c.subscription, delivery.c.period_start, queries.COUNTED.label("quantity")).where(
                     delivery.c.site == site,
                     delivery.c.component == component,
                     delivery.c.subscription.in_(some),
@@ -385,6 +516,20 @@ class Ledger:
             if parts
             else pd.DataFrame(columns=["subscription", "period_start", "quantity"])
         )
+
+    def chunks_at(self, site: str, component: str, window: Period) -> list[dict[str, Any]]:
+        """Return the address of every chunk of raw events that was accepted for a component and touches `window`."""
+        statement = select(delivery.c.address).where(
+            delivery.c.site == site,
+            delivery.c.component == component,
+            delivery.c.subscription == "",
+            delivery.c.period_start < window.end,
+            delivery.c.period_end > window.start,
+            delivery.c.state == State.ACCEPTED,
+        )
+        with self._reading() as connection:
+            found = connection.execute(statement.order_by(delivery.c.token)).scalars()
+            return [json.loads(address) for address in found]
 
     def open_items(self, name: str, window: Period) -> pd.DataFrame:
         """Return what is listed by name for `window`: reserved, sending, in doubt, held, refused, and why."""
@@ -437,6 +582,18 @@ class Ledger:
         return True
 
 
+def bases(standing: pd.DataFrame) -> dict[datetime, str]:
+    """Return what a plan of chunks rests on, by the start of the usage period: a digest of which rows stand there.
+
+    Two sets are the same if the same rows wait (a plan may replace them) and the same rows do not (the events in them
+    are sent, on their way, or refused): how far one has come on its way changes no plan.
+    """
+    rows = standing[standing["state"] != State.SUPERSEDED]
+    waits = rows["state"].isin([State.RESERVED, State.HELD]).map({True: "waits", False: "stands"})
+    lines = (rows["token"] + " " + waits).groupby(rows["period_start"])
+    return {start: sha256("\n".join(sorted(some)).encode()).hexdigest() for start, some in lines}
+
+
 def _stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
     """Return those of `periods` for which a later extraction than `number` was compared."""
     rows = connection.execute(queries.newer_comparisons(name, number, Period.around(periods)))
@@ -452,6 +609,12 @@ def _raise_if_overlapping(connection: Connection, name: str, periods: Sequence[P
                 f"billing source {name!r}: the usage periods {one} and {other} overlap, and the rows of both would be "
                 "billed twice: run the intervals that were run before, or bill the new ones as a source of their own"
             )
+
+
+def _any_known(connection: Connection, tokens: Sequence[str]) -> bool:
+    """Say whether one of `tokens` is written down already."""
+    looks = (select(delivery.c.token).where(delivery.c.token.in_(some)).limit(1) for some in _batches(tokens))
+    return any(connection.execute(look).first() is not None for look in looks)
 
 
 def _batches(values: Sequence[str]) -> Iterable[Sequence[str]]:
@@ -474,7 +637,15 @@ def _rows(fresh: pd.DataFrame, name: str, site: str, number: int, now: datetime)
     )
     for column in ("period_start", "period_end"):
         rows[column] = pd.Series(fresh[column].dt.to_pydatetime(), index=fresh.index, dtype=object)
+    if "open_until" in fresh:
+        moments = [None if pd.isna(moment) else moment.to_pydatetime() for moment in fresh["open_until"]]
+        rows["open_until"] = pd.Series(moments, index=fresh.index, dtype=object)
     return rows.to_dict("records")  # type: ignore[return-value]
+
+
+def _proof(receipt: Receipt) -> dict[str, str]:
+    counted = "" if receipt.applied is None else f"{receipt.applied:f}"
+    return {"record": receipt.record_id, "note": receipt.note, "counted": counted}
 
 
 def _extraction(row: RowMapping) -> Extraction:
@@ -492,4 +663,6 @@ def _delivery(row: RowMapping) -> Delivery:
         body=row["body"],
         sent_at=row["sent_at"],
         sends=row["sends"],
+        reserved_at=row["reserved_at"],
+        open_until=row["open_until"],
     )

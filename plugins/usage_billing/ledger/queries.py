@@ -6,7 +6,7 @@ SQLAlchemy longer than running it.
 
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, and_, bindparam, exists, select, update
+from sqlalchemy import BindParameter, ColumnElement, Select, and_, bindparam, case, exists, or_, select, text, update
 
 from usage_billing.ledger.tables import UtcDateTime, compared_period, delivery, lease
 from usage_billing.records import Period, State
@@ -27,17 +27,18 @@ def sent_under(fence: Any, now: Any) -> ColumnElement[bool]:
     return and_(delivery.c.state == State.SENDING, delivery.c.fence == fence, fence_alive(fence, now))
 
 
-def in_window(source: str, window: Period) -> ColumnElement[bool]:
-    """Say of a delivery whether it belongs to a source and its usage period lies in `window`."""
-    return and_(
-        delivery.c.source == source, delivery.c.period_start >= window.start, delivery.c.period_end <= window.end
-    )
+def in_window(source: str, window: Period | None) -> ColumnElement[bool]:
+    """Say of a delivery whether it belongs to a source and its usage period lies in `window`, None for any."""
+    ours = delivery.c.source == source
+    if window is None:
+        return ours
+    return and_(ours, delivery.c.period_start >= window.start, delivery.c.period_end <= window.end)
 
 
 def standing(source: str, window: Period, low: str, high: str) -> Select[Any]:
     """Select every revision of a source's identities in ``[low, high)`` for usage periods in `window`, sorted."""
-    names = "identity revision state quantity extraction token reason account subscription component price_point"
-    names += " dimensions period_start period_end address"
+    names = "identity revision state quantity applied extraction token reason account subscription component"
+    names += " price_point dimensions period_start period_end address"
     return (
         select(*(delivery.c[name] for name in names.split()))
         .where(in_window(source, window), delivery.c.identity >= low, delivery.c.identity < high)
@@ -59,7 +60,8 @@ def newer_comparisons(source: str, number: int, span: Period) -> Select[Any]:
     return touching(source, span).where(compared_period.c.extraction > number)
 
 
-TO_SEND = [delivery.c[name] for name in "token identity revision quantity address body sent_at sends".split()]
+_TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until"
+TO_SEND = [delivery.c[name] for name in _TO_SEND.split()]
 """The columns that a `Delivery` is made of."""
 
 _NOW = bindparam("now", type_=UtcDateTime())
@@ -71,6 +73,9 @@ _OUTDATED = exists().where(
     compared_period.c.extraction > delivery.c.extraction,
 )
 
+COUNTED = case((delivery.c.applied != "", delivery.c.applied), else_=delivery.c.quantity)
+"""What an accepted delivery settles: its quantity, or as much of it as the site is proven to have counted."""
+
 RESERVED = (
     select(*TO_SEND)
     .where(
@@ -81,6 +86,29 @@ RESERVED = (
     )
     .order_by(delivery.c.token)
     .limit(bindparam("most"))
+)
+
+# What was sent, turned out not to be at the site, and still stands: a sweep sends it again.
+RESUMABLE = (
+    select(*TO_SEND)
+    .where(
+        delivery.c.source == bindparam("of"),
+        delivery.c.state == State.RESERVED,
+        delivery.c.sends > 0,
+        ~_OUTDATED,
+        delivery.c.token > bindparam("after"),
+    )
+    .order_by(delivery.c.token)
+    .limit(bindparam("most"))
+)
+
+# The last look before a request: the claim is fresh and its lease alive, both by the ledger's clock.
+MAY_SEND = select(
+    exists().where(
+        delivery.c.token == bindparam("of"),
+        sent_under(_FENCE, _NOW),
+        delivery.c.sent_at > bindparam("since", type_=UtcDateTime()),
+    )
 )
 
 # Only one worker may have a delivery in the air, only under a living lease, and only for the newest extraction.
@@ -100,5 +128,58 @@ BEGIN_SENDING = (
 ACCEPT = (
     update(delivery)
     .where(delivery.c.token == bindparam("of"), sent_under(_FENCE, _NOW))
-    .values(state=State.ACCEPTED, settled_at=_NOW, record_id=bindparam("record"), reason=bindparam("note"))
+    .values(
+        state=State.ACCEPTED,
+        settled_at=_NOW,
+        record_id=bindparam("record"),
+        reason=bindparam("note"),
+        applied=bindparam("counted"),
+    )
 )
+
+# Spelled out, since an IN list cannot be run for many rows at once.
+_WAITING = or_(*(delivery.c.state == state for state in (State.RESERVED, State.HELD, State.IN_DOUBT)))
+
+# What the site turned out to hold of the deliveries that were still open here.
+ADOPT_OPEN = (
+    update(delivery)
+    .where(
+        delivery.c.token == bindparam("of"),
+        _WAITING,
+    )
+    .values(
+        state=State.ACCEPTED,
+        settled_at=_NOW,
+        record_id=bindparam("record"),
+        reason=bindparam("why"),
+        applied=bindparam("counted"),
+    )
+)
+
+# An identity has one open revision at a time, so one before a revision that was sent had come to its end.
+CLOSE_BELOW = (
+    update(delivery)
+    .where(
+        delivery.c.identity == bindparam("of"),
+        delivery.c.revision < bindparam("up_to"),
+        _WAITING,
+    )
+    .values(state=State.SUPERSEDED, settled_at=_NOW, reason=bindparam("why"))
+)
+
+# Both engines number by a counter of their own, which has to be moved in its own words.
+NUMBER_ABOVE = {
+    "sqlite": (
+        text(
+            "INSERT INTO sqlite_sequence (name, seq) SELECT 'extraction', 0 WHERE NOT EXISTS"
+            " (SELECT 1 FROM sqlite_sequence WHERE name = 'extraction')"
+        ),
+        text("UPDATE sqlite_sequence SET seq = MAX(seq, :least) WHERE name = 'extraction'"),
+    ),
+    "postgresql": (
+        text(
+            "SELECT setval(counter, GREATEST(:least, nextval(counter)))"
+            " FROM (SELECT pg_get_serial_sequence('extraction', 'number')::regclass AS counter) AS one"
+        ),
+    ),
+}

@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from usage_billing.records import State, check_aware
 
-SCHEMA_VERSION = "0001"
+SCHEMA_VERSION = "0002"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -145,11 +145,13 @@ delivery = Table(
     Column("address", Text, nullable=False),
     Column("body", Text, nullable=False),
     Column("reserved_at", UtcDateTime, nullable=False),
+    Column("open_until", UtcDateTime, comment="When the billing period ends for which it was judged."),
     Column("fence", Integer, comment="The lease of the worker that last sent it."),
     Column("sends", Integer, nullable=False, server_default="0"),
     Column("sent_at", UtcDateTime, comment="When it was last sent."),
     Column("settled_at", UtcDateTime),
     Column("record_id", Text, nullable=False, server_default="", comment="The billing site's own id."),
+    Column("applied", Text, nullable=False, server_default="", comment="How much of it counted; empty: all of it."),
     UniqueConstraint("identity", "revision", name="delivery_revision"),
     CheckConstraint(f"state IN ({_states})", name="delivery_state"),
 )

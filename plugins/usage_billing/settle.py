@@ -1,0 +1,142 @@
+"""Settling doubts: what a crash or a lost reply left open is asked at the site, as soon as the site can tell.
+
+A doubt always ends here, in one of four ways: the site has it (accepted), definitely has not (reserved, to be sent
+again), has it with another quantity (a person decides), or cannot tell yet (asked again later, and its age is told).
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+from usage_billing.destinations.base import Answer, Destination
+from usage_billing.errors import InDoubt, NotApplied, Refused
+from usage_billing.ledger import Ledger
+from usage_billing.records import Delivery, Period, Receipt, State
+
+log = logging.getLogger(__name__)
+
+_MOST_DOUBLINGS, _LONGEST_PAUSE = 6, 60.0
+
+PERSON_DECIDES = "a person decides: "
+"""How the reason begins of a doubt that no asking can end."""
+
+
+@dataclass
+class Settled:
+    """How many doubts were found at the site, how many of those counted in part only, and how many were not there."""
+
+    found: int = 0
+    in_part: int = 0
+    absent: int = 0
+
+    @property
+    def ended(self) -> int:
+        """How many ended either way."""
+        return self.found + self.absent
+
+
+class Doubts:
+    """The doubts of one source, in one window of usage periods or in all of them."""
+
+    def __init__(self, destination: Destination, ledger: Ledger, window: Period | None = None) -> None:
+        self.settled = Settled()
+        self._destination = destination
+        self._ledger = ledger
+        self._source = destination.source.name
+        self._window = window
+        self._decided_by_people: set[str] = set()
+        self._asked_in_vain = 0
+
+    def open(self) -> list[Delivery]:
+        """Return what is in doubt, the longest waiting first, without what only a person can decide.
+
+        What a dead worker left in the air is in doubt from now on.
+        """
+        self._ledger.doubt_abandoned(self._source)
+        doubts = self._ledger.doubts(self._source, self._window)
+        return [doubt for doubt in doubts if doubt.token not in self._decided_by_people]
+
+    def ask(self, doubts: Sequence[Delivery]) -> int:
+        """Ask the site about those that are old enough for its answer to hold; return how many ended.
+
+        Raises:
+            Misconfigured: the site turned the credentials or the question down.
+        """
+        settle_after, now = self._destination.settle_after, self._ledger.now()
+        due = [doubt for doubt in doubts if doubt.sent_at is not None and now - doubt.sent_at >= settle_after]
+        before = self.settled.ended
+        for chunk in _chunks(due, self._destination.chunk_size):
+            self._ask(chunk)
+        ended = self.settled.ended - before
+        self._asked_in_vain = 0 if ended else self._asked_in_vain + bool(due)
+        return ended
+
+    def seconds_until_due(self, doubts: Sequence[Delivery]) -> float:
+        """Return how long to wait before asking is worth it again."""
+        now, settle_after = self._ledger.now(), self._destination.settle_after
+        waits = [(doubt.sent_at + settle_after - now).total_seconds() for doubt in doubts if doubt.sent_at]
+        pending = [wait for wait in waits if wait > 0]
+        # Nothing newly due: a worker elsewhere is sending, or the site could not tell yet. Look again in a while, and
+        # not so soon when it could not tell for long.
+        again = min(2.0 * 2 ** min(self._asked_in_vain, _MOST_DOUBLINGS), _LONGEST_PAUSE)
+        return float(min([again, *pending]))
+
+    def _ask(self, doubts: Sequence[Delivery]) -> None:
+        try:
+            answers = self._destination.settle(doubts, self._ledger.now())
+        except (NotApplied, InDoubt) as error:
+            log.warning("%d doubts stay open: %s", len(doubts), error)
+            return
+        for doubt in doubts:
+            if doubt.token in answers:
+                self._end(doubt, answers[doubt.token])
+
+    def _end(self, doubt: Delivery, answer: Answer) -> None:
+        if isinstance(answer, Refused | InDoubt):
+            # The site has it with another quantity, or will never tell. As a refusal its next revision would bill the
+            # whole once more, so it stays in doubt, which blocks its key, until a person decides.
+            self._decided_by_people.add(doubt.token)
+            self._ledger.settle_doubt(doubt, State.IN_DOUBT, reason=f"{PERSON_DECIDES}{answer}")
+            log.warning("in doubt until a person decides: %s", answer)
+        elif answer is None:
+            reason = "the site does not have it"
+            self.settled.absent += self._written(doubt, State.RESERVED, reason=reason)
+        else:
+            found = self._written(doubt, State.ACCEPTED, answer)
+            self.settled.found += found
+            self.settled.in_part += found and answer.applied is not None
+
+    def _written(self, doubt: Delivery, state: State, receipt: Receipt | None = None, reason: str = "") -> bool:
+        """Write an answer down; False if somebody else settled this doubt meanwhile."""
+        ended = self._ledger.settle_doubt(doubt, state, receipt, reason)
+        if ended:
+            log.info("doubt settled: %s is %s %s", doubt.token, state, receipt.note if receipt else reason)
+        return ended
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep of one source found: doubts that ended, and those still open with the age of the oldest."""
+
+    settled: Settled
+    still_open: tuple[Delivery, ...]
+    oldest: timedelta
+
+
+def sweep(destination: Destination, ledger: Ledger) -> Swept:
+    """Settle every doubt of one source that can be settled now, whatever its usage period; wait for none.
+
+    Raises:
+        Misconfigured: the site turned the credentials or the question down.
+    """
+    doubts = Doubts(destination, ledger)
+    doubts.ask(doubts.open())
+    left = ledger.doubts(destination.source.name)
+    now = ledger.now()
+    ages = [now - doubt.sent_at for doubt in left if doubt.sent_at is not None]
+    return Swept(doubts.settled, tuple(left), max(ages, default=timedelta(0)))
+
+
+def _chunks(deliveries: Sequence[Delivery], size: int) -> Iterator[Sequence[Delivery]]:
+    return (deliveries[start : start + size] for start in range(0, len(deliveries), size))

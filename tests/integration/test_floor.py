@@ -1,0 +1,168 @@
+"""A metered balance never falls below 0: deductions go as far as it takes them, and the rest stays listed by name."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stories import SITES, Event, House, a_day, a_house, shipped
+from usage_billing.destinations.base import Destination
+from usage_billing.destinations.maxio import MaxioSite
+from usage_billing.records import Period
+from usage_billing.sources import BillingSource
+
+SOURCE = shipped("api_calls")
+SITE = SITES["api_calls"]
+ACCOUNT = "acct-0001"
+DAY = a_day(SOURCE, 5)
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """A sandbox, a ledger and staging."""
+    with a_house(tmp_path) as found:
+        yield found
+
+
+def calls(quantity: int, day: Period = DAY, account: str = ACCOUNT) -> Event:
+    """Make one event of many calls."""
+    dimensions = ("eu", "premium")[: len(SOURCE.settings.dimensions)]
+    return Event(f"{account}-{day.start:%d}", account, str(quantity), day.start + timedelta(hours=8), dimensions)
+
+
+def listed(house: House, source: BillingSource = SOURCE, day: Period = DAY) -> dict[str, Decimal]:
+    """Return the open differences of a day by the state they stand in."""
+    periods = source.periods(day)
+    left = house.ledger.open_items(source.name, Period(periods[0].start, periods[-1].end))
+    sums: dict[str, Decimal] = {}
+    for state, quantity in zip(left["state"], left["quantity"], strict=True):
+        sums[state] = sums.get(state, Decimal(0)) + Decimal(quantity)
+    return sums
+
+
+def lenient(source: BillingSource = SOURCE) -> BillingSource:
+    """Return the source with leave to withdraw everything, which is not what these stories are about."""
+    return replace(source, settings=source.settings.model_copy(update={"max_withdraw_share": 1.0}))
+
+
+class Meddled(House):
+    """A house in which somebody else deducts at the site right before each deduction of ours lands."""
+
+    foreign = "0"
+
+    def destination(self, source: BillingSource) -> Destination:
+        """Return the destination, with the meddler in its client."""
+        found = super().destination(source)
+        found.client = _Meddler(found.client.settings, self)
+        return found
+
+
+class _Meddler(MaxioSite):
+    def __init__(self, settings: Any, house: Meddled) -> None:
+        super().__init__(settings)
+        self._house = house
+
+    def create_usage(self, subscription_id: int, component: int | str, body: str) -> dict[str, Any]:
+        """Let the other one be first."""
+        if '"quantity":-' in body and (foreign := self._house.foreign) != "0":
+            self._house.foreign = "0"
+            super().create_usage(subscription_id, component, f'{{"usage":{{"quantity":{foreign},"memo":"by hand"}}}}')
+        return super().create_usage(subscription_id, component, body)
+
+
+def test_a_correction_downward_is_taken_off_the_open_balance(house: House) -> None:
+    """Ten calls were billed, eight are owed: two are deducted, proven by the site's own event."""
+    house.run(SOURCE, DAY, [calls(100)])
+    house.run(SOURCE, DAY, [calls(92)])
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(92)}
+    assert listed(house) == {}
+    assert house.reconcile(SOURCE, DAY).ties_out
+
+
+def test_what_the_balance_does_not_take_waits_by_name_and_goes_when_there_is_one(house: House) -> None:
+    """After a renewal the balance is 0: the deduction waits, and goes step by step as new usage comes in."""
+    house.run(SOURCE, DAY, [calls(100)])
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    house.run(lenient(), DAY, [calls(91)])
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(100)}
+    assert listed(house) == {"held": Decimal(-9)}
+    before = house.writing_requests(SOURCE)
+    house.run(lenient(), DAY, [calls(91)])
+    assert house.writing_requests(SOURCE) == before
+
+    november = a_day(SOURCE, 6)
+    house.run(SOURCE, november, [calls(7, november)])
+    house.run(lenient(), DAY, [calls(91)])
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(100)}, "7 came and 7 of the 9 were taken off"
+    assert listed(house) == {"held": Decimal(-2)}
+
+    house.run(SOURCE, november, [calls(20, november)])
+    house.run(lenient(), DAY, [calls(91)])
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(111)}
+    assert listed(house) == {}
+    assert house.reconcile(SOURCE, DAY).ties_out
+
+
+@pytest.mark.parametrize("stored", ["as_sent", "clipped"])
+def test_what_somebody_else_took_first_reopens_by_name(tmp_path: Path, stored: str) -> None:
+    """A deduction by hand lands between our look at the balance and ours: the site's event proves what counted."""
+    with a_house(tmp_path, Meddled) as house:
+        assert isinstance(house, Meddled)
+        house.sandbox.switch(SITE, negative_at_floor=stored)
+        house.run(SOURCE, DAY, [calls(100)])
+        house.foreign = "-97"
+        house.run(lenient(), DAY, [calls(92)])
+        assert house.billed(SOURCE) == {}, "97 by hand and 3 of ours made 0"
+        assert listed(house) == {"held": Decimal(-5)}
+        assert house.reconcile(SOURCE, DAY).ties_out
+        house.run(lenient(), DAY, [calls(95)])
+        assert listed(house) == {"held": Decimal(-2)}
+
+
+@pytest.mark.parametrize("fault", ["lost_reply", "server_error_after_commit"])
+@pytest.mark.parametrize("stored", ["as_sent", "clipped"])
+def test_a_lost_reply_to_a_deduction_is_settled_by_what_it_moved(house: House, fault: str, stored: str) -> None:
+    """The deduction is found in the list, and its event says how much of it counted."""
+    house.sandbox.switch(SITE, negative_at_floor=stored)
+    house.run(SOURCE, DAY, [calls(100)])
+    house.sandbox.fault(SITE, fault, count=1)
+    done = house.run(lenient(), DAY, [calls(92)])
+    assert done.doubted == 1
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(92)}
+    assert listed(house) == {}
+    assert house.reconcile(SOURCE, DAY).ties_out
+
+
+def test_near_a_renewal_a_deduction_waits(house: House) -> None:
+    """Seconds before the period ends nothing is deducted: it would meet the new period's empty balance."""
+    house.run(SOURCE, DAY, [calls(100)])
+    zone = SOURCE.settings.timezone
+    ends = (a_day(SOURCE, 31).end).astimezone(zone)
+    house.sandbox.move_clock(ends - timedelta(seconds=1))
+    house.run(lenient(), DAY, [calls(92)])
+    assert listed(house) == {"held": Decimal(-8)}
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(100)}
+
+
+def test_two_sources_of_one_component_never_deduct_more_than_there_is(house: House) -> None:
+    """Both want to take back 60 of a balance of 100, at once: 100 go, 20 stay listed."""
+    other = replace(SOURCE, settings=SOURCE.settings.model_copy(update={"name": "api_calls_two"}))
+    SITES[other.name] = SITE
+    house.run(SOURCE, DAY, [calls(60)])
+    house.run(other, DAY, [calls(60)])
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    later = a_day(SOURCE, 7)
+    house.run(SOURCE, later, [calls(100, later)])
+    both = [threading.Thread(target=house.run, args=(lenient(source), DAY, [calls(0)])) for source in (SOURCE, other)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(120)}, "120 invoiced, and of the open 100 nothing is left"
+    held = listed(house, SOURCE).get("held", Decimal(0)) + listed(house, other).get("held", Decimal(0))
+    assert held == Decimal(-20)
