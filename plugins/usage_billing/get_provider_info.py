@@ -107,5 +107,15 @@ def _config() -> dict[str, Any]:
                 "example": "s3://conn_id@bucket/usage-billing",
                 "default": "",
             },
+            "archive_path": {
+                "description": (
+                    "Where sources that send raw events keep what they sent: a folder or a bucket, never cleaned.\n"
+                    "Empty: a folder in AIRFLOW_HOME, which is right for one machine only.\n"
+                ),
+                "version_added": "0.1.0",
+                "type": "string",
+                "example": "s3://conn_id@bucket/usage-billing-archive",
+                "default": "",
+            },
         },
     }

@@ -7,7 +7,7 @@ The folder may be any path object with ``/``, ``open``, ``mkdir`` and ``exists``
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -70,6 +70,32 @@ class Staging:
                     f"staging: {part['path']} was altered after it was written; clear the run from extract on"
                 )
             yield pq.read_table(pa.BufferReader(content))
+
+    def recall(self, path: str) -> dict[str, Any] | None:
+        """Return the values that `remember` wrote at `path`, or None if it never did.
+
+        Raises:
+            Misconfigured: something else is there.
+        """
+        if not (self._root / path).exists():
+            return None
+        try:
+            values: dict[str, Any] = json.loads(self._read_bytes(path))
+        except ValueError as broken:
+            raise Misconfigured(f"staging: {path} below {self._root} is not what was written there") from broken
+        return values
+
+    def remember(self, path: str, values: Mapping[str, Any]) -> None:
+        """Write a few JSON values at `path`, in place of those before; a reader never sees half of them.
+
+        Writers of one path take turns by a lease: the file's own name keeps nobody out.
+        """
+        folder, _, _ = path.rpartition("/")
+        (self._root / folder).mkdir(parents=True, exist_ok=True)
+        draft = self._root / f"{path}.new"
+        with draft.open("wb") as file:
+            file.write(json.dumps(dict(values), indent=1).encode())
+        draft.replace(self._root / path)
 
     def _write_part(self, folder: str, name: str, part: pa.Table) -> dict[str, Any]:
         buffer = io.BytesIO()

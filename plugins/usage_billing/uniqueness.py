@@ -5,8 +5,9 @@ A uniqueness token names one revision of it. The quantity is in neither, so late
 its own and never a second bill under the first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from typing import Any
 
 _SEPARATOR = "\x1f"
 
@@ -26,3 +27,25 @@ def identity(parts: Iterable[str]) -> str:
 def uniqueness_token(identity: str, revision: int) -> str:
     """Return the token of one revision: 64 characters of ``[0-9a-f]``, as long as Maxio's events host allows."""
     return sha256(f"{identity}{_SEPARATOR}{revision}".encode()).hexdigest()
+
+
+def event_tokens(site: str, source: str, stream: str, event_ids: Sequence[str]) -> list[str]:
+    """Return the token of each event that is sent as such: 64 characters of ``[0-9a-f]``, for ever the same.
+
+    The id stands last, so what it holds cannot make two events share a name.
+
+    Raises:
+        ValueError: another part holds the unit separator.
+    """
+    parts = (site, source, stream)
+    if any(_SEPARATOR in part for part in parts):
+        raise ValueError("the parts of an event's name cannot hold the control character U+001F")
+    start = sha256(_SEPARATOR.join((*parts, "")).encode())
+    return [_ended(start, event_id) for event_id in event_ids]
+
+
+def _ended(start: Any, event_id: str) -> str:
+    name = start.copy()
+    name.update(event_id.encode())
+    token: str = name.hexdigest()
+    return token
