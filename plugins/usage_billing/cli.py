@@ -1,11 +1,20 @@
-"""The command `usage-billing`: create the ledger, create the pools, check the sources, run the sandbox."""
+"""The command `usage-billing`: look after the ledger, create the pools, check the sources, run the sandbox."""
 
 import argparse
+import getpass
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from usage_billing.errors import UsageBillingError
+from usage_billing.errors import NeedsDecision, UsageBillingError
+from usage_billing.records import Comparison, Period
+
+if TYPE_CHECKING:
+    from usage_billing.adopt import Adoption
+    from usage_billing.destinations.base import Destination
+    from usage_billing.ledger import Lease
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,15 +36,29 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     ledger = commands.add_parser("ledger", help="the ledger that connection usage_ledger names")
-    init = ledger.add_subparsers(required=True, metavar="ACTION").add_parser(
-        "init", help="create it, or upgrade its schema"
-    )
+    actions = ledger.add_subparsers(required=True, metavar="ACTION")
+    init = actions.add_parser("init", help="create it, or upgrade its schema")
     init.set_defaults(command=_ledger_init)
+    adopt = actions.add_parser("adopt", help="enter what a billing site holds under our tokens and it does not know")
+    adopt.add_argument("source", help="the billing source")
+    days: dict[str, Any] = {"type": date.fromisoformat, "required": True, "metavar": "DATE"}
+    adopt.add_argument("--from", dest="first", help="first day, in the source's billing zone", **days)
+    adopt.add_argument("--to", dest="after", help="day after the last one", **days)
+    adopt.add_argument("--dry-run", action="store_true", help="only tell what would be entered")
+    adopt.add_argument(
+        "--leave-unmatched", action="store_true", help="a person has looked at the records that match nothing: go on"
+    )
+    adopt.set_defaults(command=_ledger_adopt)
+    decide = actions.add_parser("decide", help="write down what a person decided about one delivery")
+    decide.add_argument("token", help="the delivery's uniqueness token")
+    decide.add_argument("outcome", choices=sorted(_OUTCOMES), help="; ".join(_OUTCOMES.values()))
+    decide.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
+    decide.set_defaults(command=_ledger_decide)
 
     pools = commands.add_parser("pools", help="create the Airflow pool of every billing site")
     pools.set_defaults(command=_pools)
 
-    check = commands.add_parser("check", help="read every billing source and list all faults")
+    check = commands.add_parser("check", help="read every billing source and list all faults; compare the pools")
     check.set_defaults(command=_check)
 
     sandbox = commands.add_parser("sandbox", help="run the sandbox billing sites until interrupted")
@@ -44,6 +67,16 @@ def _parser() -> argparse.ArgumentParser:
     sandbox.add_argument("--port", type=int, default=0, help="loopback port; 0 takes a free one")
     sandbox.add_argument("--port-file", type=Path, help="where to write the port once the sites answer")
     sandbox.set_defaults(command=_sandbox)
+
+    simulate = commands.add_parser("simulate", help="play whole histories on virtual time, and prove what was billed")
+    simulate.add_argument("--source", help="a billing source of yours, by name or folder; without it, drawn ones")
+    simulate.add_argument("--seeds", type=int, default=100, metavar="N", help="how many histories")
+    simulate.add_argument("--first-seed", type=int, default=0, metavar="N", help="the seed of the first one")
+    simulate.add_argument(
+        "--ledger", choices=["sqlite", "postgresql", "both"], default="sqlite", help="on which ledger"
+    )
+    simulate.add_argument("--jobs", type=int, default=2, metavar="N", help="how many processes")
+    simulate.set_defaults(command=_simulate)
     return parser
 
 
@@ -54,6 +87,105 @@ def _ledger_init(_options: argparse.Namespace) -> str:
     return (
         "the usage ledger is ready" if Ledger.create(ledger_url()) else "the usage ledger is there already, and current"
     )
+
+
+_OUTCOMES = {
+    "write-off": "write-off: what is held or refused is never billed by us",
+    "accepted": "accepted: what is in doubt is at the site, with this quantity",
+    "absent": "absent: what is in doubt is not at the site, and is sent again",
+}
+
+
+def _ledger_decide(options: argparse.Namespace) -> str:
+    from usage_billing.installation import ledger  # noqa: PLC0415
+    from usage_billing.records import State  # noqa: PLC0415
+
+    states = {"write-off": State.WRITTEN_OFF, "accepted": State.ACCEPTED, "absent": State.RESERVED}
+    book = ledger()
+    by = f"decided on {book.now():%Y-%m-%d} by {getpass.getuser()}: {options.because}"
+    book.decide(options.token, states[options.outcome], by)
+    return f"{options.token}: {options.outcome}; {by}"
+
+
+def _ledger_adopt(options: argparse.Namespace) -> str:
+    """Adopt one source's span, and end the refusal of this ledger once nothing is left open.
+
+    Raises:
+        NeedsDecision: records at the site match nothing, or another quantity; what did match was entered.
+    """
+    from usage_billing.adopt import adopt, periods_of, reason_of  # noqa: PLC0415
+    from usage_billing.installation import billing_source, destination_of, ledger, staging  # noqa: PLC0415
+    from usage_billing.ledger import marker  # noqa: PLC0415
+    from usage_billing.ledger.leases import kept  # noqa: PLC0415
+
+    source, book, area = billing_source(options.source), ledger(), staging()
+    destination = destination_of(source)
+    periods = periods_of(source, options.first, options.after, book.now())
+    with kept(book, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(minutes=15)) as held:
+        if not options.dry_run:
+            book.register(source.name, destination.site, source.definition())
+            mark = marker.read(area, source.name)
+            book.number_above(mark.extraction if mark else 0)
+        comparison = _read_warehouse(destination, periods, None if options.dry_run else held.lease)
+        reason = reason_of(book.now())
+        found = adopt(comparison, destination, book, area, reason, dry_run=options.dry_run)
+        told = _told(source.name, comparison.window, found, comparison.rows_quarantined)
+        if found.different or (found.unmatched and not options.leave_unmatched):
+            raise NeedsDecision(f"{told}\n{_ADVICE}")
+        if not options.dry_run:
+            marker.hand_over(book, area, source.name, comparison.number)
+    return told
+
+
+_ADVICE = (
+    "A record that matches nothing is of another day (take a longer span), of another source that is not adopted yet, "
+    "or of usage that is gone from the warehouse: look at each; --leave-unmatched then goes on without them."
+)
+
+
+def _read_warehouse(destination: "Destination", periods: Sequence[Period], lease: "Lease | None") -> Comparison:
+    """Read whole usage periods by the ordinary stages; the extraction has a number only under a lease."""
+    from airflow.sdk import BaseHook  # noqa: PLC0415
+
+    from usage_billing.aggregate import aggregate  # noqa: PLC0415
+    from usage_billing.extract import extract, open_reader  # noqa: PLC0415
+    from usage_billing.installation import ledger, staging  # noqa: PLC0415
+    from usage_billing.validate import validate  # noqa: PLC0415
+
+    source, book, area, window = destination.source, ledger(), staging(), Period.around(periods)
+    warehouse = BaseHook.get_hook(source.settings.warehouse)
+    reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
+    number = book.begin_extraction(lease, source.name, window, window) if lease else 0
+    folder = f"{source.name}/adopted/{number:08d}"
+    events = extract(reader, source, area, folder)
+    destination.check()
+    found = validate(events, source, periods, destination.resolve, area, folder)
+    if lease:
+        book.record_read(number, events.rows)
+        book.record_quarantine(number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
+    totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder)
+    return Comparison(number, tuple(periods), totals, found.targets, found.accepted.rows, found.quarantined.rows)
+
+
+def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -> str:
+    """Return what an adoption did as lines for a person."""
+    lines = [
+        f"{name}, {window}: {found.entered} entered, {found.settled} settled, {found.known} known before",
+        *(f"matches nothing: {record}" for record in found.unmatched),
+        *(f"differs: {record}" for record in found.different),
+    ]
+    if found.held:
+        lines.append(f"{found.held} totals held by name: nobody can tell whether the site has them")
+    if found.replay_until:
+        lines.append(
+            f"{found.replayable} totals left to the ordinary run: run these days again before "
+            f"{found.replay_until:%Y-%m-%d %H:%M} UTC, while the site still ignores what it has"
+        )
+    elif found.entered or found.settled:
+        lines.append("run these days again: whatever else is owed for them is sent then, and nothing twice")
+    if rows_quarantined:
+        lines.append(f"{rows_quarantined} rows are in quarantine: what was billed for them was not looked for")
+    return "\n".join(lines)
 
 
 def _pools(_options: argparse.Namespace) -> str:
@@ -70,9 +202,28 @@ def _pools(_options: argparse.Namespace) -> str:
 
 
 def _check(_options: argparse.Namespace) -> str:
-    from usage_billing.installation import billing_sources  # noqa: PLC0415
+    """Tell of each source, and of each pool that its tasks take; only what a person wrote makes it fail."""
+    from airflow.utils.session import create_session  # noqa: PLC0415
+    from sqlalchemy.exc import DBAPIError  # noqa: PLC0415
 
-    return "\n".join(f"{source.name}: sound" for source in billing_sources())
+    from usage_billing.installation import billing_sources  # noqa: PLC0415
+    from usage_billing.pools import existing_pools, pool_name, why_waiting  # noqa: PLC0415
+
+    sources = billing_sources()
+    lines = [f"{source.name}: sound" for source in sources]
+    needed: dict[str, int] = {}
+    for source in sources:
+        name = pool_name(source.destination.connection)
+        needed[name] = max(needed.get(name, 0), source.destination.threads)
+    try:
+        with create_session() as session:
+            there = existing_pools(session)
+    except DBAPIError:
+        return "\n".join([*lines, "pools: not compared, since there is no Airflow database here"])
+    for name, slots in sorted(needed.items()):
+        fault = why_waiting(name, slots, there)
+        lines.append(f"{fault}: run `usage-billing pools`" if fault else f"pool {name}: {there[name]} slots")
+    return "\n".join(lines)
 
 
 def _sandbox(options: argparse.Namespace) -> str:
@@ -80,3 +231,14 @@ def _sandbox(options: argparse.Namespace) -> str:
 
     serve(options.worlds, options.books, options.port, port_file=options.port_file)
     return ""
+
+
+def _simulate(options: argparse.Namespace) -> str:
+    from usage_billing.testing.command import Order, run  # noqa: PLC0415
+
+    source = Path(options.source) if options.source else None
+    if source is not None and not source.is_dir():
+        from usage_billing.installation import sources_folder  # noqa: PLC0415 - Airflow takes a second to import.
+
+        source = sources_folder() / options.source
+    return run(Order(options.first_seed, options.seeds, options.ledger, source), options.jobs)

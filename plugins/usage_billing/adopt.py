@@ -1,0 +1,416 @@
+"""Adopt: enter what a billing site holds under our tokens into a ledger that does not know it.
+
+For a cut-over to a new ledger, and after a restore. A token is a function of the identity and the revision, so whoever
+knows the usage totals of a span knows every name under which they may have been billed: these names are looked for
+among the site's records. What matches is entered as the site holds it; what matches nothing is listed by name and
+nothing is guessed. The command is rare, so it holds the site's records of the span in memory.
+"""
+
+import getpass
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Context, Decimal
+from itertools import pairwise
+from typing import Any
+
+import pandas as pd
+from croniter import croniter
+
+from usage_billing.destinations.base import Destination
+from usage_billing.errors import Misconfigured, NotApplied
+from usage_billing.ledger import ADOPTED, Ledger
+from usage_billing.periods import local_midnight
+from usage_billing.records import Comparison, Delivery, Period, Receipt, SiteRecord, State
+from usage_billing.sources import BillingSource
+from usage_billing.staging import Staging
+from usage_billing.uniqueness import uniqueness_token
+
+REVISIONS_AHEAD = 64
+"""How many revisions are looked for beyond the last one found. One that was superseded or refused never came to the
+site, and each run that finds a held difference changed makes another: two months of daily runs leave no wider gap."""
+
+_ATTRIBUTES = "identity account subscription component price_point dimensions period_start period_end address".split()
+_EXACT = Context(prec=100)
+"""Room for every digit: the ambient context would round after 28 of them."""
+_OPEN = (State.RESERVED, State.IN_DOUBT, State.HELD)
+
+
+@dataclass(frozen=True)
+class Adoption:
+    """What came of an adoption, or would come of it.
+
+    `entered` were unknown here, `settled` were open here and are there, `known` are settled on both sides. `held` are
+    totals of which nobody can tell whether the site has them, `replayable` those that an ordinary run sends again
+    without harm until `replay_until`. `unmatched` (of the site's records) and `different` are told by name.
+    """
+
+    entered: int = 0
+    settled: int = 0
+    known: int = 0
+    held: int = 0
+    replayable: int = 0
+    replay_until: datetime | None = None
+    unmatched: tuple[str, ...] = ()
+    different: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """True if each record that carries our token is in the ledger now, with the quantity that the site holds."""
+        return not self.unmatched and not self.different
+
+
+def periods_of(source: BillingSource, first: date, after: date, now: datetime) -> tuple[Period, ...]:
+    """Return the closed usage periods of a source from day `first` until day `after`, which is not part of it.
+
+    Raises:
+        Misconfigured: there is none.
+    """
+    zone = source.settings.timezone
+    start, end = local_midnight(first, zone), min(local_midnight(after, zone), now)
+    spans = [Period(start, end)] if start < end else []
+    if source.settings.period == "interval":
+        spans = [Period(*edges) for span in spans for edges in pairwise(_ticks(source, span))]
+    found = tuple(period for span in spans for period in source.periods(span))
+    if not found:
+        raise Misconfigured(
+            f"no usage period of {source.name!r} on or after {source.settings.bill_from} ends between {first} and "
+            f"{after}: --to is the day after the last one"
+        )
+    return found
+
+
+def _ticks(source: BillingSource, span: Period) -> Iterator[datetime]:
+    ticks = croniter(source.settings.schedule, span.start.astimezone(source.settings.timezone) - timedelta(seconds=1))
+    while (tick := ticks.get_next(datetime).astimezone(UTC)) <= span.end:
+        yield tick
+
+
+def reason_of(now: datetime) -> str:
+    """Return what the ledger keeps as the reason of an adopted delivery: when, and who did it."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # A container may run under a number that has no name.
+        user = f"user {os.getuid()}"
+    return f"{ADOPTED}{now:%Y-%m-%d} by {user}"
+
+
+def adopt(
+    comparison: Comparison,
+    destination: Destination,
+    ledger: Ledger,
+    staging: Staging,
+    reason: str,
+    *,
+    dry_run: bool = False,
+) -> Adoption:
+    """Enter what the site holds of the compared totals into the ledger; again, and nothing is left to enter.
+
+    The caller holds the source's extraction lease, and `comparison.number` is the newest extraction. Where the site
+    cannot list its records, what it may ignore by itself is left to the ordinary run, and what is older is entered as
+    held.
+
+    Raises:
+        Misconfigured: the source sends raw events, and the span begins before what the site ignores by itself.
+        NotApplied: deliveries of the source are on their way, or moved meanwhile, or the site could not be asked.
+    """
+    name = destination.source.name
+    if not dry_run:
+        ledger.doubt_abandoned(name)
+    if ledger.in_the_air(name):
+        raise NotApplied(f"deliveries of {name!r} are being sent: adopt again when the deliver task has ended")
+    standing = ledger.standing(name, comparison.window)
+    if destination.records(_places(standing.iloc[:0], comparison.window)) is None:
+        return _by_total(comparison, destination, ledger, staging, standing, reason, dry_run=dry_run)
+    work = _Matching(comparison, destination, ledger, standing)
+    for part in staging.read(comparison.totals):
+        work.match(part.drop_columns(["events", "open_from"]).to_pandas())
+    work.match(_forgotten_by_the_warehouse(standing, work.seen))
+    found = work.found()
+    if not dry_run and (work.settled or not found.empty):
+        _overtake(comparison, ledger, name)
+        ledger.adopt(name, destination.site, comparison.number, found, work.settled, reason)
+    return Adoption(
+        entered=len(found),
+        settled=len(work.settled),
+        known=work.known,
+        unmatched=tuple(sorted(work.unmatched())),
+        different=tuple(sorted(work.different)),
+    )
+
+
+def _overtake(comparison: Comparison, ledger: Ledger, name: str) -> None:
+    """Let plans of before send nothing more: their totals are older than what is entered now."""
+    ledger.begin_comparison(name, comparison.number, comparison.periods)
+
+
+# --- where the site lists its records -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A record of ours as the site holds it, and whose it is."""
+
+    record: SiteRecord
+    subscription: str
+    address: Mapping[str, Any]
+
+    def named(self) -> str:
+        record = self.record
+        shown = f" ({record.note})" if record.note else ""
+        return f"record {record.record_id} of {self.subscription}: {record.quantity}{shown}, token {record.token}"
+
+
+@dataclass
+class _Entry:
+    """A delivery that the site is proven to hold: what the ledger keeps of it."""
+
+    row: Mapping[str, Any]
+    revision: int
+    quantity: Decimal
+    receipt: Receipt
+
+
+class _Matching:
+    """The site's records that this ledger does not know, matched with the names that usage totals can have."""
+
+    def __init__(
+        self, comparison: Comparison, destination: Destination, ledger: Ledger, standing: pd.DataFrame
+    ) -> None:
+        self.settled: dict[str, Receipt] = {}
+        self.different: list[str] = []
+        self.known = 0
+        self.seen: set[str] = set()
+        self._window = comparison.window
+        self._destination = destination
+        self._ledger = ledger
+        self._places_seen: set[tuple[str, str]] = set()
+        self._last = standing.groupby("identity")["revision"].max().to_dict()
+        self._unknown: dict[str, _Held] = {}
+        self._entries: list[_Entry] = []
+        self._list(standing)
+
+    def match(self, totals: pd.DataFrame) -> None:
+        """Look for every name of these totals (columns of `aggregate.aggregate`)."""
+        self._list(totals)
+        self.seen.update(totals["identity"])
+        unhit = [row for row in _records(totals) if not self._match_one(row)]
+        self._ask_by_name([row for row in unhit if row["identity"] not in self._last and row["quantity"]])
+
+    def unmatched(self) -> Iterator[str]:
+        """Yield what the site holds under our kind of token and nothing here stands for."""
+        return (held.named() for held in self._unknown.values())
+
+    def found(self) -> pd.DataFrame:
+        """Return what is to be entered, in the columns of the ledger."""
+        rows = [
+            {
+                **{name: entry.row[name] for name in _ATTRIBUTES},
+                "token": entry.receipt.token,
+                "revision": entry.revision,
+                "quantity": _plain(entry.quantity),
+                "body": "{}",  # What was sent is not known here, and nothing is sent with it.
+                "record_id": entry.receipt.record_id,
+                "applied": "" if entry.receipt.applied is None else _plain(entry.receipt.applied),
+            }
+            for entry in sorted(self._entries, key=lambda entry: (entry.row["identity"], entry.revision))
+        ]
+        columns = [*_ATTRIBUTES, "token", "revision", "quantity", "body", "record_id", "applied"]
+        frame = pd.DataFrame(rows, columns=columns)
+        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in ("period_start", "period_end")})
+
+    def _list(self, rows: pd.DataFrame) -> None:
+        """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
+        fresh = rows[~pd.MultiIndex.from_frame(rows[["subscription", "address"]]).isin(self._places_seen)]
+        listed: dict[str, _Held] = {}
+        for place in _places(fresh, self._window).to_dict("records"):
+            key = (place["subscription"], place["address"])
+            self._places_seen.add(key)
+            for record in self._destination.records(pd.DataFrame([place])) or ():
+                if not record.token:
+                    continue
+                held = _Held(record, place["subscription"], Delivery.address_from(place["address"]))
+                before = listed.get(record.token) or self._unknown.get(record.token)
+                if before is None:
+                    listed[record.token] = held
+                elif before.record.record_id != record.record_id:
+                    self.different.append(f"{held.named()}: there a second time")
+        self._unknown.update(listed)
+        self._settle_known(self._ledger.known(list(listed)))
+
+    def _settle_known(self, known: pd.DataFrame) -> None:
+        for row in _records(known):
+            held = self._unknown.pop(row["token"])
+            if row["source"] != self._destination.source.name or row["state"] == State.ACCEPTED:
+                self.known += 1
+            elif row["state"] not in _OPEN:
+                self.different.append(f"{held.named()}: {row['state']} here")
+            elif (receipt := self._proof(held, Decimal(row["quantity"]))) is not None:
+                self.settled[row["token"]] = receipt
+
+    def _match_one(self, row: Mapping[str, Any]) -> bool:
+        """Take the site's records of one identity; say whether there was any."""
+        last = self._last.get(row["identity"], -1)
+        revision, until, hit = 0, last + REVISIONS_AHEAD, False
+        while self._unknown and revision <= until:
+            token = uniqueness_token(row["identity"], revision)
+            if token in self._unknown:
+                held, until, hit = self._unknown.pop(token), max(until, revision + REVISIONS_AHEAD), True
+                self._enter(row, revision, held)
+            revision += 1
+        return hit
+
+    def _enter(self, row: Mapping[str, Any], revision: int, held: _Held) -> None:
+        quantity, decimals = held.record.quantity, self._destination.source.settings.meter.decimals
+        if quantity == 0 or len(_plain(quantity).partition(".")[2]) > decimals:
+            self.different.append(f"{held.named()}: no quantity of {decimals} decimal places")
+        elif (receipt := self._proof(held, quantity)) is not None:
+            self._entries.append(_Entry(row, revision, quantity, receipt))
+
+    def _proof(self, held: _Held, quantity: Decimal) -> Receipt | None:
+        """Return the receipt of a record that the site lists, None if it is another quantity or cannot be proven.
+
+        A deduction may have met a floor: how much of it counted the destination has to find out.
+        """
+        record = held.record
+        if quantity > 0 and record.quantity == quantity:
+            return Receipt(record.token, record.record_id)
+        if quantity > 0:
+            self.different.append(f"{held.named()}: {quantity} here")
+            return None
+        asked = Delivery(record.token, "", 0, quantity, held.address, "{}")
+        answer = self._destination.settle([asked], self._ledger.now()).get(record.token)
+        if isinstance(answer, Receipt):
+            return answer
+        self.different.append(f"{held.named()}: {answer or 'how much of it counted, the site does not show'}")
+        return None
+
+    def _ask_by_name(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Ask for first revisions that no list showed: a record may lie where today's address does not lead.
+
+        (ChargeOver gives a line of a package another id at every upgrade; the external key finds the record still.)
+        """
+        asked = {uniqueness_token(row["identity"], 0): row for row in rows}
+        doubts = [
+            Delivery(token, row["identity"], 0, row["quantity"], Delivery.address_from(row["address"]), "{}")
+            for token, row in asked.items()
+        ]
+        answers = self._destination.settle(doubts, self._ledger.now()) if doubts else {}
+        for token, answer in answers.items():
+            if isinstance(answer, Receipt):
+                self._entries.append(_Entry(asked[token], 0, asked[token]["quantity"], answer))
+            elif answer is not None:
+                self.different.append(f"{asked[token]['subscription']}: {answer}")
+
+
+def _places(rows: pd.DataFrame, window: Period) -> pd.DataFrame:
+    """Return one line for each place that was billed, in the form of which `Destination.records` wants deliveries.
+
+    Without a record's id and over the whole window, so that the site tells all it has.
+    """
+    places = rows[["subscription", "component", "address"]].drop_duplicates(["subscription", "address"])
+    return places.assign(
+        token="", record_id="", period_start=pd.Timestamp(window.start), period_end=pd.Timestamp(window.end)
+    )
+
+
+def _forgotten_by_the_warehouse(standing: pd.DataFrame, seen: set[str]) -> pd.DataFrame:
+    """Return the identities that only the ledger knows by now, as totals of nothing."""
+    gone = standing[~standing["identity"].isin(seen)].drop_duplicates("identity", keep="last")
+    return gone[_ATTRIBUTES].assign(quantity=0, open_from=None)
+
+
+def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return a frame's rows as plain mappings."""
+    return frame.to_dict("records")  # type: ignore[return-value]
+
+
+def _plain(quantity: Decimal) -> str:
+    """Return a quantity as the ledger writes it: no exponent, no trailing zeros."""
+    text = f"{quantity:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+# --- where it only counts -------------------------------------------------------------------------------------------
+
+
+def _by_total(
+    comparison: Comparison,
+    destination: Destination,
+    ledger: Ledger,
+    staging: Staging,
+    standing: pd.DataFrame,
+    reason: str,
+    *,
+    dry_run: bool,
+) -> Adoption:
+    name, window = destination.source.name, destination.replay_window
+    here = _Standing(standing)
+    parts = here.beside(part.to_pandas() for part in staging.read(comparison.totals))
+    forgotten = pd.concat([here.forgotten(totals) for totals in parts]).sort_values("identity", ignore_index=True)
+    recent = forgotten["period_end"] > ledger.now() - window
+    held = forgotten[~recent].reset_index(drop=True)
+    if destination.stream and not held.empty:
+        raise Misconfigured(
+            f"billing source {name!r} sends raw events, and of usage periods that ended more than {window.days} days "
+            "ago nobody can tell which of them the site has: restore a newer backup of the ledger, or adopt later days"
+        )
+    if not dry_run and not forgotten.empty:
+        _overtake(comparison, ledger, name)
+        why = f"{reason}: the site lists no events and has forgotten tokens of this age, so a person has to compare"
+        proposals = held.assign(state=State.HELD, reason=why, body=destination.encode(held))
+        if ledger.reserve(name, destination.site, comparison.number, proposals).moved:
+            raise NotApplied(f"deliveries of {name!r} moved meanwhile; adopt again")
+    ends = forgotten["period_end"][recent]
+    return Adoption(
+        held=len(held),
+        replayable=len(ends),
+        replay_until=None if ends.empty else ends.min().to_pydatetime() + window,
+    )
+
+
+class _Standing:
+    """What the ledger has of each identity: what is settled, and the last revision."""
+
+    def __init__(self, standing: pd.DataFrame) -> None:
+        self._standing = standing
+        self._settled: dict[str, Decimal] = defaultdict(Decimal)
+        self._last: dict[str, Mapping[str, Any]] = {}
+        for row in _records(standing):
+            self._last[row["identity"]] = row
+            if row["state"] in {State.ACCEPTED, State.WRITTEN_OFF}:
+                counted = Decimal(row["applied"] or row["quantity"])
+                self._settled[row["identity"]] = _EXACT.add(self._settled[row["identity"]], counted)
+
+    def beside(self, parts: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+        """Yield the totals part by part, and in the end a 0 for each identity that only the ledger knows by now."""
+        seen: set[str] = set()
+        for part in parts:
+            seen.update(part["identity"])
+            yield part
+        yield _forgotten_by_the_warehouse(self._standing, seen)
+
+    def forgotten(self, totals: pd.DataFrame) -> pd.DataFrame:
+        """Return the totals that do not come to what is settled here, as proposals without state and body."""
+        rows = []
+        for row in _records(totals):
+            last = self._last.get(row["identity"])
+            difference = _EXACT.subtract(row["quantity"], self._settled[row["identity"]])
+            if difference == 0 or (last and _waits(last)):
+                continue
+            revision = last["revision"] + 1 if last else 0
+            superseded = last["token"] if last and last["state"] in {State.RESERVED, State.HELD} else ""
+            changes = {"quantity": _plain(difference), "revision": revision, "supersedes": superseded}
+            rows.append({**row, **changes, "token": uniqueness_token(row["identity"], revision)})
+        columns = [*_ATTRIBUTES, "open_from", "quantity", "revision", "supersedes", "token"]
+        frame = pd.DataFrame(rows, columns=columns)
+        times = ("period_start", "period_end", "open_from")
+        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
+
+
+def _waits(last: Mapping[str, Any]) -> bool:
+    """Say whether a last revision is with a person already, or will be settled by asking."""
+    adopted = last["state"] == State.HELD and last["reason"].startswith(ADOPTED)
+    return adopted or last["state"] in {State.IN_DOUBT, State.REFUSED}
