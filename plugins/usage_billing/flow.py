@@ -1,10 +1,21 @@
-"""One billing source as an Airflow DAG: the six stages, read as a sentence."""
+"""One billing source as an Airflow DAG, the six stages read as a sentence; and the sweep over all of them."""
 
+import re
+from collections import defaultdict
 from datetime import UTC, datetime, timedelta
 
-from airflow.sdk import DAG, CronDataIntervalTimetable, ExceptionRetryPolicy, Param, RetryAction, RetryRule
+from airflow.sdk import (
+    DAG,
+    BaseNotifier,
+    CronDataIntervalTimetable,
+    ExceptionRetryPolicy,
+    Param,
+    RetryAction,
+    RetryRule,
+)
 
-from usage_billing.installation import billing_source, pool_name
+from usage_billing.errors import Misconfigured
+from usage_billing.installation import billing_source, sources_folder
 from usage_billing.operators import (
     AggregateOperator,
     DeliverOperator,
@@ -13,6 +24,9 @@ from usage_billing.operators import (
     ReconcileOperator,
     ValidateOperator,
 )
+from usage_billing.pools import pool_name
+from usage_billing.sources import source_names
+from usage_billing.sweep import ListDoubtsOperator, SweepOperator
 
 # Years back: Airflow ends a manual run dated before it green, without a task. `bill_from` says what is owed.
 _START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -57,7 +71,7 @@ def billing_dag(source: str) -> DAG:
         extract = ExtractOperator(task_id="extract", source=source)
         validate = ValidateOperator(task_id="validate", source=source, reference=extract.output, **site)
         aggregate = AggregateOperator(task_id="aggregate", source=source, reference=validate.output)
-        plan = PlanOperator(task_id="plan", source=source, reference=aggregate.output)
+        plan = PlanOperator(task_id="plan", source=source, reference=aggregate.output, **site)
         deliver = DeliverOperator(
             task_id="deliver", source=source, reference=plan.output, pool_slots=destination.threads, **site
         )
@@ -69,3 +83,56 @@ _PARAMS = {
     "period_start": "Only for a run without a data interval: the first instant to bill, with a zone.",
     "period_end": "Only for a run without a data interval: the instant to stop before, with a zone.",
 }
+
+
+def sweep_dag(
+    alert_after: timedelta = timedelta(hours=24),
+    notifier: BaseNotifier | None = None,
+    schedule: str = "*/15 * * * *",
+) -> DAG:
+    """Return the DAG ``sweep_doubts``, which settles the doubts of every source, and tells of those that grow old.
+
+    Each site has a task in its pool; a source that is added later is found at the next parse. The last task lists what
+    is left, and is red when any of it is older than `alert_after` or a site could not be swept: then `notifier`, any of
+    Airflow's, is called once for the run, with what `ListDoubtsOperator` gives to its callbacks.
+
+    Raises:
+        Misconfigured: there is no folder of sources.
+    """
+    with DAG(
+        dag_id="sweep_doubts",
+        description="Settle what is in doubt at every billing site, and tell of what grows old.",
+        schedule=schedule,
+        start_date=_START,
+        catchup=False,
+        max_active_runs=1,
+        tags=["usage billing"],
+        doc_md="What is in doubt and what to do about it: section *In doubt* of the operations guide.",
+    ) as dag:
+        listing = ListDoubtsOperator(
+            task_id="list_doubts", alert_after=alert_after, trigger_rule="all_done", on_failure_callback=notifier
+        )
+        for connection, names in _by_connection().items():
+            sweep = SweepOperator(
+                task_id=re.sub(r"[^\w.-]", "_", f"sweep_{connection or 'unreadable'}"),
+                sources=names,
+                pool=pool_name(connection) if connection else None,
+                # Before a long backfill's own tasks: it takes one slot, and not for long.
+                priority_weight=10,
+            )
+            sweep >> listing
+    return dag
+
+
+def _by_connection() -> dict[str, list[str]]:
+    """Return the names of all sources by their connection, under an empty name those that cannot be read.
+
+    Their own DAGs tell what is wrong with these; the sweep tells if something of theirs is in doubt.
+    """
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in source_names(sources_folder()):
+        try:
+            found[billing_source(name).destination.connection].append(name)
+        except Misconfigured:
+            found[""].append(name)
+    return dict(sorted(found.items()))

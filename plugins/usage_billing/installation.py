@@ -11,11 +11,14 @@ from airflow.sdk import BaseHook, ObjectStoragePath, conf
 from sqlalchemy import URL
 
 from usage_billing import hooks
+from usage_billing.archive import Archive
 from usage_billing.destinations import destination_settings
+from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings
 from usage_billing.destinations.maxio import MaxioSettings
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Ledger
+from usage_billing.pools import pool_name
 from usage_billing.sources import BillingSource, load_source, source_names
 from usage_billing.staging import Staging
 
@@ -59,6 +62,27 @@ def staging() -> Staging:
     home = Path(os.environ.get("AIRFLOW_HOME", "~/airflow")).expanduser()
     configured = conf.get("usage_billing", "staging_path", fallback="")
     return Staging(ObjectStoragePath(configured or f"file://{home}/usage_billing/staging"))
+
+
+def archive() -> Archive:
+    """Return the configured archive of sent events; by default a folder in Airflow's home, which one machine sees.
+
+    It lies outside staging, which may be cleaned at any time; this may not.
+    """
+    home = Path(os.environ.get("AIRFLOW_HOME", "~/airflow")).expanduser()
+    configured = conf.get("usage_billing", "archive_path", fallback="")
+    return Archive(ObjectStoragePath(configured or f"file://{home}/usage_billing/archive"))
+
+
+def destination_of(source: BillingSource) -> Destination:
+    """Return the destination that `source` is billed to, with the archive of what it sent.
+
+    Raises:
+        Misconfigured: the source's connection does not exist, is of another type, or has faults.
+    """
+    found = hooks.destination(source)
+    found.archive = archive()
+    return found
 
 
 def ledger_url() -> str | URL:
@@ -116,11 +140,6 @@ class Pool:
     name: str
     slots: int
     description: str
-
-
-def pool_name(connection: str) -> str:
-    """Return the name of the pool of the site behind a connection; parse time, when none may be read, needs it too."""
-    return f"usage_billing_{connection}"
 
 
 def pools(sources: Iterable[BillingSource]) -> list[Pool]:

@@ -11,12 +11,12 @@ from typing import Any
 from airflow.sdk import BaseHook, BaseOperator, Context
 from airflow.sdk.exceptions import AirflowSkipException
 
-from usage_billing import hooks
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused, Stale
-from usage_billing.installation import billing_source, ledger, staging
+from usage_billing.installation import billing_source, destination_of, ledger, staging
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
+from usage_billing.ledger.marker import confirm, marked
 from usage_billing.quantities import to_decimal
 from usage_billing.records import Comparison, Period, Plan, Run, State, Tally
 from usage_billing.sources import BillingSource
@@ -90,6 +90,7 @@ class ExtractOperator(StageOperator):
         with kept(book, f"extract:{source.name}", _LEASE_LASTS, wait=_LEASE_WAIT) as held:
             reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
             number = book.begin_extraction(held.lease, source.name, interval, window)
+            confirm(book, staging(), source.name, number)
         folder = f"{source.name}/{interval.start:%Y%m%dT%H%M%SZ}-{interval.end:%Y%m%dT%H%M%SZ}/{number:08d}"
         events = extract(reader, source, staging(), folder)
         book.record_read(number, events.rows)
@@ -151,7 +152,7 @@ class PlanOperator(StageOperator):
         """Stage the proposals and log the tally."""
         run, destination = self.handed_over()
         found = _plan(run, destination)
-        _log_tally(self.log, found.tally, destination.source)
+        _log_tally(self.log, found.tally, destination)
         return run.with_table("proposals", found.proposals)
 
 
@@ -173,6 +174,7 @@ class DeliverOperator(StageOperator):
             InDoubt: deliveries are still in doubt after the wait; the retry asks again.
         """
         from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
+        from usage_billing.workers import Means  # noqa: PLC0415
 
         run, destination = self.handed_over()
         source, book = destination.source, ledger()
@@ -180,17 +182,18 @@ class DeliverOperator(StageOperator):
         # The tally of the plan did not travel, so it is taken to be blocked: one comparison more tells.
         first = Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1))
         manners = Manners(threads=min(source.destination.threads, destination.client.settings.concurrency))
-        done = deliver(
-            first,
-            lambda: _plan(run, destination),
-            run.number,
-            window,
-            destination,
-            book,
-            staging(),
-            self._stop,
-            manners,
-        )
+        with marked(book, staging(), source.name, run.number):
+            done = deliver(
+                first,
+                lambda: _plan(run, destination),
+                run.number,
+                window,
+                destination,
+                book,
+                staging(),
+                manners,
+                Means(stop=self._stop),
+            )
         self.log.info(
             "delivered: %d accepted, %d accepted after asking, %d refused; %d requests in %.1f s",
             done.accepted,
@@ -247,6 +250,8 @@ class ReconcileOperator(StageOperator):
         self.log.info("closing table of %s, %s", source.name, window)
         for label, value in lines.items():
             self.log.info("  %-17s %20s", label, value)
+        if found.note:
+            self.log.warning("not tied out: %s", found.note)
         for example in found.examples:
             self.log.warning("difference: %s", example)
         if not found.ties_out or unsettled or refused:
@@ -283,21 +288,24 @@ def _interval(context: Context) -> Period:
 def _comparison(run: Run, source: BillingSource) -> Comparison:
     periods = source.periods(run.interval)
     tables = run.tables
-    accepted = tables["accepted"].rows
-    return Comparison(run.number, periods, tables["totals"], tables["targets"], accepted, run.rows_quarantined)
+    accepted = tables["accepted"]
+    totals, targets = tables["totals"], tables["targets"]
+    return Comparison(run.number, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted)
 
 
 def _registered(source: BillingSource) -> Destination:
     """Return the source's destination, once the ledger has found that it still bills the same to the same site."""
-    destination = hooks.destination(source)
+    destination = destination_of(source)
     ledger().register(source.name, destination.site, source.definition())
     return destination
 
 
 def _plan(run: Run, destination: Destination) -> Plan:
+    from usage_billing.chunks import plan_events  # noqa: PLC0415
     from usage_billing.plan import plan  # noqa: PLC0415
 
-    return plan(_comparison(run, destination.source), destination, ledger(), staging(), run.folder)
+    how = plan_events if destination.stream else plan
+    return how(_comparison(run, destination.source), destination, ledger(), staging(), run.folder)
 
 
 def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:
@@ -311,9 +319,13 @@ def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:
         raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
 
 
-def _log_tally(log: Any, tally: Tally, source: BillingSource) -> None:
-    decimals = source.settings.meter.decimals
-    log.info("owed %s, settled before %s", to_decimal(tally.owed, decimals), to_decimal(tally.settled, decimals))
+def _log_tally(log: Any, tally: Tally, destination: Destination) -> None:
+    meter = destination.source.settings.meter
+    if destination.stream:
+        log.info("%d events accepted, %d of them sent before", tally.events, tally.unchanged)
+    if not destination.stream or meter.function in {"sum", "count"}:
+        owed, settled = (to_decimal(scaled, meter.decimals) for scaled in (tally.owed, tally.settled))
+        log.info("owed %s, settled before %s", owed, settled)
     log.info(
         "to send: %d new, %d corrections; unchanged %d, held %d, waiting %d, withdrawn %d, blocked by a doubt %d",
         tally.new,

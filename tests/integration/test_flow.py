@@ -65,6 +65,8 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
         }
         for name, connection in connections.items():
             monkeypatch.setenv(f"AIRFLOW_CONN_{name}", json.dumps(connection))
+        # A staging area belongs to one ledger, and each test has its own.
+        monkeypatch.setenv("AIRFLOW__USAGE_BILLING__STAGING_PATH", f"file://{tmp_path}/staging")
         Ledger.create(ledger_url())
         yield SimpleNamespace(
             sandbox=sandbox,
@@ -112,9 +114,9 @@ def run_tasks(
 
 
 def test_every_dag_imports_without_an_error(bag: Any) -> None:
-    """The DagBag holds one DAG for each source, and no error."""
+    """The DagBag holds one DAG for each source, the sweep, and no error."""
     assert bag.import_errors == {}
-    assert sorted(bag.dag_ids) == [f"bill_{source}" for source in SOURCES]
+    assert sorted(bag.dag_ids) == [*(f"bill_{source}" for source in SOURCES), "sweep_doubts"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -136,12 +138,12 @@ def test_a_days_run_has_a_days_interval_in_the_billing_zone(bag: Any, source: st
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_tasks_that_call_a_site_take_its_pool(bag: Any, source: str) -> None:
-    """Validate, deliver and reconcile share the site's pool; deliver takes a slot for each of its threads."""
+    """Whatever asks the site shares its pool; deliver takes a slot for each of its threads."""
     dag = bag.dags[f"bill_{source}"]
     pools = {task.task_id: (task.pool, task.pool_slots) for task in dag.tasks}
     connections = {"api_calls": "maxio_acme", "platform_events": "maxio_orbit", "voip_minutes": "chargeover_telco"}
     pool = f"usage_billing_{connections[source]}"
-    assert [task for task, (name, _) in pools.items() if name == pool] == ["validate", "deliver", "reconcile"]
+    assert [task for task, (name, _) in pools.items() if name == pool] == ["validate", "plan", "deliver", "reconcile"]
     assert pools["deliver"] == (pool, 4)
 
 

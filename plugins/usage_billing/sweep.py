@@ -1,0 +1,225 @@
+"""Two operators that keep doubts from growing old; `flow.sweep_dag` composes them, and each works alone.
+
+`SweepOperator` settles what is in doubt at the billing sites, and sends again what is not there. `ListDoubtsOperator`
+asks the ledger alone what is left, so that no site can keep it from telling, and fails when something is too old: a
+failed task is what people already watch, and what Airflow's notifiers hang on, as ``on_failure_callback``.
+"""
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from airflow.sdk import BaseOperator, Context
+
+from usage_billing.deliver import Delivered, Manners, resume
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, UsageBillingError
+from usage_billing.installation import billing_source, destination_of, ledger, sources_folder, staging
+from usage_billing.ledger import Ledger
+from usage_billing.ledger.marker import marked
+from usage_billing.records import Period, State
+from usage_billing.settle import PERSON_DECIDES, Swept, sweep
+from usage_billing.sources import source_names
+from usage_billing.workers import Means
+
+_FAULTS = "faults"
+"""Under which key a sweep leaves its faults, an empty list where it had none."""
+_EVER = Period(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
+_NAMED = 20
+"""How many doubts a message names; the ledger has them all."""
+# The next sweep comes soon: one that waits long for a site would only keep its pool.
+_MANNERS = Manners(threads=1, patience=timedelta(minutes=2))
+
+
+class SweepOperator(BaseOperator):
+    """Settle every doubt of `sources` (None: of all), whatever its usage period, and send again what is not there.
+
+    It makes one request at a time, so one slot of the site's pool is enough. A source of which nothing is open makes no
+    request. No source keeps another from being swept: the faults of all are raised at the end.
+    """
+
+    def __init__(self, *, sources: Sequence[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sources = sources
+        self._stop = threading.Event()
+
+    def on_kill(self) -> None:
+        """End before the next request."""
+        self._stop.set()
+
+    def execute(self, context: Context) -> None:
+        """Sweep source by source.
+
+        Raises:
+            Misconfigured: a source, its connection or its site is not what it has to be; all others were swept.
+            NotApplied: a site could not be reached, or throttled for too long; all others were swept.
+        """
+        book = ledger()
+        faults: dict[str, UsageBillingError] = {}
+        for name in _names(self.sources):
+            try:
+                if _is_anything_open(book, name):
+                    self._sweep(book, name)
+            except UsageBillingError as fault:
+                self.log.warning("%s was not swept to its end: %s", name, fault)
+                faults[name] = fault
+        if "ti" in context:
+            context["ti"].xcom_push(key=_FAULTS, value=[f"{name}: {fault}" for name, fault in faults.items()])
+        _raise(faults)
+
+    def _sweep(self, book: Ledger, name: str) -> None:
+        source = billing_source(name)
+        destination = destination_of(source)
+        book.register(name, destination.site, source.definition())
+        with marked(book, staging(), name):
+            swept = sweep(destination, book)
+            sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
+        self._tell(name, swept, sent)
+
+    def _tell(self, name: str, swept: Swept, sent: Delivered) -> None:
+        self.log.info(
+            "swept %s: %d found at the site, %d not there, %d sent again, %d still in doubt",
+            name,
+            swept.settled.found,
+            swept.settled.absent,
+            sent.accepted,
+            len(swept.still_open) + sent.doubted,
+        )
+
+
+class ListDoubtsOperator(BaseOperator):
+    """Log what is in doubt of `sources` (None: of all), by the ledger alone; fail if any of it is over `alert_after`.
+
+    Ages are by the ledger's clock. It also fails where a `SweepOperator` right before it did, with the faults of all of
+    them, so give it the trigger rule ``all_done``. A callback finds the message as ``exception`` in its context, and as
+    ``doubts`` what is too old: a list of `source`, `site`, `subscription`, `period_start`, `quantity`, `age`, `why` and
+    `token`, all of them text.
+    """
+
+    def __init__(
+        self, *, sources: Sequence[str] | None = None, alert_after: timedelta = timedelta(hours=24), **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sources = sources
+        self.alert_after = alert_after
+
+    def execute(self, context: Context) -> list[str]:
+        """Log the table, and return its lines.
+
+        Raises:
+            InDoubt: something is too old, or could not be swept; with the names of all.
+        """
+        book = ledger()
+        doubts = [doubt for name in _names(self.sources) for doubt in _doubts(book, name)]
+        lines = list(_table(doubts))
+        for line in lines or ["nothing is in doubt"]:
+            self.log.info(line)
+        too_old = sorted((doubt for doubt in doubts if doubt.age > self.alert_after), key=lambda doubt: -doubt.age)
+        context["doubts"] = [doubt.as_text() for doubt in too_old]
+        told = [*_alert(too_old, self.alert_after), *_faults(context, sorted(self.upstream_task_ids))]
+        if told:
+            raise InDoubt("\n".join(told))
+        return lines
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """One delivery in doubt, as a person has to see it: `why` says who ends it, `reason` what is known."""
+
+    source: str
+    site: str
+    subscription: str
+    period_start: datetime
+    quantity: str
+    token: str
+    age: timedelta
+    why: str
+    reason: str
+
+    def as_text(self) -> dict[str, str]:
+        """Return it for a callback's template."""
+        return {
+            "source": self.source,
+            "site": self.site,
+            "subscription": self.subscription,
+            "period_start": self.period_start.isoformat(),
+            "quantity": self.quantity,
+            "age": _shown(self.age),
+            "why": f"{self.why}; {self.reason}" if self.reason else self.why,
+            "token": self.token,
+        }
+
+
+_ASKED_AGAIN = "asked again at each sweep"
+_PERSON_DECIDES = PERSON_DECIDES.strip(": ")
+
+
+def _doubts(book: Ledger, name: str) -> Iterator[Doubt]:
+    """Yield the doubts of a source; what a dead worker left in the air is one from now on."""
+    book.doubt_abandoned(name)
+    now = book.now()
+    items = book.open_items(name, _EVER)
+    for row in items[items["state"] == State.IN_DOUBT].to_dict("records"):
+        age = now - row["sent_at"]
+        why = _PERSON_DECIDES if row["reason"].startswith(PERSON_DECIDES) else _ASKED_AGAIN
+        texts = {column: row[column] for column in ("site", "subscription", "quantity", "token")}
+        reason = row["reason"].removeprefix(PERSON_DECIDES)
+        yield Doubt(source=name, period_start=row["period_start"], age=age, why=why, reason=reason, **texts)
+
+
+def _table(doubts: Sequence[Doubt]) -> Iterator[str]:
+    """Yield a line for each source and reason, the longest waiting first."""
+    groups: dict[tuple[str, str, str], list[Doubt]] = defaultdict(list)
+    for doubt in sorted(doubts, key=lambda doubt: -doubt.age):
+        groups[doubt.source, doubt.site, doubt.why].append(doubt)
+    for (source, site, why), some in groups.items():
+        line = f"{source} at {site}: {_count(some)} in doubt, oldest {_shown(some[0].age)}; {why}"
+        yield f"{line} ({some[0].reason})" if some[0].reason else line
+
+
+def _alert(too_old: Sequence[Doubt], alert_after: timedelta) -> Iterator[str]:
+    if not too_old:
+        return
+    yield f"{_count(too_old)} in doubt for more than {_shown(alert_after)}:"
+    for doubt in too_old[:_NAMED]:
+        yield (
+            f"  - {doubt.source} at {doubt.site}, subscription {doubt.subscription}, "
+            f"{doubt.period_start:%Y-%m-%d %H:%M} UTC: {doubt.quantity}, for {_shown(doubt.age)}; {doubt.why} "
+            f"(token {doubt.token})"
+        )
+    if len(too_old) > _NAMED:
+        yield f"  - and {len(too_old) - _NAMED} more; the ledger lists them all"
+
+
+def _faults(context: Context, sweeps: Sequence[str]) -> Iterator[str]:
+    """Yield what the sweeps right before could not do; one that was killed left no word at all."""
+    for task_id in sweeps:
+        said = context["ti"].xcom_pull(task_ids=task_id, key=_FAULTS)
+        yield from [f"{task_id} ended before it could say why; see its log or its note"] if said is None else said
+
+
+def _names(sources: Sequence[str] | None) -> Sequence[str]:
+    return source_names(sources_folder()) if sources is None else sources
+
+
+def _is_anything_open(book: Ledger, name: str) -> bool:
+    return bool(book.in_the_air(name) or book.doubts(name) or book.resumable(name, limit=1))
+
+
+def _raise(faults: Mapping[str, UsageBillingError]) -> None:
+    if len(faults) == 1:
+        raise next(iter(faults.values()))
+    if faults:
+        told = Misconfigured.all_at_once("sweep", (f"{name}: {fault}" for name, fault in faults.items()))
+        raise told if any(isinstance(fault, Misconfigured) for fault in faults.values()) else NotApplied(str(told))
+
+
+def _count(some: Sequence[Doubt]) -> str:
+    return "1 delivery" if len(some) == 1 else f"{len(some)} deliveries"
+
+
+def _shown(span: timedelta) -> str:
+    hours, minutes = divmod(int(span.total_seconds()) // 60, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"

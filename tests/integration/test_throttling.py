@@ -1,0 +1,234 @@
+"""Manners toward a site, by the sandbox's own measure: how much came at once, and what a throttled delivery ends as."""
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from stories import SITES, WORLDS, Event, House, a_day, shipped
+from usage_billing.deliver import Delivered, Manners, deliver
+from usage_billing.destinations.base import Destination
+from usage_billing.errors import NotApplied
+from usage_billing.records import Comparison, Period, Plan
+from usage_billing.sandbox import Sandbox
+from usage_billing.sources import BillingSource
+from usage_billing.workers import Means
+
+ACME = "maxio:us:acme"
+DAYS = 4
+EAGER = Manners(threads=4, lease_lasts=timedelta(seconds=10), patience=timedelta(seconds=60))
+
+
+class Unhurried:
+    """A worker's waiting: notes for how long it was to wait, and hardly waits."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    def is_set(self) -> bool:
+        """Nobody asks this worker to stop."""
+        return False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Note it, and wait a moment."""
+        self.waits.append(timeout or 0.0)
+        return threading.Event().wait(min(timeout or 0.0, 0.02))
+
+
+class Billing:
+    """One source's plan over some days, ready to be delivered as often as a story needs."""
+
+    def __init__(self, house: House, source: BillingSource, accounts: list[str]) -> None:
+        self.house, self.source = house, source
+        self.interval = Period(a_day(source, 5).start, a_day(source, 4 + DAYS).end)
+        self.expected = {account: Decimal(DAYS) for account in accounts}
+        self.comparison, self.folder = house.totals(source, self.interval, list(self._events(accounts)))
+        self.first = self.plan()
+        house.sandbox.reset_requests()
+
+    def _events(self, accounts: list[str]) -> Iterator[Event]:
+        dimensions = ("eu", "premium")[: len(self.source.settings.dimensions)]
+        for day in range(5, 5 + DAYS):
+            noon = a_day(self.source, day).start + timedelta(hours=12)
+            for account in accounts:
+                yield Event(f"{account}-{day}", account, "1", noon, dimensions)
+
+    def plan(self) -> Plan:
+        """Compare with the ledger."""
+        return self.house.plan(self.source, self.comparison, self.folder)
+
+    def deliver(self, manners: Manners = EAGER, destination: Destination | None = None) -> tuple[Delivered, Unhurried]:
+        """Deliver as a task of its own would, with a client of its own; return also how it waited."""
+        comparison: Comparison = self.comparison
+        waiting = Unhurried()
+        done = deliver(
+            self.first,
+            self.plan,
+            comparison.number,
+            comparison.window,
+            destination or self.house.destination(self.source),
+            self.house.ledger,
+            self.house.staging,
+            manners,
+            Means(stop=waiting),
+        )
+        return done, waiting
+
+    def billed(self) -> dict[str, Decimal]:
+        """What the site billed, by account."""
+        component = self.source.destination.component.removeprefix("handle:")
+        rows = self.house.sandbox.billed(self.house.destination(self.source).site)
+        return {row.reference: row.billed for row in rows if row.component == component and row.billed}
+
+    def states(self) -> dict[str, int]:
+        """How many deliveries stand in each state."""
+        found = self.house.ledger.standing(self.source.name, self.comparison.window)["state"]
+        return {str(state): int(count) for state, count in found.value_counts().items()}
+
+
+@contextmanager
+def a_slow_house(
+    folder: Path, *, in_process: int = 4, queued: int = 100, hold_seconds: float = 0.03
+) -> Iterator[House]:
+    """A house whose Maxio sites take their time, so that requests overlap, and bear as much as they are given."""
+    limits = f"limits: {{in_process: {in_process}, queued: {queued}, hold_seconds: {hold_seconds}}}"
+    worlds = []
+    for world in WORLDS:
+        worlds.append(folder / world.name)
+        worlds[-1].write_text(re.sub(r"(?m)^limits: \{in_process: 4.*\}$", limits, world.read_text()))
+    with Sandbox(worlds) as sandbox:
+        house = House(sandbox, folder)
+        yield house
+        house.ledger.close()
+
+
+def calls(house: House) -> Billing:
+    """Twelve customers' calls: 48 requests."""
+    return Billing(house, shipped("api_calls"), [f"acct-{number:04d}" for number in range(1, 13)])
+
+
+def storage(house: House) -> Billing:
+    """The same customers' storage, another component of the same site."""
+    source = shipped("api_calls")
+    settings = source.settings.model_copy(update={"name": "storage"})
+    destination = source.destination.model_copy(update={"component": "handle:storage-gb"})
+    both = replace(source, settings=settings, destination=destination)
+    return Billing(house, both, [f"acct-{number:04d}" for number in range(1, 13)])
+
+
+def throttlings(caplog: pytest.LogCaptureFixture) -> list[int]:
+    """With how many requests at once the work went on after each setback."""
+    found = (re.search(r"going on in [\d.]+ s with (\d+) requests at once", line) for line in caplog.messages)
+    return [int(match[1]) for match in found if match]
+
+
+def test_one_task_never_makes_more_requests_at_once_than_its_connection_allows(tmp_path: Path) -> None:
+    """Sixteen threads on a connection of four: the site saw several at once, and never five."""
+    with a_slow_house(tmp_path) as house:
+        billing = calls(house)
+        billing.deliver(replace(EAGER, threads=16))
+        assert house.sandbox.requests(ACME)["most_in_process"] in range(3, 5)
+        assert house.sandbox.requests(ACME)["throttled"] == 0
+        assert billing.billed() == billing.expected
+
+
+@pytest.mark.parametrize(("threads", "most"), [(2, range(3, 5)), (4, range(5, 9))])
+def test_two_tasks_share_a_site_by_the_slots_of_its_pool(tmp_path: Path, threads: int, most: range) -> None:
+    """Two tasks of two threads fit into a pool of four slots; two of four do not, and the pool keeps them apart."""
+    with a_slow_house(tmp_path) as house:
+        tasks = [calls(house), storage(house)]
+        together(tasks, replace(EAGER, threads=threads))
+        assert house.sandbox.requests(ACME)["most_in_process"] in most
+        for task in tasks:
+            assert task.billed() == task.expected
+
+
+def together(tasks: list[Billing], manners: Manners) -> None:
+    """Deliver all at once, each as a task of its own."""
+    start = threading.Barrier(len(tasks))
+    failures: list[BaseException] = []
+
+    def work(task: Billing) -> None:
+        start.wait()
+        try:
+            task.deliver(manners)
+        except BaseException as error:  # noqa: BLE001 - Whatever a task meets, the test has to see it.
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(task,)) for task in tasks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("reply", ["text", "json_retry_after"])
+def test_a_storm_of_429_bills_each_unit_once_with_fewer_requests_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reply: str
+) -> None:
+    """The waits are the site's own, or grow; no token is spent on a 429, so nothing waits for an hour."""
+    caplog.set_level(logging.WARNING)
+    with a_slow_house(tmp_path, hold_seconds=0) as house:
+        billing = calls(house)
+        house.sandbox.switch(ACME, throttle_reply=reply)
+        house.sandbox.fault(ACME, "throttle", count=12, after=10)
+        done, waiting = billing.deliver()
+        assert billing.billed() == billing.expected
+        assert billing.states() == {"accepted": 12 * DAYS}
+        assert (done.not_applied, done.doubted) == (12, 0)
+        assert house.sandbox.requests(ACME)["writing"] == 12 * DAYS + 12
+    assert throttlings(caplog)[:3] == [2, 1, 1]
+    pauses = [wait for wait in waiting.waits if wait >= 0.4]
+    if reply == "json_retry_after":
+        assert set(pauses) == {1.0}
+    else:
+        assert max(pauses) > 4 * min(pauses), "the pauses did not grow"
+        assert max(pauses) <= 60
+
+
+def test_a_site_that_bears_less_than_it_says_is_served_at_its_own_pace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two at once and none waiting: the site turns the rest away, until the work has come down to what it bears."""
+    caplog.set_level(logging.WARNING)
+    with a_slow_house(tmp_path, in_process=2, queued=0) as house:
+        billing = calls(house)
+        done, _ = billing.deliver()
+        assert billing.billed() == billing.expected
+        assert done.not_applied == house.sandbox.requests(ACME)["throttled"] > 0
+    assert 2 in throttlings(caplog)
+
+
+def test_a_site_that_throttles_for_longer_than_patience_leaves_the_rest_reserved(tmp_path: Path) -> None:
+    """The task ends with the site's own words; nothing is in doubt, and the next try bills all of it once."""
+    with a_slow_house(tmp_path, hold_seconds=0) as house:
+        billing = calls(house)
+        house.sandbox.fault(ACME, "throttle", count=10_000, after=8)
+        with pytest.raises(NotApplied, match=r"maxio:us:acme: create usage .* HTTP 429") as told:
+            billing.deliver(replace(EAGER, patience=timedelta(milliseconds=300)))
+        assert told.value.throttled
+        assert billing.states() == {"accepted": 8, "reserved": 12 * DAYS - 8}
+        house.sandbox.clear_faults()
+        billing.deliver()
+        assert billing.billed() == billing.expected
+
+
+def test_the_events_host_is_told_apart_and_kept_to_the_same_number(tmp_path: Path) -> None:
+    """Events go to a host of their own, whose requests count apart; the main API sees looks only, one by one."""
+    with a_slow_house(tmp_path) as house:
+        billing = Billing(house, shipped("platform_events"), [f"orbit-{number:02d}" for number in range(1, 11)])
+        destination = house.destination(billing.source)
+        destination.chunk_size = 2  # Else all of it would travel in one request.
+        billing.deliver(replace(EAGER, threads=16), destination)
+        counts = house.sandbox.requests(SITES["platform_events"])
+        assert counts["most_in_process_events"] in range(3, 5)
+        assert counts["most_in_process"] <= 1
+        assert billing.billed() == billing.expected
