@@ -240,6 +240,10 @@ SAID = {
 
 # What takes minutes, or Airflow itself, has a test of its own.
 ELSEWHERE = {
+    "usage-billing ledger adopt api_calls --from 2026-10-01 --to 2026-11-01 --dry-run": (
+        "tests/integration/test_ledger_life.py",
+        "test_the_command_mends_what_the_task_refused",
+    ),
     "make demo": ("tests/acceptance/test_demo.py", "test_first_demo_bills_what_is_owed"),
     "make up": ("tests/test_docs.py", "test_up_prints_address_and_login_and_ends_on_ctrl_c"),
 }
@@ -503,6 +507,7 @@ def installed(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ledger, warehouse = tmp_path / "ledger.sqlite", tmp_path / "warehouse.duckdb"
     for name, value in connections(sandbox, ledger, warehouse).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__STAGING_PATH", f"file://{tmp_path}/staging")
     Ledger.create(f"sqlite:///{ledger}")
     return SimpleNamespace(sandbox=sandbox, ledger=ledger, warehouse=warehouse)
 
