@@ -12,7 +12,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell pwd | cksum | cut -d' ' -f1)
 
 # PYTHON=python3.12 chooses an interpreter; STATE=folder keeps the demo's state elsewhere than in the checkout.
+# SEEDS, FIRST_SEED and KILLS say how much to simulate and to kill.
 PYTHON ?=
+SEEDS ?= 2000
+FIRST_SEED ?= 0
+KILLS ?= 200
 STATE ?=
 WHERE := $(if $(STATE),--state "$(STATE)")
 
@@ -54,6 +58,14 @@ types: setup  ## Check types.
 .PHONY: contracts
 contracts: setup  ## Check that the layers import one way only.
 	@PYTHONPATH=plugins $(BIN)/lint-imports
+
+.PHONY: simulate
+simulate: setup  ## Draw SEEDS histories from FIRST_SEED on, on both ledgers, and check the promise in each.
+	@exec $(BIN)/usage-billing simulate --first-seed $(FIRST_SEED) --seeds $(SEEDS) --ledger both
+
+.PHONY: crash
+crash: setup  ## Kill real Airflow tasks by SIGKILL while they deliver, KILLS times, and compare (quarter of an hour).
+	@exec $(BIN)/python include/sandbox/crash.py --kills $(KILLS)
 
 .PHONY: bench
 bench: setup  ## Measure each stage and the whole road at 100,000 and 1,000,000 rows.

@@ -235,6 +235,8 @@ SAID = {
     "airflow dags unpause bill_api_calls": "bill_api_calls",
     "usage-billing check": "api_calls: sound\nplatform_events: sound\nvoip_minutes: sound",
     "usage-billing ledger init": "the usage ledger is",
+    "usage-billing simulate --first-seed 0 --seeds 3": "seeds 0 to 2: ",
+    "usage-billing simulate --source include/sources/api_calls --seeds 3 --ledger both": "3 maxio_metered",
     "usage-billing pools": "pool usage_billing_maxio_acme: 4 slots",
 }
 
@@ -243,6 +245,11 @@ ELSEWHERE = {
     "usage-billing ledger adopt api_calls --from 2026-10-01 --to 2026-11-01 --dry-run": (
         "tests/integration/test_ledger_life.py",
         "test_the_command_mends_what_the_task_refused",
+    ),
+    "usage-billing ledger decide 0000000000000000000000000000000000000000000000000000000000000000 write-off "
+    '--because "credited on invoice 1234"': (
+        "tests/integration/test_floor.py",
+        "test_a_deduction_that_a_person_wrote_off_is_never_made",
     ),
     "make demo": ("tests/acceptance/test_demo.py", "test_first_demo_bills_what_is_owed"),
     "make up": ("tests/test_docs.py", "test_up_prints_address_and_login_and_ends_on_ctrl_c"),
@@ -259,6 +266,8 @@ TARGETS = {
     "make constraints": "uv pip compile",
     "make setup": "pip install",
     "make sandbox": "usage-billing sandbox",
+    "make simulate SEEDS=20 FIRST_SEED=0": "usage-billing simulate --first-seed 0 --seeds 20",
+    "make crash KILLS=200": "include/sandbox/crash.py --kills 200",
 }
 
 
@@ -457,6 +466,8 @@ def test_python_examples_run(each: Block) -> None:
     if "Reading" in names:
         with pytest.raises(ValueError, match="read_at needs a time zone"):
             names["Reading"]("acct-0001", datetime(2026, 10, 5))  # noqa: DTZ001 - that is the point.
+    elif "unauthorized" in names:
+        assert names["unauthorized"].status == 401
     elif "error" in names:
         assert str(names["error"]).splitlines()[0] == "billing source 'calls': 2 faults"
     else:

@@ -1,5 +1,6 @@
 """A metered balance never falls below 0: deductions go as far as it takes them, and the rest stays listed by name."""
 
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from stories import SITES, Event, House, a_day, a_house, shipped
+from usage_billing.cli import main
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.records import Period
@@ -166,3 +168,25 @@ def test_two_sources_of_one_component_never_deduct_more_than_there_is(house: Hou
     assert house.billed(SOURCE) == {ACCOUNT: Decimal(120)}, "120 invoiced, and of the open 100 nothing is left"
     held = listed(house, SOURCE).get("held", Decimal(0)) + listed(house, other).get("held", Decimal(0))
     assert held == Decimal(-20)
+
+
+def test_a_deduction_that_a_person_wrote_off_is_never_made(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was credited by hand, and the ledger told: no later balance takes it a second time."""
+    connection = {"conn_type": "sqlite", "host": house.ledger_url.removeprefix("sqlite:///")}
+    monkeypatch.setenv("AIRFLOW_CONN_USAGE_LEDGER", json.dumps(connection))
+    house.run(SOURCE, DAY, [calls(100)])
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    house.run(lenient(), DAY, [calls(91)])
+    periods = SOURCE.periods(DAY)
+    (token,) = house.ledger.open_items(SOURCE.name, Period(periods[0].start, periods[-1].end))["token"]
+    assert main(["ledger", "decide", token, "accepted", "--because", "no"]) == 1
+    assert "it is held" in capsys.readouterr().err
+    assert main(["ledger", "decide", token, "write-off", "--because", "credited on invoice 1234"]) == 0
+    assert "credited on invoice 1234" in capsys.readouterr().out
+    later = a_day(SOURCE, 6)
+    house.run(SOURCE, later, [calls(50, later)])
+    house.run(lenient(), DAY, [calls(91)])
+    assert house.billed(SOURCE) == {ACCOUNT: Decimal(150)}
+    assert listed(house) == {}
