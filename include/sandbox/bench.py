@@ -13,7 +13,6 @@ import os
 import platform
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +50,7 @@ from usage_billing.records import Comparison, Period, Plan, Staged
 from usage_billing.sources import BillingSource, load_source
 from usage_billing.staging import Staging
 from usage_billing.validate import validate
+from usage_billing.workers import Means
 
 ROWS, QUICK_ROWS = (100_000, 1_000_000), (10_000,)
 BATCHES, QUICK_BATCHES = (50_000, 200_000), (1_000, 5_000)
@@ -230,8 +230,8 @@ class Road:
             self._destination,
             self._ledger,
             self._staging,
-            threading.Event(),
             Manners(threads=self._source.destination.threads),
+            Means(),
         )
 
 

@@ -16,6 +16,8 @@ from warehouse import make_warehouse
 # Leaves time to end everything inside five minutes.
 LIMIT_SECONDS = 275
 
+WORLDS = CHECKOUT / "include" / "sandbox" / "worlds"
+
 
 class TookTooLong(Exception):
     """The demo's time is over; the message says what it was waiting for."""
@@ -70,18 +72,22 @@ class Stage:
 
 
 @contextmanager
-def set_stage(state: State, clock: Clock, ports: Ports) -> Iterator[Stage]:
+def set_stage(
+    state: State, clock: Clock, ports: Ports, changes: Mapping[str, str] | None = None, worlds: Path = WORLDS
+) -> Iterator[Stage]:
     """Make warehouse and ledger, start sandbox and Airflow, wait until the DAGs stand; end the programs on the way out.
 
-    Raises `StateInUse`, `ProgramFailed` or `TookTooLong`.
+    `changes` go into the environment that the programs share, and win. Raises `StateInUse`, `ProgramFailed` or
+    `TookTooLong`.
     """
     with ExitStack() as stack:
         stack.enter_context(state.held())
         made = make_warehouse(state.warehouse)
         clock.say(f"Sample warehouse {'made' if made else 'stands already'}: {shown(state.warehouse)}")
-        known = environment(state, ports)
+        known = environment(state, ports) | dict(changes or {})
         password = state.password()
-        sandbox = stack.enter_context(running("sandbox", _sandbox_command(state, ports), known, state.log("sandbox")))
+        command = _sandbox_command(state, ports, worlds)
+        sandbox = stack.enter_context(running("sandbox", command, known, state.log("sandbox")))
         _set_up(state, known, clock)
         started_at = datetime.now(UTC)
         airflow = stack.enter_context(running("airflow", ["airflow", "standalone"], known, state.log("airflow")))
@@ -100,8 +106,7 @@ def choose_ports(ui_port: int | None = None) -> Ports:
     return Ports(sandbox, ui_port if ui_port and is_free(ui_port) else api, worker_logs, trigger_logs)
 
 
-def _sandbox_command(state: State, ports: Ports) -> list[str]:
-    worlds = CHECKOUT / "include" / "sandbox" / "worlds"
+def _sandbox_command(state: State, ports: Ports, worlds: Path) -> list[str]:
     places = ["--worlds", str(worlds), "--books", str(state.books), "--port-file", str(state.demo / "sandbox.port")]
     return ["usage-billing", "sandbox", "--port", str(ports.sandbox), *places]
 

@@ -159,17 +159,20 @@ class _Work:
         Return how many doubts ended.
         """
         before = self._doubts.settled.ended
-        give_up_at = self._ledger.now() + self._destination.settle_after + self._manners.patience
+        patience = self._destination.settle_after + self._manners.patience
+        give_up_at, taken = self._ledger.now() + patience, -1
         while not self._worker.stopped:
             self.send_ready()
             doubts = self._doubts.open()
             if not doubts and not self._ledger.in_the_air(self._source, self._window):
                 break
-            if self._doubts.ask(doubts):
-                continue
+            if (now_taken := self.done.accepted + self._doubts.settled.found) > taken:
+                give_up_at, taken = self._ledger.now() + patience, now_taken
+            # A site that fails each request without effect makes doubts that end and come again: that is no progress.
             if self._ledger.now() > give_up_at:
                 break
-            self._worker.wait(self._doubts.seconds_until_due(doubts))
+            if not self._doubts.ask(doubts):
+                self._worker.wait(self._doubts.seconds_until_due(doubts))
         self.reopened += self._doubts.settled.in_part
         self.done.settled = self._doubts.settled.found
         return self._doubts.settled.ended - before

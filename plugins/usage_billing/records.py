@@ -162,7 +162,8 @@ class Delivery:
     """One revision of one usage total on its way to a billing site, as the ledger stored it before sending.
 
     `body` is the exact JSON text of the record and `address` where it goes: a doubt is settled with these, never with
-    what today's settings would give. `open_until` is when the billing period ends in which it was found right to send.
+    what today's settings would give. `open_until` is when the billing period ends in which it was found right to send,
+    `reason` what was last said of it.
     """
 
     token: str
@@ -175,6 +176,7 @@ class Delivery:
     sends: int = 0
     reserved_at: datetime | None = None
     open_until: datetime | None = None
+    reason: str = ""
 
     def __post_init__(self) -> None:
         if not self.quantity.is_finite() or self.quantity == 0:

@@ -486,14 +486,18 @@ def test_timeout_then_conflict_bills_once(sandbox: Sandbox) -> None:
 
 
 def test_absent_after_a_conflict_waits_for_the_token_to_expire(sandbox: Sandbox) -> None:
-    """What was sent twice and is absent may have met its token: it stays in doubt for 61 minutes, then may go again."""
+    """What met its token and is absent stays in doubt for 61 minutes; what lost another reply may go again at once."""
     destination = METERED.made(sandbox)
-    (delivery, *_) = ready(METERED, destination, sends=2, ago=timedelta(0))
-    sent_at = delivery.sent_at
+    (lost, *_) = ready(METERED, destination, sends=2, ago=timedelta(0))
+    destination.client.create_usage(50_100_003, 61001, lost.body)
+    with pytest.raises(InDoubt) as conflict:
+        destination.send([lost])
+    delivery, sent_at = replace(lost, reason=str(conflict.value)), lost.sent_at
     assert sent_at is not None
 
     assert destination.settle([delivery], sent_at + timedelta(minutes=59)) == {}
     assert destination.settle([delivery], sent_at + timedelta(minutes=62)) == {delivery.token: None}
+    assert destination.settle([lost], sent_at + timedelta(minutes=3)) == {delivery.token: None}
 
 
 def test_a_spent_token_without_usage_ends_after_its_hour(sandbox: Sandbox) -> None:

@@ -60,6 +60,8 @@ _ENDED = frozenset(
 )
 """States in which a subscription accrues no charges: what would be sent there is never billed, so it is quarantined."""
 
+_MET_WITHIN_THE_HOUR = "the site has met this token within the hour, and does not say what became of it"
+_CONFLICT = Outcome((409,), InDoubt, (Effect.WRITE,), mend=_MET_WITHIN_THE_HOUR)
 _SITE_WIDE = tuple(
     Outcome((422,), Misconfigured, words=words, mend="this concerns the whole site, not this request")
     for words in ("account has been canceled", "trial has ended", "Site data clearing", "site has been deleted")
@@ -149,7 +151,7 @@ class MaxioSite:
         self.settings = settings
         key = (settings.api_key, "x")
         shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "adapter": adapter}
-        self._main = HttpClient(settings.site, settings.base_url, key, outcomes=_SITE_WIDE, **shared)
+        self._main = HttpClient(settings.site, settings.base_url, key, outcomes=(*_SITE_WIDE, _CONFLICT), **shared)
         events_url = f"{settings.events_url}/{settings.subdomain}"
         self._events = HttpClient(settings.site, events_url, key, outcomes=(*_SITE_WIDE, _NO_STREAM), **shared)
 
@@ -624,10 +626,9 @@ class MaxioMetered(_MaxioDestination):
 
         The whole list is walked, never a window of dates: with two clocks apart, a window could hide what was billed.
 
-        A usage that is not there was not applied, so None, and it may be sent again. Not so soon if it was sent more
-        than once: the last answer may have been a 409 to the site's 60-minute token, and no document tells whether each
-        try renews the 60 minutes. Then it stays in doubt for 61 minutes after the last send. A first send cannot have
-        met its own token, so it does not wait.
+        A usage that is not there was not applied, so None, and it may be sent again. Not so soon if the last answer was
+        a 409 to the site's 60-minute token, since no document tells whether each try renews the 60 minutes: then it
+        stays in doubt for 61 minutes after the last send.
         """
         found: dict[str, Answer] = {}
         for (subscription_id, component_id), some in _by_address(doubts).items():
@@ -640,7 +641,7 @@ class MaxioMetered(_MaxioDestination):
                     answer = self._receipt(doubt, held[token], "found in the list of usages")
                     if answer is not None:
                         found[token] = answer
-                elif not _may_meet_its_token(doubt, now):
+                elif not _would_meet_its_token(doubt, now):
                     found[token] = None
         return found
 
@@ -749,10 +750,9 @@ def _by_address(doubts: Sequence[Delivery]) -> dict[tuple[int, int], dict[str, D
     return groups
 
 
-def _may_meet_its_token(doubt: Delivery, now: datetime) -> bool:
-    if doubt.sends <= 1 or doubt.sent_at is None:
-        return False
-    return now < doubt.sent_at + _TOKEN_HONOURED
+def _would_meet_its_token(doubt: Delivery, now: datetime) -> bool:
+    """Say whether the site met the token within the hour; a lost 409 is no harm, the next one is told."""
+    return _MET_WITHIN_THE_HOUR in doubt.reason and doubt.sent_at is not None and now < doubt.sent_at + _TOKEN_HONOURED
 
 
 def _another(delivery: Delivery, usage: Json) -> Refused:

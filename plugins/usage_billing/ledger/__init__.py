@@ -665,4 +665,5 @@ def _delivery(row: RowMapping) -> Delivery:
         sends=row["sends"],
         reserved_at=row["reserved_at"],
         open_until=row["open_until"],
+        reason=row["reason"],
     )

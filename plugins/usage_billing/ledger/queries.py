@@ -60,7 +60,7 @@ def newer_comparisons(source: str, number: int, span: Period) -> Select[Any]:
     return touching(source, span).where(compared_period.c.extraction > number)
 
 
-_TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until"
+_TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until reason"
 TO_SEND = [delivery.c[name] for name in _TO_SEND.split()]
 """The columns that a `Delivery` is made of."""
 
