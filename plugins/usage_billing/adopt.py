@@ -9,7 +9,7 @@ nothing is guessed. The command is rare, so it holds the site's records of the s
 import getpass
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Context, Decimal
@@ -190,14 +190,17 @@ class _Matching:
         self._last = standing.groupby("identity")["revision"].max().to_dict()
         self._unknown: dict[str, _Held] = {}
         self._entries: list[_Entry] = []
+        records = destination.elsewhere(comparison.window)
+        self._elsewhere = {record.token: _Held(record, "", {}) for record in records if record.token}
         self._list(standing)
+        self._settle_known(ledger.known(list(self._elsewhere)))
 
     def match(self, totals: pd.DataFrame) -> None:
         """Look for every name of these totals (columns of `aggregate.aggregate`)."""
         self._list(totals)
         self.seen.update(totals["identity"])
-        unhit = [row for row in _records(totals) if not self._match_one(row)]
-        self._ask_by_name([row for row in unhit if row["identity"] not in self._last and row["quantity"]])
+        for row in _records(totals):
+            self._match_one(row)
 
     def unmatched(self) -> Iterator[str]:
         """Yield what the site holds under our kind of token and nothing here stands for."""
@@ -238,11 +241,12 @@ class _Matching:
                 elif before.record.record_id != record.record_id:
                     self.different.append(f"{held.named()}: there a second time")
         self._unknown.update(listed)
+        self._elsewhere = {token: held for token, held in self._elsewhere.items() if token not in listed}
         self._settle_known(self._ledger.known(list(listed)))
 
     def _settle_known(self, known: pd.DataFrame) -> None:
         for row in _records(known):
-            held = self._unknown.pop(row["token"])
+            held = self._take(row["token"])
             if row["source"] != self._destination.source.name or row["state"] == State.ACCEPTED:
                 self.known += 1
             elif row["state"] not in _OPEN:
@@ -250,17 +254,18 @@ class _Matching:
             elif (receipt := self._proof(held, Decimal(row["quantity"]))) is not None:
                 self.settled[row["token"]] = receipt
 
-    def _match_one(self, row: Mapping[str, Any]) -> bool:
-        """Take the site's records of one identity; say whether there was any."""
-        last = self._last.get(row["identity"], -1)
-        revision, until, hit = 0, last + REVISIONS_AHEAD, False
-        while self._unknown and revision <= until:
+    def _take(self, token: str) -> _Held:
+        return self._unknown.pop(token) if token in self._unknown else self._elsewhere.pop(token)
+
+    def _match_one(self, row: Mapping[str, Any]) -> None:
+        """Take the site's records of one identity."""
+        revision, until = 0, self._last.get(row["identity"], -1) + REVISIONS_AHEAD
+        while (self._unknown or self._elsewhere) and revision <= until:
             token = uniqueness_token(row["identity"], revision)
-            if token in self._unknown:
-                held, until, hit = self._unknown.pop(token), max(until, revision + REVISIONS_AHEAD), True
-                self._enter(row, revision, held)
+            if token in self._unknown or token in self._elsewhere:
+                until = max(until, revision + REVISIONS_AHEAD)
+                self._enter(row, revision, self._take(token))
             revision += 1
-        return hit
 
     def _enter(self, row: Mapping[str, Any], revision: int, held: _Held) -> None:
         quantity, decimals = held.record.quantity, self._destination.source.settings.meter.decimals
@@ -286,23 +291,6 @@ class _Matching:
             return answer
         self.different.append(f"{held.named()}: {answer or 'how much of it counted, the site does not show'}")
         return None
-
-    def _ask_by_name(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Ask for first revisions that no list showed: a record may lie where today's address does not lead.
-
-        (ChargeOver gives a line of a package another id at every upgrade; the external key finds the record still.)
-        """
-        asked = {uniqueness_token(row["identity"], 0): row for row in rows}
-        doubts = [
-            Delivery(token, row["identity"], 0, row["quantity"], Delivery.address_from(row["address"]), "{}")
-            for token, row in asked.items()
-        ]
-        answers = self._destination.settle(doubts, self._ledger.now()) if doubts else {}
-        for token, answer in answers.items():
-            if isinstance(answer, Receipt):
-                self._entries.append(_Entry(asked[token], 0, asked[token]["quantity"], answer))
-            elif answer is not None:
-                self.different.append(f"{asked[token]['subscription']}: {answer}")
 
 
 def _places(rows: pd.DataFrame, window: Period) -> pd.DataFrame:

@@ -5,6 +5,7 @@ import getpass
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date, timedelta
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     decide = actions.add_parser("decide", help="write down what a person decided about one delivery")
     decide.add_argument("token", help="the delivery's uniqueness token")
     decide.add_argument("outcome", choices=sorted(_OUTCOMES), help="; ".join(_OUTCOMES.values()))
+    decide.add_argument("--counted", type=Decimal, help="with accepted: how much of it the site counts")
     decide.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
     decide.set_defaults(command=_ledger_decide)
 
@@ -91,7 +93,7 @@ def _ledger_init(_options: argparse.Namespace) -> str:
 
 _OUTCOMES = {
     "write-off": "write-off: what is held or refused is never billed by us",
-    "accepted": "accepted: what is in doubt is at the site, with this quantity",
+    "accepted": "accepted: what is in doubt is at the site, see --counted",
     "absent": "absent: what is in doubt is not at the site, and is sent again",
 }
 
@@ -103,7 +105,7 @@ def _ledger_decide(options: argparse.Namespace) -> str:
     states = {"write-off": State.WRITTEN_OFF, "accepted": State.ACCEPTED, "absent": State.RESERVED}
     book = ledger()
     by = f"decided on {book.now():%Y-%m-%d} by {getpass.getuser()}: {options.because}"
-    book.decide(options.token, states[options.outcome], by)
+    book.decide(options.token, states[options.outcome], by, options.counted)
     return f"{options.token}: {options.outcome}; {by}"
 
 

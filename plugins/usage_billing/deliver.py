@@ -87,16 +87,18 @@ def deliver(
             moved = work.reserve(current, number, staging)
             ended = work.until_settled()
             # A doubt that nothing ended blocks its key as before: planning again would only ask the same.
-            freed = current.tally.blocked if ended or current is first else 0
+            freed = ended or (current.tally.blocked if current is first else 0)
             if worker.stopped or not (moved or work.reopened or freed or current.tally.partial):
                 break
             log.info(
-                "%d deliveries had moved, %d were blocked by a doubt, %d could go in part: planning again",
+                "%d deliveries had moved, %d doubts ended, %d could go in part: planning again",
                 moved + work.reopened,
-                current.tally.blocked,
+                ended,
                 current.tally.partial,
             )
             current = replan()
+        else:
+            work.reserve(current, number, staging)  # What nobody has written down is listed nowhere.
     work.done.seconds = time.monotonic() - started
     return work.done
 
@@ -135,7 +137,8 @@ class _Work:
         self._ledger = ledger
         self._worker = worker
         self._manners = manners
-        self._started = ledger.now()
+        self._started = self._judged_at = ledger.now()
+        self._good_for = max(destination.settle_after / _SHARE_TO_CLAIM, _SHORTEST_CLAIM)
         self._threads = manners.threads
         self._setback: NotApplied | None = None
         self._counting = threading.Lock()
@@ -158,12 +161,13 @@ class _Work:
 
         Return how many doubts ended.
         """
-        before = self._doubts.settled.ended
+        before, seen, in_part = self._doubts.settled.ended, set[str](), self._doubts.settled.in_part
         patience = self._destination.settle_after + self._manners.patience
         give_up_at, taken = self._ledger.now() + patience, -1
         while not self._worker.stopped:
             self.send_ready()
             doubts = self._doubts.open()
+            seen.update(doubt.token for doubt in doubts)
             if not doubts and not self._ledger.in_the_air(self._source, self._window):
                 break
             if (now_taken := self.done.accepted + self._doubts.settled.found) > taken:
@@ -173,9 +177,11 @@ class _Work:
                 break
             if not self._doubts.ask(doubts):
                 self._worker.wait(self._doubts.seconds_until_due(doubts))
-        self.reopened += self._doubts.settled.in_part
+        self.reopened += self._doubts.settled.in_part - in_part
         self.done.settled = self._doubts.settled.found
-        return self._doubts.settled.ended - before
+        # A sweep may have ended some of them, and only a part of what they carried may have counted.
+        others = len(seen - {doubt.token for doubt in self._ledger.doubts(self._source, self._window)})
+        return max(self._doubts.settled.ended - before, others)
 
     # --- passes ------------------------------------------------------------------------------------------------------
 
@@ -214,6 +220,7 @@ class _Work:
             if not page:
                 break
             after = page[-1].token
+            self._judged_at = self._ledger.now()
             locks = [(self._destination.lock(delivery), delivery) for delivery in page]
             alone += [(lock, delivery) for lock, delivery in locks if lock]
             self._send_page(self._still_right([delivery for lock, delivery in locks if not lock]))
@@ -247,7 +254,7 @@ class _Work:
 
     def _still_right(self, page: Sequence[Delivery]) -> Sequence[Delivery]:
         """Hold what was right when it was planned and may not be sent any more; return the rest."""
-        now = self._ledger.now()
+        now = self._judged_at
         doubtful = [delivery for delivery in page if self._may_have_changed(delivery, now)]
         if not doubtful:
             return page
@@ -262,8 +269,11 @@ class _Work:
     def _may_have_changed(self, delivery: Delivery, now: datetime) -> bool:
         """Say whether time has passed over a delivery: an earlier try, or the end of its billing period."""
         earlier = delivery.reserved_at is not None and delivery.reserved_at < self._started
-        over = delivery.open_until is not None and delivery.open_until - self._destination.settle_after <= now
-        return bool(delivery.sends) or earlier or over
+        return bool(delivery.sends) or earlier or self._is_over(delivery, now)
+
+    def _is_over(self, delivery: Delivery, now: datetime) -> bool:
+        """Say whether a request that leaves now could land after the billing period."""
+        return delivery.open_until is not None and delivery.open_until - self._destination.settle_after <= now
 
     def _send_alone(self, lock: str, delivery: Delivery) -> None:
         """Send one delivery while nobody else sends under the same lock, if the site still takes all of it."""
@@ -282,6 +292,10 @@ class _Work:
 
     def _send_chunk(self, chunk: Sequence[Delivery]) -> None:
         if self._worker.stopped or self._setback is not None:
+            return
+        now = self._ledger.now()
+        if now - self._judged_at > self._good_for and any(self._is_over(delivery, now) for delivery in chunk):
+            self._setback = NotApplied("a billing period ends: what is left of it is judged once more")
             return
         tokens = [delivery.token for delivery in chunk]
         claimed = self._ledger.begin_sending(tokens, self._worker.lease)
@@ -308,8 +322,9 @@ class _Work:
             left = _without(ours, error.receipts)
             self._land(left, State.IN_DOUBT, error)
             log.warning("in doubt: %d deliveries; %s", len(left), error)
-            # Whatever made it, the site or the way to it is not well: the next request need not follow at once.
-            self._setback = NotApplied(f"{len(left)} deliveries are in doubt")
+            if not error.taken:
+                # The site or the way to it is not well: the next request need not follow at once.
+                self._setback = NotApplied(f"{len(left)} deliveries are in doubt")
         except Exception as error:
             # A fault of ours, but the request may have left: the site will be asked.
             self._land(ours, State.IN_DOUBT, error)
@@ -328,8 +343,7 @@ class _Work:
         Raises:
             NotApplied: this process was held up, or its lease is gone; nothing was sent.
         """
-        good_for = max(self._destination.settle_after / _SHARE_TO_CLAIM, _SHORTEST_CLAIM)
-        if not self._ledger.may_send(ours[0].token, self._worker.lease, good_for):
+        if not self._ledger.may_send(ours[0].token, self._worker.lease, self._good_for):
             raise NotApplied("this worker was held up between its claim and the request; nothing was sent")
 
     def _accept(self, receipts: Sequence[Receipt]) -> None:

@@ -54,12 +54,14 @@ class InDoubt(UsageBillingError):
     """A request left and its outcome is unknown; only the site can tell.
 
     `receipts` (of `records.Receipt`) are for those deliveries of the chunk that the site has all the same, as it was
-    seen to; the others are in doubt.
+    seen to; the others are in doubt. `taken` says that the site took them, and that only the proof of how much counted
+    is not there yet.
     """
 
-    def __init__(self, message: str = "", *, receipts: Sequence[Any] = ()) -> None:
+    def __init__(self, message: str = "", *, receipts: Sequence[Any] = (), taken: bool = False) -> None:
         super().__init__(message)
         self.receipts = tuple(receipts)
+        self.taken = taken
 
 
 class Stale(UsageBillingError):

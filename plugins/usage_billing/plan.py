@@ -174,6 +174,7 @@ def _propose(
         waiting=int((stays | ours).sum() + still_held.sum()),
         withdrawn=int((written["state"] == State.SUPERSEDED).sum()),
         partial=int(written["partial"].sum()),
+        released=int((chosen["judged_again"] & sending).sum()),
         owed=quantities.total(compared["owed"]),
         settled=quantities.total(compared["settled"]),
         negative=quantities.total(chosen["difference"][chosen["difference"] < 0]),

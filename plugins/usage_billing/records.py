@@ -50,6 +50,10 @@ def _plain(moment: datetime) -> datetime:
     return datetime(utc.year, utc.month, utc.day, utc.hour, utc.minute, utc.second, utc.microsecond, tzinfo=UTC)
 
 
+PERSON_DECIDES = "a person decides: "
+"""How the reason of a doubt begins that no waiting will end."""
+
+
 class State(StrEnum):
     """Where a delivery stands; the ledger alone moves it."""
 
@@ -255,6 +259,7 @@ class Tally:
     """How many identities the plan found in each case, and the scaled sums behind them.
 
     `partial` counts those of which only a part may go now: what is left is planned again once that part has landed.
+    `released` counts those that the ledger lists as held, and that may go by now.
     """
 
     new: int = 0
@@ -265,6 +270,7 @@ class Tally:
     waiting: int = 0
     withdrawn: int = 0
     partial: int = 0
+    released: int = 0
     owed: int = 0
     settled: int = 0
     negative: int = 0
@@ -273,7 +279,7 @@ class Tally:
     @property
     def unsettled(self) -> int:
         """How many identities owe a difference that nobody has written down yet, or that a doubt blocks."""
-        return self.new + self.corrections + self.withdrawn + self.blocked
+        return self.new + self.corrections + self.held + self.withdrawn + self.blocked - self.released
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

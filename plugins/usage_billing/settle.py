@@ -12,14 +12,11 @@ from datetime import timedelta
 from usage_billing.destinations.base import Answer, Destination
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.ledger import Ledger
-from usage_billing.records import Delivery, Period, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Delivery, Period, Receipt, State
 
 log = logging.getLogger(__name__)
 
 _MOST_DOUBLINGS, _LONGEST_PAUSE = 6, 60.0
-
-PERSON_DECIDES = "a person decides: "
-"""How the reason begins of a doubt that no asking can end."""
 
 
 @dataclass

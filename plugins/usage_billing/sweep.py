@@ -19,8 +19,8 @@ from usage_billing.errors import InDoubt, Misconfigured, NotApplied, UsageBillin
 from usage_billing.installation import billing_source, destination_of, ledger, sources_folder, staging
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
-from usage_billing.records import Period, State
-from usage_billing.settle import PERSON_DECIDES, Swept, sweep
+from usage_billing.records import PERSON_DECIDES, Period, State
+from usage_billing.settle import Swept, sweep
 from usage_billing.sources import source_names
 from usage_billing.workers import Means
 
@@ -153,6 +153,7 @@ class Doubt:
 
 
 _ASKED_AGAIN = "asked again at each sweep"
+_WAITS_FOR_ITS_RUN = "not at the site; a newer reading has the say: run its period again"
 _PERSON_DECIDES = PERSON_DECIDES.strip(": ")
 
 
@@ -161,9 +162,13 @@ def _doubts(book: Ledger, name: str) -> Iterator[Doubt]:
     book.doubt_abandoned(name)
     now = book.now()
     items = book.open_items(name, _EVER)
-    for row in items[items["state"] == State.IN_DOUBT].to_dict("records"):
-        age = now - row["sent_at"]
+    left = (items["state"] == State.IN_DOUBT) | ((items["state"] == State.RESERVED) & (items["sends"] > 0))
+    for row in items[left].to_dict("records"):
+        # From when it was written down: a doubt that ends and comes again grows old all the same.
+        age = now - row["reserved_at"]
         why = _PERSON_DECIDES if row["reason"].startswith(PERSON_DECIDES) else _ASKED_AGAIN
+        if row["state"] == State.RESERVED:
+            why = _WAITS_FOR_ITS_RUN
         texts = {column: row[column] for column in ("site", "subscription", "quantity", "token")}
         reason = row["reason"].removeprefix(PERSON_DECIDES)
         yield Doubt(source=name, period_start=row["period_start"], age=age, why=why, reason=reason, **texts)

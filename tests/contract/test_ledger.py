@@ -19,7 +19,7 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import Period, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Period, Receipt, State
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -394,14 +394,25 @@ def test_a_person_decides_about_what_waits_and_about_nothing_else(world: SimpleN
     assert rows.loc[second, "state"] == "held"
 
 
-@pytest.mark.parametrize(("outcome", "resumes"), [(State.ACCEPTED, 0), (State.RESERVED, 1)])
-def test_a_person_ends_a_doubt(world: SimpleNamespace, outcome: State, resumes: int) -> None:
-    """Found at the site it is accepted; definitely not there it is sent again."""
+@pytest.mark.parametrize(("outcome", "counted", "resumes"), [(State.ACCEPTED, "7", 0), (State.RESERVED, None, 1)])
+def test_a_person_ends_a_doubt(world: SimpleNamespace, outcome: State, counted: str | None, resumes: int) -> None:
+    """What no waiting ends, a person does, with how much the site counts; while the site is asked, nobody else does."""
     number = reserved(world, {"a": "10"})
     (delivery,) = world.ledger.reserved("calls", number, 10)
     lease = world.ledger.acquire("deliver:one", "one", MINUTE)
     world.ledger.begin_sending([delivery.token], lease)
     world.ledger.land([delivery.token], State.IN_DOUBT, "lost", lease)
-    world.ledger.decide(delivery.token, outcome, "decided by somebody: looked it up")
+    quantity = None if counted is None else Decimal(counted)
+    with pytest.raises(Misconfigured, match="still being asked"):
+        world.ledger.decide(delivery.token, outcome, "too soon", quantity)
+    (doubt,) = world.ledger.doubts("calls")
+    world.ledger.settle_doubt(doubt, State.IN_DOUBT, reason=f"{PERSON_DECIDES}stored with another quantity")
+    with pytest.raises(Misconfigured, match="needs the quantity"):
+        world.ledger.decide(delivery.token, State.ACCEPTED, "how much?")
+    with pytest.raises(Misconfigured, match="decimal places"):
+        world.ledger.decide(delivery.token, State.ACCEPTED, "too fine", Decimal("7.0000000005"))
+    world.ledger.decide(delivery.token, outcome, "decided by somebody: looked it up", quantity)
     assert world.ledger.doubts("calls") == []
     assert len(world.ledger.resumable("calls", 10)) == resumes
+    if counted:
+        assert world.ledger.accepted("calls", DAY)["applied"].tolist() == [counted]

@@ -151,10 +151,12 @@ def test_near_a_renewal_a_deduction_waits(house: House) -> None:
     assert house.billed(SOURCE) == {ACCOUNT: Decimal(100)}
 
 
-def test_two_sources_of_one_component_never_deduct_more_than_there_is(house: House) -> None:
+def test_two_sources_of_one_component_never_deduct_more_than_there_is(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both want to take back 60 of a balance of 100, at once: 100 go, 20 stay listed."""
     other = replace(SOURCE, settings=SOURCE.settings.model_copy(update={"name": "api_calls_two"}))
-    SITES[other.name] = SITE
+    monkeypatch.setitem(SITES, other.name, SITE)
     house.run(SOURCE, DAY, [calls(60)])
     house.run(other, DAY, [calls(60)])
     house.sandbox.move_clock("2026-11-02T12:00:00Z")

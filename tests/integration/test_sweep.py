@@ -68,8 +68,10 @@ class SweptHouse(House):
         engine = create_engine(self.ledger_url)
         with engine.begin() as connection:
             ours = delivery.c.source == source.name
-            for token, sent in connection.execute(select(delivery.c.token, delivery.c.sent_at).where(ours)).all():
-                connection.execute(update(delivery).where(delivery.c.token == token).values(sent_at=sent - by))
+            columns = (delivery.c.token, delivery.c.sent_at, delivery.c.reserved_at)
+            for token, sent, reserved in connection.execute(select(*columns).where(ours)).all():
+                older = {"sent_at": sent - by, "reserved_at": reserved - by}
+                connection.execute(update(delivery).where(delivery.c.token == token).values(older))
         engine.dispose()
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from usage_billing.archive import Archive
 from usage_billing.errors import InDoubt, Misconfigured, Refused
-from usage_billing.records import Delivery, Receipt, SiteRecord, SiteTotal, Target
+from usage_billing.records import Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
 Answer = Receipt | Refused | InDoubt | None
@@ -185,6 +185,13 @@ class Destination(ABC):
         `deliveries` has ``token``, ``subscription``, ``component``, ``address`` (JSON text), ``record_id``,
         ``period_start``, ``period_end`` of accepted deliveries. None where the API cannot list records singly.
         """
+
+    def elsewhere(self, span: Period) -> Iterable[SiteRecord]:
+        """Yield what the site holds over a span at addresses that lead there no more; nothing where none is replaced.
+
+        It may hold what `records` yields too, and what belongs to other sources.
+        """
+        return ()
 
     def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal] | None:
         """Return what the site counts for each subscription over its billing periods; None where `records` lists."""

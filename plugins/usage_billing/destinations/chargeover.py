@@ -32,7 +32,7 @@ from usage_billing.destinations.http import (
 from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.periods import local_midnight
-from usage_billing.records import Delivery, Receipt, SiteRecord, Target
+from usage_billing.records import Delivery, Period, Receipt, SiteRecord, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
 log = logging.getLogger(__name__)
@@ -477,12 +477,17 @@ class ChargeOverUsage(Destination):
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold negative differences unless the connection allows them, and what belongs to an invoiced cycle."""
-        minus = negative(proposals["quantity"]) & (self.client.settings.negative_usage == "hold")
+        below = negative(proposals["quantity"])
         late = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
+        # What vanished whole has no account in this run, and a credit to an invoiced cycle might never be made.
+        unknown = below & proposals["open_from"].isna().to_numpy(dtype=bool)
         why_minus = (
             "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
         )
-        return pd.Series(np.select([minus, late], [why_minus, _INVOICED], ""), index=proposals.index, dtype=object)
+        minus = below & (self.client.settings.negative_usage == "hold")
+        why_unknown = "its account has no usage in this run, so its open billing cycle is not known"
+        texts = np.select([minus, unknown, late], [why_minus, why_unknown, _INVOICED], "")
+        return pd.Series(texts, index=proposals.index, dtype=object)
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a cycle that was invoiced since, and what would go to a line that is no more."""
@@ -671,13 +676,20 @@ class ChargeOverUsage(Destination):
         for address, some in deliveries.groupby("address"):
             line = json.loads(str(address))["line_item_id"]
             since, until = some["period_start"].min().to_pydatetime(), some["period_end"].max().to_pydatetime()
-            for usage in self.client.usages({"line_item_id": line}, since, until - timedelta(seconds=1)):
-                key = str(usage.get("external_key") or "")
-                token = key if _TOKEN.fullmatch(key) else ""
-                if (value := exact_number(usage.get("usage_value"))) is None:
-                    raise NotApplied(f"{self.site}: query usage: a usage of line {line} has no readable value")
-                shown = f"{usage.get('from')} to {usage.get('to')}"
-                yield SiteRecord(token, str(usage["usage_history_id"]), value, shown)
+            yield from self._records({"line_item_id": line}, Period(since, until))
+
+    def elsewhere(self, span: Period) -> Iterator[SiteRecord]:
+        """Yield every record of the account over a span: an upgrade leaves those of before on a line that is gone."""
+        return self._records({}, span)
+
+    def _records(self, equal: Mapping[str, object], span: Period) -> Iterator[SiteRecord]:
+        for usage in self.client.usages(equal, span.start, span.end - timedelta(seconds=1)):
+            key = str(usage.get("external_key") or "")
+            token = key if _TOKEN.fullmatch(key) else ""
+            if (value := exact_number(usage.get("usage_value"))) is None:
+                raise NotApplied(f"{self.site}: query usage: usage {usage['usage_history_id']} has no readable value")
+            shown = f"{usage.get('from')} to {usage.get('to')}"
+            yield SiteRecord(token, str(usage["usage_history_id"]), value, shown)
 
 
 _CHUNK_SIZES = {"single": 1, "batch": _LARGEST_BATCH, "bulk": _LARGEST_BULK}

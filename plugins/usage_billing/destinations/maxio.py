@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import ROUND_DOWN, Decimal
 from functools import cached_property
 from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -533,7 +533,7 @@ class MaxioMetered(_MaxioDestination):
                 added = goes[~minus & (subscriptions == key[0]) & (components == key[1])]
                 room[key] = self._balance(*map(int, key)) + sum(map(Decimal, added), Decimal(0))
                 unfit[key] = self._unfit_for_deductions(int(key[0]))
-            part = min(-Decimal(goes[place]), room[key])
+            part = self._measured(min(-Decimal(goes[place]), room[key]))
             why[place] = unfit[key] or ("" if part > 0 else _NO_BALANCE)
             if not why[place]:
                 room[key] -= part
@@ -618,7 +618,8 @@ class MaxioMetered(_MaxioDestination):
             raise InDoubt(f"{failure}; a deduction was taken, how much of it counted could not be asked") from failure
         if not isinstance(found, Receipt):
             # It was applied. Settling will find it, with its proof, or with another quantity and report that.
-            raise InDoubt(f"{self.site}: {found or 'the site does not show yet how much of the deduction counted'}")
+            words = found or "the site does not show yet how much of the deduction counted"
+            raise InDoubt(f"{self.site}: {words}", taken=True)
         return [found]
 
     def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
@@ -656,9 +657,16 @@ class MaxioMetered(_MaxioDestination):
         counted = self._counted(delivery)
         if counted is None:
             return None
+        if not delivery.quantity <= counted <= 0 or counted != self._measured(counted):
+            words = f"usage {number}: a deduction of {delivery.quantity} moved the balance by {counted}"
+            return Refused(f"stored with another quantity: {words} (token {delivery.token})")
         if stored not in (delivery.quantity, counted):
             return _another(delivery, usage)
         return Receipt(delivery.token, number, note, None if counted == delivery.quantity else counted)
+
+    def _measured(self, quantity: Decimal) -> Decimal:
+        """Return a quantity cut to the decimal places of the meter: nothing finer can be billed or taken back."""
+        return quantity.quantize(Decimal(1).scaleb(-self.source.settings.meter.decimals), ROUND_DOWN)
 
     def _counted(self, delivery: Delivery) -> Decimal | None:
         """Return by how much a deduction moved the balance, 0 or less; None while the site does not show it."""

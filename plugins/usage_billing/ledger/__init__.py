@@ -33,7 +33,7 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger import queries
 from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, ledger, source
-from usage_billing.records import Delivery, Extraction, Period, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Delivery, Extraction, Period, Receipt, State
 
 __all__ = ["ADOPTED", "Lease", "Ledger", "Reserved", "bases"]
 
@@ -386,25 +386,27 @@ class Ledger:
             settled = self._now(connection) if state in {State.ACCEPTED, State.REFUSED} else None
             return connection.execute(this_one.values(state=state, settled_at=settled, **values)).rowcount == 1
 
-    def decide(self, token: str, state: State, by: str) -> None:
+    def decide(self, token: str, state: State, by: str, counted: Decimal | None = None) -> None:
         """Write down what a person decided about one delivery, with who and why as its reason.
 
-        What is held or refused can be `written_off`: it is settled, and never billed. A doubt can be `accepted` (the
-        site has it, with this quantity) or `reserved` (it has it not: it is sent again).
+        What is held or refused can be `written_off`: it is settled, and never billed. A doubt that no waiting ends can
+        be `accepted` (`counted` is how much of it the site counts) or `reserved` (it has none of it: it is sent again).
+        Any other doubt is for the site to settle: what a person saw there may have changed since.
 
         Raises:
             Misconfigured: there is no such delivery, or it does not stand where this can be decided.
         """
         leaves = _DECISIONS[state]
         with self._writing() as connection:
+            found = select(delivery).where(delivery.c.token == token).with_for_update()
+            row: Any = connection.execute(found).one_or_none()
+            _raise_if_undecidable(token, row, state, leaves, counted)
+            if counted is not None:
+                _raise_if_too_fine(counted, connection.execute(select(source).where(source.c.name == row.source)).one())
             settled = None if state is State.RESERVED else self._now(connection)
             values = {"state": state, "reason": by, "settled_at": settled}
-            this_one = update(delivery).where(delivery.c.token == token, delivery.c.state.in_(leaves))
-            if connection.execute(this_one.values(values)).rowcount:
-                return
-            found = connection.execute(select(delivery.c.state).where(delivery.c.token == token)).scalar()
-        where = f"it is {found}" if found else "the ledger has no such delivery"
-        raise Misconfigured(f"token {token}: {where}; {state} can be decided of what is {' or '.join(leaves)}")
+            values["applied"] = "" if counted is None else f"{counted:f}"
+            connection.execute(update(delivery).where(delivery.c.token == token).values(values))
 
     # --- adopting ----------------------------------------------------------------------------------------------------
 
@@ -646,6 +648,26 @@ def _rows(fresh: pd.DataFrame, name: str, site: str, number: int, now: datetime)
 def _proof(receipt: Receipt) -> dict[str, str]:
     counted = "" if receipt.applied is None else f"{receipt.applied:f}"
     return {"record": receipt.record_id, "note": receipt.note, "counted": counted}
+
+
+def _raise_if_undecidable(token: str, row: Any, state: State, leaves: Sequence[State], counted: Decimal | None) -> None:
+    wrong = ""
+    if row is None:
+        wrong = "the ledger has no such delivery"
+    elif row.state not in leaves:
+        wrong = f"it is {row.state}; {state} can be decided of what is {' or '.join(leaves)}"
+    elif row.state == State.IN_DOUBT and not row.reason.startswith(PERSON_DECIDES):
+        wrong = "the site is still being asked; the sweep ends this doubt, or says that a person has to"
+    elif (state is State.ACCEPTED) != (counted is not None):
+        wrong = "accepted, and nothing else, needs the quantity that the site counts"
+    if wrong:
+        raise Misconfigured(f"token {token}: {wrong}")
+
+
+def _raise_if_too_fine(counted: Decimal, of: Any) -> None:
+    decimals = int(json.loads(of.definition).get("meter", {}).get("decimals", 0))
+    if not counted.is_finite() or counted != round(counted, decimals):
+        raise Misconfigured(f"{counted} is no quantity of {decimals} decimal places, in which {of.name!r} is measured")
 
 
 def _extraction(row: RowMapping) -> Extraction:
