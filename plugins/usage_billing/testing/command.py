@@ -1,0 +1,128 @@
+"""The command ``usage-billing simulate``: many seeds, on several processes, and one line at the end."""
+
+import gc
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from usage_billing.destinations import destination_settings
+from usage_billing.errors import UsageBillingError
+from usage_billing.sources import BillingSource, load_source
+from usage_billing.testing.chance import Chance
+from usage_billing.testing.history import simulate
+from usage_billing.testing.ledgers import Ledgers, PostgresLedgers, SqliteLedgers, workshop
+from usage_billing.testing.scenes import simulated
+from usage_billing.testing.shrink import shrunk
+
+_LEDGERS: dict[str, tuple[type[SqliteLedgers] | type[PostgresLedgers], ...]] = {
+    "sqlite": (SqliteLedgers,),
+    "postgresql": (PostgresLedgers,),
+    "both": (SqliteLedgers, PostgresLedgers),
+}
+
+
+class Violated(UsageBillingError):
+    """The simulator found histories that break an invariant."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to simulate: which seeds, on which ledgers, of which source (a folder; None draws sources of its own)."""
+
+    first_seed: int = 0
+    seeds: int = 100
+    ledger: str = "sqlite"
+    source: Path | None = None
+    shrink: bool = True
+
+
+@dataclass
+class Found:
+    """What some seeds came to."""
+
+    counts: Counter[str]
+    histories: Counter[str]
+    stories: list[str]
+    failed: list[int]
+
+    def add(self, other: "Found") -> None:
+        """Take the seeds of another process in."""
+        self.counts += other.counts
+        self.histories += other.histories
+        self.stories += other.stories
+        self.failed += other.failed
+
+
+def run(order: Order, jobs: int = 2, say: Callable[[str], None] = print) -> str:
+    """Simulate the seeds of an order and return the closing line; stories of failing seeds are said on the way.
+
+    Raises:
+        Violated: some seeds broke an invariant.
+    """
+    started = time.monotonic()
+    total = Found(Counter(), Counter(), [], [])
+    for found in _found(order, jobs):
+        total.add(found)
+        for story in found.stories:
+            say(story)
+    line = _closing_line(order, total, time.monotonic() - started)
+    if total.failed:
+        raise Violated(f"{line}\nfailing seeds: {' '.join(map(str, sorted(total.failed)))}")
+    return line
+
+
+def _found(order: Order, jobs: int) -> Iterator[Found]:
+    if jobs == 1:
+        yield some_seeds(order, range(order.first_seed, order.first_seed + order.seeds))
+        return
+    shares = [range(order.first_seed + job, order.first_seed + order.seeds, jobs) for job in range(jobs)]
+    # A fresh interpreter: a forked one would share an open database with its parent.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(some_seeds, [order] * jobs, shares)
+
+
+def some_seeds(order: Order, seeds: Sequence[int]) -> Found:
+    """Simulate some seeds in this process."""
+    logging.getLogger("usage_billing").setLevel(logging.CRITICAL)
+    own = simulated(load_source(order.source, destination_settings)) if order.source else None
+    found = Found(Counter(), Counter(), [], [])
+    with workshop() as folder:
+        opened = [kind(folder) for kind in _LEDGERS[order.ledger]]
+        try:
+            gc.collect()
+            gc.freeze()  # Nothing that was imported is ever garbage, and looking through it takes half the time.
+            for seed in seeds:
+                ledgers = Chance(seed).pick("ledger", opened)
+                _one_seed(order, seed, ledgers, folder, own, found)
+        finally:
+            for ledgers in opened:
+                ledgers.close()
+    return found
+
+
+def _one_seed(order: Order, seed: int, ledgers: Ledgers, folder: Path, own: BillingSource | None, found: Found) -> None:
+    outcome = simulate(seed, ledgers.fresh(), folder, own)
+    found.counts += outcome.counts
+    found.histories[outcome.kind] += 1
+    if not outcome.violations:
+        return
+    found.failed.append(seed)
+    shortest = outcome
+    if order.shrink:
+        shortest = shrunk(outcome, lambda muted: simulate(seed, ledgers.fresh(), folder, own, muted))
+    where = f" --source {order.source}" if order.source else ""
+    again = f"usage-billing simulate --first-seed {seed} --seeds 1 --ledger {ledgers.name}{where}"
+    found.stories.append(f"{shortest}\n{len(shortest.struck)} disturbances are enough; again: {again}")
+
+
+def _closing_line(order: Order, found: Found, seconds: float) -> str:
+    histories = ", ".join(f"{count} {kind}" for kind, count in sorted(found.histories.items()))
+    names = ("effects", "crashes", "suspensions", "doubts", "requests", "writing requests")
+    counts = ", ".join(f"{found.counts[name]} {name}" for name in names)
+    last = order.first_seed + order.seeds - 1
+    return f"seeds {order.first_seed} to {last}: {histories}; {counts}; {len(found.failed)} violations; {seconds:.0f} s"

@@ -1,0 +1,344 @@
+"""One history: drawn from a seed, played on virtual time, brought to rest, and judged.
+
+Things happen in three parts. First everything that chance wants: runs, repeats, changes in the warehouse, others' use,
+with all the trouble that the history knows. Then the trouble ends, time passes, and what is left undone is
+cleared. At last every usage period is run once more over the final rows, until nothing is sent any more.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+from usage_billing.ledger import Ledger
+from usage_billing.records import State
+from usage_billing.sandbox import DirectSandbox
+from usage_billing.sources import BillingSource
+from usage_billing.staging import Staging
+from usage_billing.testing.chance import Chance
+from usage_billing.testing.clockwork import Clockwork, Process
+from usage_billing.testing.effects import Surroundings
+from usage_billing.testing.faults import Faults
+from usage_billing.testing.invariants import Line, Watch, billed_by_account, deliveries, judge
+from usage_billing.testing.network import Flight, Network
+from usage_billing.testing.oracle import Key, owed
+from usage_billing.testing.others import use
+from usage_billing.testing.runs import TASKS, Asked, DagRun, Sizes, sweeping
+from usage_billing.testing.scenes import Scene, drawn_scene
+from usage_billing.testing.story import Story
+from usage_billing.testing.warehouse import Row, Warehouse
+
+_ROUNDS = 5
+_SECOND_WAVE = 1200
+_MOST_EFFECTS = 20_000
+
+
+class EndlessStory(Exception):
+    """The history does not come to rest."""
+
+
+@dataclass
+class Outcome:
+    """What one history came to."""
+
+    seed: int
+    kind: str
+    counts: Counter[str]
+    lines: list[Line]
+    violations: list[tuple[str, str]]
+    struck: tuple[str, ...]
+    story: Story
+
+    def __str__(self) -> str:
+        """Return the story with its closing table, and what was violated."""
+        broken = "\n".join(f"VIOLATED {check}: {text}" for check, text in self.violations)
+        table = "\n".join(map(str, self.lines))
+        return f"seed {self.seed}, {self.kind}\n{self.story}\n\n{table}\n{broken}"
+
+
+def simulate(
+    seed: int,
+    ledger_url: str,
+    folder: Path,
+    own: BillingSource | None = None,
+    muted: Iterable[str] = (),
+    *,
+    sizes: Sizes = "drawn",
+    troubled: bool = True,
+) -> Outcome:
+    """Play the history of one seed with an empty ledger, and judge it.
+
+    `muted` disturbances are left out; without trouble, nothing goes wrong at all. `sizes` are those of batches and
+    chunks, and the order of rows: nothing that is billed may hang on them.
+    """
+    with closing(History(seed, ledger_url, folder, own, muted, sizes)) as history:
+        if not troubled:
+            history.faults.stop()
+        return history.play()
+
+
+@dataclass
+class History:
+    """The parts of a history, which runs and checks share."""
+
+    seed: int
+    ledger_url: str
+    folder: Path
+    own: BillingSource | None = None
+    muted: Iterable[str] = ()
+    sizes: Sizes = "drawn"
+    snapshots: dict[tuple[str, int], tuple[list[Row], Sequence[int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.chance = Chance(self.seed, self.muted)
+        self.scene: Scene = drawn_scene(self.chance, self.own)
+        start = self.scene.units[0]
+        self.faults = Faults.drawn(self.chance)
+        self.story = Story(start)
+        self.around = Surroundings(Clockwork(start), self.chance, self.faults, self.story)
+        self.ledger = Ledger.connect(self.ledger_url, clock=self.around.ledger_time)
+        self.sandbox = DirectSandbox([self.scene.world])
+        if self.scene.switches:
+            self.sandbox.switch(self.scene.site, **self.scene.switches)
+        self.staging = Staging(self.folder / "staging" / str(self.seed))
+        watch = Watch(self.scene, self.ledger, self.sandbox, self.extracted, self.fails)
+        self.network = Network(
+            self.sandbox,
+            self.around,
+            self.scene.settle_after,
+            self.scene.cut_off,
+            lambda flight: self._watched(watch, flight),
+        )
+        self.around.claimed = watch.claim
+        self.network.on_the_way = self._others_deduct
+        self.warehouses = {
+            source.name: Warehouse(
+                self.chance, source, self.scene.units, self.scene.billed_accounts, self.scene.other_accounts
+            )
+            for source in self.scene.sources
+        }
+        self.violations: list[tuple[str, str]] = []
+        self.others: dict[str, Decimal] = {}
+        self.runs: list[DagRun] = []
+
+    def close(self) -> None:
+        """Close ledger and site."""
+        self.ledger.close()
+        self.sandbox.close()
+
+    def fails(self, check: str, text: str) -> None:
+        """Note a violated invariant."""
+        self.around.tell("the checker", f"VIOLATED {check}", text)
+        self.violations.append((check, text))
+
+    def play(self) -> Outcome:
+        """Play, settle down, and judge."""
+        lines: list[Line] = []
+        try:
+            self.busy()
+            self.quiet()
+            lines = self.judged()
+        except EndlessStory as endless:
+            self.fails("I5 comes to rest", str(endless))
+        counts = self.story.counts
+        counts["doubts"] += sum(one.state is State.IN_DOUBT for one in deliveries(self.ledger))
+        return Outcome(
+            self.seed, self.scene.kind, counts, lines, self.violations, tuple(self.chance.struck), self.story
+        )
+
+    # --- trouble -----------------------------------------------------------------------------------------------------
+
+    def busy(self) -> None:
+        """Let everything happen that chance wants."""
+        chance, units = self.chance, self.scene.units
+        span = (units[-1] - units[0]).total_seconds()
+        unit = span / (len(units) - 1)
+        gathering = span + unit * chance.share("gathering")
+        for number in self._some("run", 2, 5):
+            self._arrange_run(number, gathering)
+        for number in self._some("change", 2, 10):
+            self._arrange_change(number, gathering, span + 2 * unit)
+        for number in self._some("others", 0, 2):
+            moment = chance.seconds(f"others/at:{number}", 0, span + 2 * unit)
+            self.around.clockwork.after(moment, partial(self._others_use, number))
+        for number in self._some("jump", 0, 4, self.faults.clock):
+            moment = chance.seconds(f"jump/at:{number}", 0, span + unit)
+            self.around.clockwork.after(moment, partial(self._clock_jumps, number))
+        for number in self._some("sweep", 0, 2):
+            near = chance.odds(f"sweep/near:{number}", 0.5)
+            moment = gathering + chance.seconds(f"sweep/soon:{number}", 0, 2000) if near else span + unit
+            self._arrange_sweep(number, moment)
+        self.rest()
+        if chance.strikes("silence", 0.1):
+            # Longer than any site remembers a token.
+            self._pass(timedelta(days=32))
+            self.around.tell("time", "32 days pass")
+
+    def _some(self, what: str, fewest: int, most: int, share: float = 1.0) -> list[int]:
+        """Return the numbers of the things of one kind that happen; the first run always does."""
+        numbers = range(self.chance.number(f"{what}s", fewest, most))
+        return [n for n in numbers if (what, n) == ("run", 0) or self.chance.strikes(f"{what}:{n}", share)]
+
+    def _arrange_run(self, number: int, gathering: float) -> None:
+        chance, units = self.chance, self.scene.units
+        last = chance.number(f"run/last:{number}", 0, len(units) - 2)
+        first = chance.number(f"run/first:{number}", 0, last)
+        if chance.odds(f"run/all:{number}", 0.3):
+            first, last = 0, len(units) - 2
+        source = chance.pick(f"run/source:{number}", self.scene.sources)
+        ends = (units[last + 1] - units[0]).total_seconds()
+        if chance.odds(f"run/gathers:{number}", 0.6):
+            # In two waves: what the first one delivered, the second one finds corrected.
+            wave = chance.pick(f"run/wave:{number}", (0, 0, _SECOND_WAVE))
+            moment = gathering + wave + chance.seconds(f"run/soon:{number}", 0, 30)
+        else:
+            moment = ends + chance.seconds(f"run/at:{number}", 1, (gathering - ends) + 3600)
+        clears = [chance.number(f"run/clears:{number}", 0, 1)]
+
+        def ended(run: DagRun) -> None:
+            if clears[0] and self.chance.strikes(f"clear:{number}"):
+                clears[0] -= 1
+                task = self.chance.pick(f"clear/from:{number}", (TASKS[0], TASKS[0], "deliver"))
+                task = task if run.reference is not None and "proposals" in run.reference.tables else TASKS[0]
+                self.around.tell("a person", f"clears {run.asked.name} from {task}")
+                run.begin(task, self.chance.seconds(f"clear/at:{number}", 1, 4000))
+
+        run = DagRun(self, Asked(f"run{number}", source, first, last, ended, twins=0.3))
+        self.runs.append(run)
+        run.begin(seconds=moment)
+
+    def _arrange_change(self, number: int, gathering: float, latest: float) -> None:
+        near = self.chance.odds(f"change/near:{number}", 0.8)
+        soon = gathering + self.chance.seconds(f"change/soon:{number}", 20, _SECOND_WAVE)
+        moment = soon if near else self.chance.seconds(f"change/at:{number}", 0, latest)
+        source = self.chance.pick(f"change/source:{number}", self.scene.sources)
+
+        def change() -> None:
+            told = self.warehouses[source.name].change(f"change:{number}")
+            self.around.tell("the warehouse", told)
+
+        self.around.clockwork.after(moment, change)
+
+    def _others_use(self, number: int) -> None:
+        account = self.chance.pick(f"others/account:{number}", self.scene.billed_accounts)
+        self._others_bill(account, self.chance.pick(f"others/quantity:{number}", (7, 3, -2, -30)))
+
+    def _others_deduct(self, flight: Flight, name: str) -> None:
+        """Let somebody else deduct from the same balance while a deduction of ours is on its way there."""
+        number = flight.url.partition("/subscriptions/")[2].partition("/")[0]
+        if b'"quantity":-' in flight.body and self.chance.strikes(f"rival:{name}", self.faults.rival):
+            self._others_bill(self.scene.account_of[number], self.chance.pick(f"rival/quantity:{name}", (-1, -15, -50)))
+
+    def _others_bill(self, account: str, quantity: int) -> None:
+        """Somebody else bills usage of the same component at the site: whatever it moves there is theirs."""
+        self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
+        before = billed_by_account(self.scene, self.sandbox).get(account, Decimal(0))
+        status = use(self.scene, self.sandbox, account, quantity)
+        moved = billed_by_account(self.scene, self.sandbox).get(account, Decimal(0)) - before
+        self.others[account] = self.others.get(account, Decimal(0)) + moved
+        self.around.tell("somebody else", f"uses {quantity} of {account}", f"HTTP {status}, {moved:f} counted")
+
+    def _clock_jumps(self, number: int) -> None:
+        """Let the ledger's clock jump by seconds at any time; by hours only while no request is in the air.
+
+        The ledger's clock decides when a request can no longer be carried out. If it jumps by hours over one that is
+        still under way, it decides wrongly, and no code could know: that is a limit, not a fault.
+        """
+        far = self.chance.odds(f"jump/far:{number}", 0.2)
+        if far and not self.network.air:
+            self.around.ledger_ahead += timedelta(hours=self.chance.number(f"jump/hours:{number}", 1, 5))
+        else:
+            whole = self.around.ledger_ahead // timedelta(hours=1) * timedelta(hours=1)
+            self.around.ledger_ahead = whole + timedelta(seconds=self.chance.seconds(f"jump/by:{number}", 0, 5))
+        self.around.tell("the ledger's clock", "jumps", f"{self.around.ledger_ahead.total_seconds():.3f} s ahead")
+
+    def _arrange_sweep(self, number: int, moment: float) -> None:
+        source = self.chance.pick(f"sweep/source:{number}", self.scene.sources)
+        resumes = self.chance.odds(f"sweep/resumes:{number}", 0.7)
+        process = Process(f"sweep{number}", sweeping(self, source, resumes=resumes))
+        self.around.begin(process, moment, self._sweep_ended)
+
+    def _sweep_ended(self, process: Process) -> None:
+        if process.error is not None and not process.dead:
+            self.around.tell(process, "ends", f"{type(process.error).__name__}: {str(process.error)[:160]}")
+
+    # --- quiet -------------------------------------------------------------------------------------------------------
+
+    def quiet(self) -> None:
+        """End the trouble, clear what is undone, and run everything once more until nothing is sent."""
+        self.faults.stop()
+        self.around.tell("time", "the trouble ends")
+        self._pass(self.scene.settle_after + timedelta(minutes=62))
+        for run in self.runs:
+            if not run.done:
+                run.begin(next((task for task in TASKS if run.states.get(task) == "failed"), TASKS[0]))
+        self.rest()
+        if self.chance.odds("mended", 0.5):
+            for warehouse in self.warehouses.values():
+                warehouse.mend()
+        for warehouse in self.warehouses.values():
+            if not any(row.sound for row in warehouse.rows.values()):
+                warehouse.add("the last one", 0)
+        for number in range(_ROUNDS):
+            writes = self.network.writes
+            self._sweep_and_run(number)
+            if number and self.network.writes == writes:
+                return
+        self.fails("I3 nothing more is sent", f"round {_ROUNDS} of the same runs still sends")
+
+    def _sweep_and_run(self, number: int) -> None:
+        """Sweep, and run every period once more over the final rows."""
+        for source in self.scene.sources:
+            sweep = Process(f"last sweep{number}:{source.name}", sweeping(self, source, resumes=True))
+            self.around.begin(sweep, 0, self._sweep_ended)
+            self.rest()
+            if sweep.error is not None:
+                self.fails("a quiet sweep ends well", f"{type(sweep.error).__name__}: {sweep.error}")
+            run = DagRun(self, Asked(f"last{number}:{source.name}", source, 0, len(self.scene.units) - 2, tries=1))
+            run.begin()
+            self.rest()
+            if not run.done and not self._doubts_may_stay(run):
+                self.fails("a quiet run ends well", f"{run.asked.name}: {'; '.join(run.errors)}")
+
+    @staticmethod
+    def _doubts_may_stay(run: DagRun) -> bool:
+        return all(error.startswith("InDoubt") for error in run.errors)
+
+    def _pass(self, span: timedelta) -> None:
+        self.around.clockwork.run(self.around.clockwork.now + span)
+
+    def rest(self) -> None:
+        """Play until nothing is arranged any more."""
+        self.around.clockwork.run()
+        if self.story.counts["effects"] > _MOST_EFFECTS:
+            raise EndlessStory(f"more than {_MOST_EFFECTS} effects")
+
+    # --- judging -----------------------------------------------------------------------------------------------------
+
+    def extracted(self, source: str, extraction: int) -> tuple[Mapping[Key, Decimal], bool]:
+        """Return what the oracle says the rows of one extraction make owed, and whether any were unsound."""
+        rows, _ = self.snapshots[source, extraction]
+        return self._owed(source, rows), not all(row.sound for row in rows)
+
+    def _owed(self, name: str, rows: Iterable[Row]) -> dict[Key, Decimal]:
+        settings = next(source for source in self.scene.sources if source.name == name).settings
+        return owed(name, settings.meter.function, rows, self.scene.units, by_region=bool(settings.dimensions))
+
+    def judged(self) -> list[Line]:
+        """Look at the whole once all is quiet; return the closing table."""
+        self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
+        total: dict[Key, Decimal] = {}
+        for name, warehouse in self.warehouses.items():
+            total |= self._owed(name, warehouse.rows.values())
+        now = max(self.around.ledger_time(), self.around.clockwork.now)
+        return judge(self.scene, self.ledger, self.sandbox, total, self.others, now, self.fails)
+
+    def _watched(self, watch: Watch, flight: Flight) -> None:
+        self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
+        watch.request(flight, self.network.air)
+        if self.story.counts["effects"] > _MOST_EFFECTS:
+            raise EndlessStory(f"more than {_MOST_EFFECTS} effects")

@@ -1,0 +1,316 @@
+"""The invariants of a history, judged by what the site billed and holds, against an oracle of what is owed.
+
+While it goes on, `Watch` looks at every request that writes. When all is quiet, `judge` looks at the whole. The ledger
+is believed in one thing only: which delivery, of which usage total, a token is the name of.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from hashlib import sha256
+from itertools import combinations
+from typing import Any
+
+from sqlalchemy import and_, select
+
+from usage_billing.ledger import Ledger
+from usage_billing.ledger.tables import compared_period, delivery
+from usage_billing.records import State
+from usage_billing.sandbox import DirectSandbox
+from usage_billing.testing.clockwork import Process
+from usage_billing.testing.network import Flight
+from usage_billing.testing.oracle import Key
+from usage_billing.testing.scenes import Scene
+
+_TOKEN = re.compile(rb"[0-9a-f]{64}")
+_ZERO = Decimal(0)
+_OPEN = (State.HELD, State.REFUSED, State.IN_DOUBT, State.RESERVED, State.SENDING)
+
+Fails = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """One delivery as the ledger names it."""
+
+    token: str
+    identity: str
+    key: Key
+    revision: int
+    state: State
+    quantity: Decimal
+    counted: Decimal
+    extraction: int
+    sends: int
+    sent_at: datetime | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.token[:8]} r{self.revision} {self.quantity:f} {self.state} of {key_text(self.key)}"
+
+
+def key_text(key: Key) -> str:
+    """Return a key as a story tells it."""
+    region = f" {key.region}" if key.region else ""
+    return f"{key.source} {key.account}{region} {key.start:%m-%dT%H:%M}"
+
+
+def deliveries(ledger: Ledger, tokens: Iterable[str] | None = None) -> list[Delivered]:
+    """Return all deliveries of a ledger, or those of the identities that some tokens belong to, by revision."""
+    statement = select(delivery).order_by(delivery.c.identity, delivery.c.revision)
+    if tokens is not None:
+        some = select(delivery.c.identity).where(delivery.c.token.in_(list(tokens)))
+        statement = statement.where(delivery.c.identity.in_(some))
+    with ledger._engine.connect().execution_options(reading=True) as connection:  # noqa: SLF001 - read, and only read.
+        return [_delivered(row) for row in connection.execute(statement).mappings()]
+
+
+def _delivered(row: Mapping[Any, Any]) -> Delivered:
+    # Every dimension of a simulated row has the same value.
+    region = next(iter(json.loads(row["dimensions"] or "{}").values()), "")
+    key = Key(row["source"], row["account"], row["period_start"], region)
+    quantity = Decimal(row["quantity"])
+    return Delivered(
+        token=row["token"],
+        identity=row["identity"],
+        key=key,
+        revision=row["revision"],
+        state=State(row["state"]),
+        quantity=quantity,
+        counted=Decimal(row["applied"]) if row["applied"] else quantity,
+        extraction=row["extraction"],
+        sends=row["sends"],
+        sent_at=row["sent_at"],
+        reason=row["reason"],
+    )
+
+
+def records(sandbox: DirectSandbox, site: str) -> list[tuple[str, Decimal]]:
+    """Return what the site holds, as token (empty where it is not ours) and quantity."""
+    found = []
+    for record in sandbox.records(site):
+        name = record.get("external_key") or record.get("uniqueness_token") or str(record.get("memo") or "")
+        first = str(name).partition(" ")[0]
+        token = first if _TOKEN.fullmatch(first.encode()) else ""
+        found.append((token, Decimal(str(record.get("quantity", record.get("value")) or 0))))
+    return found
+
+
+class Watch:
+    """I2: no request takes what was accepted and what is in the air above what its plan owed."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        ledger: Ledger,
+        sandbox: DirectSandbox,
+        extracted: Callable[[str, int], tuple[Mapping[Key, Decimal], bool]],
+        fails: Fails,
+    ) -> None:
+        self._scene = scene
+        self._ledger = ledger
+        self._sandbox = sandbox
+        self._extracted = extracted
+        self._fails = fails
+
+    def request(self, flight: Flight, air: Sequence[Flight]) -> None:
+        """Look at one request before it leaves, while others are in the air."""
+        tokens = tokens_of(flight)
+        there = {token for token, _ in records(self._sandbox, self._scene.site)}
+        there |= {token for other in air for token in tokens_of(other)}
+        known = deliveries(self._ledger, tokens)
+        names = {one.token for one in known}
+        for token in tokens:
+            if token not in names:
+                self._fails("I2 written down first", f"{flight.process} sends {token[:8]}, which the ledger has not")
+        for one in known:
+            if one.token in tokens:
+                self._look(flight, one, [other for other in known if other.key == one.key], there)
+
+    def _look(self, flight: Flight, one: Delivered, same: Sequence[Delivered], there: set[str]) -> None:
+        replays = self._scene.kind == "maxio_events"
+        if one.token in there and not replays:
+            self._fails("I2 sent once", f"{flight.process} sends {one}, which is at the site or on its way there")
+        others = [other for other in same if other.token != one.token and other.token in there]
+        before = sum((other.counted if other.state is State.ACCEPTED else other.quantity for other in others), _ZERO)
+        all_owed, some_unsound = self._extracted(one.key.source, one.extraction)
+        owed = all_owed.get(one.key, _ZERO)
+        after = before + one.quantity
+        if (one.quantity > 0 and after > owed) or (one.quantity < 0 and after < owed):
+            told = f"{flight.process} sends {one}; with {before:f} that is there or on its way, {owed:f} is owed"
+            self._fails("I2 no more than owed", told)
+        if one.quantity < 0 and some_unsound:
+            self._fails("I2 quarantine withholds", f"{flight.process} sends {one}, with rows in quarantine")
+
+    def claim(self, process: Process, tokens: frozenset[str]) -> None:
+        """Look at a claim: the newest extraction that was compared for a usage period has the say about it."""
+        outdated = (
+            select(delivery.c.token)
+            .join(
+                compared_period,
+                and_(
+                    compared_period.c.source == delivery.c.source,
+                    compared_period.c.period_start == delivery.c.period_start,
+                    compared_period.c.extraction > delivery.c.extraction,
+                ),
+            )
+            .where(delivery.c.token.in_(sorted(tokens)))
+        )
+        with self._ledger._engine.connect().execution_options(reading=True) as connection:  # noqa: SLF001
+            for token in connection.execute(outdated).scalars():
+                self._fails("newest extraction wins", f"{process.name} claims {token[:8]} of an older extraction")
+
+
+def tokens_of(flight: Flight) -> list[str]:
+    """Return the tokens in a request, each once."""
+    return [token.decode() for token in dict.fromkeys(_TOKEN.findall(flight.body))]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The end of a history for one account: what is owed, billed and listed."""
+
+    account: str
+    owed: Decimal
+    billed: Decimal
+    others: Decimal
+    listed: Decimal
+    in_doubt: tuple[Decimal, ...]
+
+    def __str__(self) -> str:
+        doubts = f", in doubt {' '.join(f'{one:f}' for one in self.in_doubt)}" if self.in_doubt else ""
+        others = f" (+ {self.others:f} of others)" if self.others else ""
+        ours = self.billed - self.others
+        return f"{self.account:12} owed {self.owed:f}, billed {ours:f}{others}, listed {self.listed:f}{doubts}"
+
+
+def judge(
+    scene: Scene,
+    ledger: Ledger,
+    sandbox: DirectSandbox,
+    owed: Mapping[Key, Decimal],
+    others: Mapping[str, Decimal],
+    now: datetime,
+    fails: Fails,
+) -> list[Line]:
+    """Look at a quiet system; return the closing table."""
+    known = deliveries(ledger)
+    _nothing_under_way(scene, known, now, fails)
+    _keys_add_up(known, owed, fails)
+    _records_map(scene, known, sandbox, fails)
+    return _sums(scene, known, sandbox, owed, others, fails)
+
+
+def _nothing_under_way(scene: Scene, known: Sequence[Delivered], now: datetime, fails: Fails) -> None:
+    """I5: nothing is left on its way, and a doubt that stays has a reason to."""
+    for one in known:
+        if one.state in (State.SENDING, State.RESERVED):
+            fails("I5 nothing under way", str(one))
+        if one.state is State.IN_DOUBT and not _may_stay(scene, one, now):
+            fails("I5 doubts end", f"{one}, sent {one.sends} times, last at {one.sent_at}: {one.reason}")
+
+
+def _may_stay(scene: Scene, one: Delivered, now: datetime) -> bool:
+    """Say whether the rules leave this doubt open: events that nobody may replay any more."""
+    if scene.kind != "maxio_events" or one.sent_at is None:
+        return False
+    return now - one.sent_at > timedelta(days=30) or one.key.start < _open_from(scene, now)
+
+
+def _open_from(scene: Scene, now: datetime) -> datetime:
+    """Return the start of the open billing period, reckoned from the world: its periods are whole months."""
+    zone, period = scene.world.zone, scene.world.billing_period
+    first, end = period.start, period.end
+    months = (end.year - first.year) * 12 + end.month - first.month
+    opened = datetime(first.year, first.month, first.day, tzinfo=zone)
+    while True:
+        count = opened.year * 12 + opened.month - 1 + months
+        following = opened.replace(year=count // 12, month=count % 12 + 1)
+        if following > now:
+            return opened
+        opened = following
+
+
+def _keys_add_up(known: Sequence[Delivered], owed: Mapping[Key, Decimal], fails: Fails) -> None:
+    """I1 and I7 per key, by the ledger: what was accepted and what is listed make what is owed, to the last digit."""
+    by_key: dict[Key, list[Delivered]] = {}
+    for one in known:
+        by_key.setdefault(one.key, []).append(one)
+    for key in sorted(by_key.keys() | owed.keys()):
+        some = by_key.get(key, [])
+        settled = sum((one.counted for one in some if one.state is State.ACCEPTED), _ZERO)
+        still = [one for one in some if one.state in _OPEN]
+        if any(one.state is State.IN_DOUBT for one in still):
+            continue  # A doubt blocks its own key: what is owed beyond it is proposed once it is settled.
+        listed = sum((one.quantity for one in still), _ZERO)
+        if settled + listed != owed.get(key, _ZERO):
+            rows = "; ".join(map(str, some)) or "nothing in the ledger"
+            told = f"{key_text(key)}: owed {owed.get(key, _ZERO):f}, accepted {settled:f}, listed {listed:f}: {rows}"
+            fails("I1 per key", told)
+
+
+def _records_map(scene: Scene, known: Sequence[Delivered], sandbox: DirectSandbox, fails: Fails) -> None:
+    """I6: each record with a token of ours is one accepted delivery with that quantity, and back."""
+    by_token = {one.token: one for one in known}
+    for one in known:
+        if one.token != sha256(f"{one.identity}\x1f{one.revision}".encode()).hexdigest():
+            fails("I6 a token names a revision", f"{one}: its token hangs on more than identity and revision")
+    held = [(token, quantity) for token, quantity in records(sandbox, scene.site) if token]
+    for token, count in Counter(token for token, _ in held).items():
+        if count > 1:
+            fails("I6 one record each", f"the site holds {by_token.get(token, token)} {count} times")
+    for token, quantity in held:
+        if token not in by_token:
+            fails("I6 records are known", f"the site holds {quantity:f} under {token[:8]}, which no ledger row has")
+            continue
+        named = by_token[token]
+        right = named.state is State.ACCEPTED and quantity in (named.quantity, named.counted)
+        if named.state is not State.IN_DOUBT and not right:
+            fails("I6 records are accepted", f"the site holds {quantity:f} for {named}")
+    there = {token for token, _ in held}
+    for one in known:
+        if one.state is State.ACCEPTED and one.token not in there:
+            fails("I6 accepted is there", f"{one} is not at the site")
+
+
+def _sums(
+    scene: Scene,
+    known: Sequence[Delivered],
+    sandbox: DirectSandbox,
+    owed: Mapping[Key, Decimal],
+    others: Mapping[str, Decimal],
+    fails: Fails,
+) -> list[Line]:
+    """I1 and I7 per subscription, by the site: what it billed and what is listed by name make what is owed."""
+    lines = []
+    billed = billed_by_account(scene, sandbox)
+    for account in scene.billed_accounts:
+        mine = [one for one in known if one.key.account == account]
+        blocked = {one.key for one in mine if one.state is State.IN_DOUBT}
+        owes = sum((quantity for key, quantity in owed.items() if key.account == account), _ZERO)
+        listed = sum((one.quantity for one in mine if one.state in _OPEN and one.key not in blocked), _ZERO)
+        # Beyond a doubt, nothing is listed yet: what a blocked key owes on top is told by every plan.
+        for key in blocked:
+            some = [one for one in mine if one.key == key and one.state in (State.ACCEPTED, State.IN_DOUBT)]
+            listed += owed.get(key, _ZERO) - sum((one.counted for one in some), _ZERO)
+        doubts = tuple(one.quantity for one in mine if one.state is State.IN_DOUBT)
+        line = Line(account, owes, billed.get(account, _ZERO), others.get(account, _ZERO), listed, doubts)
+        lines.append(line)
+        open_sums = {sum(some, _ZERO) for count in range(len(doubts) + 1) for some in combinations(doubts, count)}
+        if owes - (line.billed - line.others) - listed not in open_sums:
+            fails("I1 billed and listed make what is owed", str(line))
+    return lines
+
+
+def billed_by_account(scene: Scene, sandbox: DirectSandbox) -> dict[str, Decimal]:
+    """Return what the site billed for the simulated component, by the warehouse's account."""
+    numbers = scene.account_of
+    found: dict[str, Decimal] = {}
+    for row in sandbox.billed(scene.site):
+        if row.component == scene.component and row.subscription in numbers:
+            found[numbers[row.subscription]] = row.billed
+    return found

@@ -1,0 +1,302 @@
+"""Runs as Airflow makes them: tasks one after the other, each tried again when it fails, some of them twice at once.
+
+The tasks do what the operators do, stage by stage, without Airflow around them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, Literal, Protocol, cast
+
+from sqlalchemy.exc import OperationalError
+
+from usage_billing.aggregate import aggregate
+from usage_billing.deliver import Manners, deliver, resume
+from usage_billing.destinations.base import Destination
+from usage_billing.errors import InDoubt, NeedsDecision, Stale, UsageBillingError
+from usage_billing.extract import extract
+from usage_billing.ledger import Ledger
+from usage_billing.plan import plan
+from usage_billing.reconcile import reconcile
+from usage_billing.records import Comparison, Period, Plan, Run, State, Tally
+from usage_billing.settle import sweep
+from usage_billing.sources import BillingSource
+from usage_billing.staging import Staging
+from usage_billing.testing.clockwork import Process
+from usage_billing.testing.effects import Surroundings, WatchedLedger, means
+from usage_billing.testing.network import Network
+from usage_billing.testing.scenes import Scene, with_batches
+from usage_billing.testing.warehouse import Row, Warehouse, as_query
+from usage_billing.validate import validate
+
+TASKS = ("extract", "prepare", "deliver", "reconcile")
+_TRIES = 3
+_LEASE_LASTS = timedelta(seconds=30)
+_LEASE_WAIT = timedelta(minutes=15)
+Sizes = Literal["drawn", "small", "large"]
+"""How batches and chunks are sized: by chance for each task, all small, or all large."""
+
+_BATCHES = {"drawn": (2, 1000, 1000, 1000, 1000, 1000), "small": (1, 2), "large": (1000,)}
+_CHUNKS = {"drawn": (1, 2, 3, 25), "small": (1, 2), "large": (25,)}
+_EXPECTED = (UsageBillingError, OperationalError)
+
+
+class Skipped(Exception):
+    """There is nothing for this run to do."""
+
+
+class House(Protocol):
+    """What a run needs of the history that it belongs to."""
+
+    scene: Scene
+    sizes: Sizes
+    around: Surroundings
+    network: Network
+    ledger: Ledger
+    staging: Staging
+    warehouses: dict[str, Warehouse]
+    snapshots: dict[tuple[str, int], tuple[list[Row], Sequence[int]]]
+
+    def fails(self, check: str, text: str) -> None:
+        """Note that something happened that never may."""
+        ...
+
+
+@dataclass
+class Asked:
+    """A run that somebody asks for: which units of which source, how its tasks are sized, and how it ends."""
+
+    name: str
+    source: BillingSource
+    first: int
+    last: int
+    ended: Callable[["DagRun"], None] = lambda _run: None
+    tries: int = _TRIES
+    twins: float = 0.0
+
+
+@dataclass
+class DagRun:
+    """One run: where its tasks stand, and what they handed over."""
+
+    house: House
+    asked: Asked
+    reference: Any = None
+    states: dict[str, str] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    attempts: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Say whether every task has ended well, or there was nothing to do."""
+        return all(self.states.get(task) in ("success", "skipped") for task in TASKS)
+
+    def begin(self, task: str = TASKS[0], seconds: float = 0.0) -> None:
+        """Run a task and all after it, as if somebody had pressed Clear there."""
+        for later in TASKS[TASKS.index(task) :]:
+            self.states.pop(later, None)
+        self._try(task, 1, seconds)
+
+    def _try(self, task: str, number: int, seconds: float) -> None:
+        self.attempts += 1
+        name = f"{self.asked.name}.{task}.{self.attempts}"
+        house, handed = self.house, self.reference
+        body = getattr(self, f"_{task}")
+        exposure = 1.0 if task == "deliver" else 0.3
+        process = Process(name, lambda process: body(process, handed), exposure)
+        lost = [False]
+
+        def ended(process: Process) -> None:
+            if lost[0]:
+                self._judge(process)
+            else:
+                self._ended(task, number, process)
+
+        def is_lost() -> None:
+            # A zombie: the scheduler gave it up and starts the next try, and it wakes up later all the same.
+            if not lost[0] and number < self.asked.tries and house.around.chance.odds(f"zombie:{name}", 0.7):
+                lost[0] = True
+                self._try(task, number + 1, house.around.chance.seconds(f"zombie/after:{name}", 10, 300))
+
+        process.lost = is_lost
+        house.around.begin(process, seconds, ended)
+        if house.around.chance.strikes(f"twin:{name}", min(self.asked.twins, house.around.faults.twins) * exposure):
+            # The same try runs twice at once, and what the twin returns counts for nothing.
+            later = house.around.chance.seconds(f"twin/after:{name}", 0, 60) ** 2 / 30
+            twin = Process(f"{name}b", lambda process: body(process, handed), exposure)
+            house.around.begin(twin, seconds + later, self._ended_aside)
+
+    def _ended_aside(self, process: Process) -> None:
+        self._judge(process)
+
+    def _ended(self, task: str, number: int, process: Process) -> None:
+        state = self._judge(process)
+        chance, name = self.house.around.chance, process.name
+        if state == "success":
+            self.reference = process.result or self.reference
+            self.states[task] = state
+            if task != TASKS[-1]:
+                self._try(TASKS[TASKS.index(task) + 1], 1, chance.seconds(f"next:{name}", 0.5, 5))
+                return
+        elif state == "skipped":
+            self.states.update(dict.fromkeys(TASKS, "skipped"))
+        elif number < self.asked.tries:
+            # A killed worker is noticed late, by its missing heartbeat; a failure at once.
+            longest = 400.0 if process.dead else 60.0
+            self._try(task, number + 1, chance.seconds(f"retry:{name}", 1, longest) + self._without_power())
+            return
+        else:
+            self.states[task] = "failed"
+        self.asked.ended(self)
+
+    def _without_power(self) -> float:
+        back = self.house.around.power_back_at
+        return 0.0 if back is None else max((back - self.house.around.clockwork.now).total_seconds(), 0.0)
+
+    def _judge(self, process: Process) -> str:
+        """Return how a task ended; what no task may end with is told."""
+        error = process.error
+        if error is None:
+            self.house.around.tell(process, "ends", "success")
+            return "success"
+        if isinstance(error, Stale | Skipped):
+            self.house.around.tell(process, "ends", f"skipped: {error}")
+            return "skipped"
+        if process.dead:
+            self.errors.append("killed")
+            return "killed"
+        self.house.around.tell(process, "ends", f"{type(error).__name__}: {str(error)[:160]}")
+        self.errors.append(f"{type(error).__name__}: {error}")
+        if not isinstance(error, _EXPECTED):
+            self.house.fails("no task fails in an unknown way", f"{process.name}: {type(error).__name__}: {error}")
+        return "failed"
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    def _extract(self, process: Process, _handed: object) -> Run:
+        house, source = self.house, self._sized(process)
+        _, ledger = self._registered(process, source)
+        interval = Period(house.scene.units[self.asked.first], house.scene.units[self.asked.last + 1])
+        periods = source.periods(interval)
+        units = range(max(self.asked.first - source.settings.lookback, 0), self.asked.last + 1)
+        self._check_periods(periods, units)
+        window = Period.around(periods)
+        hold = means(house.ledger, process, house.around).hold
+        with hold(ledger, f"extract:{source.name}", _LEASE_LASTS, _LEASE_WAIT) as held:
+            rows = house.warehouses[source.name].snapshot(units)
+            number = ledger.begin_extraction(held.lease, source.name, interval, window)
+            house.snapshots[source.name, number] = (rows, units)
+        folder = f"{source.name}/{number:08d}"
+        table = as_query(house.around.chance.shuffled(f"order/{house.sizes}:{process.name}", rows), source)
+        events = extract([table], source, house.staging, folder)
+        ledger.record_read(number, events.rows)
+        if not events.rows:
+            ledger.begin_comparison(source.name, number, periods)
+            if ledger.has(source.name, window, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
+                raise NeedsDecision("no rows at all, and the ledger has billed some: a person has to say so")
+            if not ledger.has(source.name, window, State.RESERVED, State.HELD, State.REFUSED):
+                raise Skipped("nothing to bill")
+        return Run(source.name, number, interval, folder, {"events": events})
+
+    def _prepare(self, process: Process, run: Run) -> Run:
+        """Validate, aggregate and plan; the stages between write nothing but staging."""
+        house, source = self.house, self._sized(process)
+        destination, ledger = self._registered(process, source)
+        periods = source.periods(run.interval)
+        events = run.tables["events"]
+        found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
+        ledger.record_quarantine(run.number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
+        self._check_rows(run, events.rows, found.accepted.rows, found.quarantined.rows)
+        site = destination.site
+        totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder)
+        run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
+        run = run.with_table("totals", totals, rows_quarantined=found.quarantined.rows)
+        planned = self._plan(run, destination, ledger)
+        return run.with_table("proposals", planned.proposals)
+
+    def _deliver(self, process: Process, run: Run) -> Run:
+        house, source = self.house, self._sized(process)
+        destination, ledger = self._registered(process, source)
+        window = _comparison(run, source).window
+        deliver(
+            Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1)),
+            lambda: self._plan(run, destination, ledger),
+            run.number,
+            window,
+            destination,
+            ledger,
+            house.staging,
+            Manners(threads=1),
+            means(house.ledger, process, house.around),
+        )
+        left = ledger.open_items(source.name, window)
+        outdated = [period.start for period in ledger.outdated(source.name, run.number, source.periods(run.interval))]
+        unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
+        unsettled = unsettled[~unsettled["period_start"].isin(outdated)]
+        if not unsettled.empty:
+            raise InDoubt(f"{len(unsettled)} deliveries are not settled yet; the next try goes on with them")
+        return run
+
+    def _reconcile(self, process: Process, run: Run) -> Run:
+        source = self.asked.source
+        if not self.house.around.chance.odds(f"reconciles:{process.name}", 0.2):
+            return run
+        destination, ledger = self._registered(process, source)
+        wait = means(self.house.ledger, process, self.house.around).stop.wait
+        found = reconcile(destination, ledger, _comparison(run, source).window, wait=wait)
+        if not found.ties_out:
+            self.house.around.tell(process, "ties out", f"not: {'; '.join(found.examples)}")
+        return run
+
+    # --- what tasks share --------------------------------------------------------------------------------------------
+
+    def _registered(self, process: Process, source: BillingSource) -> tuple[Destination, Ledger]:
+        house = self.house
+        destination = house.scene.destination(source, house.network.sandbox, house.network.adapter(process))
+        if destination.chunk_size > 1:
+            destination.chunk_size = house.around.chance.pick(f"chunk:{process.name}", _CHUNKS[house.sizes])
+        ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
+        ledger.register(source.name, destination.site, source.definition())
+        return destination, ledger
+
+    def _sized(self, process: Process) -> BillingSource:
+        return with_batches(
+            self.asked.source, self.house.around.chance.pick(f"rows:{process.name}", (2, 1000, 1000, 1000, 1000, 1000))
+        )
+
+    def _plan(self, run: Run, destination: Destination, ledger: Ledger) -> Plan:
+        return plan(_comparison(run, destination.source), destination, ledger, self.house.staging, run.folder)
+
+    def _check_periods(self, periods: Sequence[Period], units: Sequence[int]) -> None:
+        edges = self.house.scene.units
+        ours = [(edges[unit], edges[unit + 1]) for unit in units]
+        theirs = [(period.start, period.end) for period in periods if period.start >= edges[0]]
+        if ours != theirs:
+            self.house.fails("I1 whole periods", f"a run of units {list(units)} compares {theirs}, not {ours}")
+
+    def _check_rows(self, run: Run, read: int, accepted: int, quarantined: int) -> None:
+        rows, _ = self.house.snapshots[run.source, run.number]
+        sound = sum(row.sound for row in rows)
+        if (read, accepted, quarantined) != (len(rows), sound, len(rows) - sound):
+            told = f"{read} read, {accepted} accepted, {quarantined} quarantined"
+            self.house.fails("I8 rows", f"{told}; the warehouse had {len(rows)}, {sound} of them sound")
+
+
+def _comparison(run: Run, source: BillingSource) -> Comparison:
+    tables = run.tables
+    accepted = tables["accepted"].rows
+    periods = source.periods(run.interval)
+    return Comparison(run.number, periods, tables["totals"], tables["targets"], accepted, run.rows_quarantined)
+
+
+def sweeping(house: House, source: BillingSource, *, resumes: bool) -> Callable[[Process], None]:
+    """Return what a sweep's process does: settle every doubt that can be settled, and perhaps send again."""
+
+    def body(process: Process) -> None:
+        destination = house.scene.destination(source, house.network.sandbox, house.network.adapter(process))
+        ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
+        sweep(destination, ledger)
+        if resumes:
+            resume(destination, ledger, Manners(threads=1), means(house.ledger, process, house.around))
+
+    return body

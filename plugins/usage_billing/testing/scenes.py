@@ -1,0 +1,338 @@
+"""The scene of a history: one billing site with its switches, and the billing sources that feed it, all drawn.
+
+A user's own source makes a scene of its own: its component, stream or item stands on a site that was made for it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from requests.adapters import BaseAdapter
+
+from usage_billing.destinations import destination_class, destination_settings
+from usage_billing.destinations.base import Destination
+from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite
+from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
+from usage_billing.errors import Misconfigured
+from usage_billing.sandbox import DirectSandbox
+from usage_billing.sandbox.switches import CHARGEOVER, MAXIO
+from usage_billing.sandbox.world import ChargeOverWorld, MaxioWorld
+from usage_billing.sources import BillingSource, SourceSettings
+from usage_billing.testing.chance import Chance
+
+Json = dict[str, Any]
+
+KINDS = ("maxio_metered", "maxio_events", "chargeover_usage")
+_KEYS = ("simulated-public-key", "simulated-private-key")
+_FIRST_DAYS = (date(2026, 10, 1), date(2026, 10, 23), date(2026, 3, 26), date(2026, 11, 1))
+_ZONES = ("UTC", "Europe/Berlin", "America/New_York")
+_LONGEST_UNITS = 4
+_LAST_FIRST = 28
+
+_UNTOUCHED = frozenset(
+    {
+        # What they change makes the source misconfigured as a whole, or concerns calls that nobody makes here.
+        "access", "trial_usage", "events_size_limit", "eu_events_host", "negative_on_prepaid",
+        "component_list_delay_seconds", "limit_above_max", "undefined_types", "usage_options", "unknown_stream",
+    }
+)  # fmt: skip
+_DELAYS: dict[str, tuple[object, ...]] = {
+    "events_delay_seconds": ("0", "0", "20", "0-100"),
+    "assessment_delay_seconds": ("0", "0", "600"),
+    "usage_read_delay_seconds": ("0", "0", "30", "0-400"),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One site and the sources that are billed there.
+
+    `units` are the edges of the usage periods that the history is about, `accounts` what the warehouse knows of: those
+    that the site bills, and after them those that it does not.
+    """
+
+    kind: str
+    world: MaxioWorld | ChargeOverWorld
+    sources: tuple[BillingSource, ...]
+    units: tuple[datetime, ...]
+    billed_accounts: tuple[str, ...]
+    other_accounts: tuple[str, ...]
+    component: str
+    settings: Json
+    switches: Json
+    _born: Json = field(default_factory=dict, compare=False)
+
+    @property
+    def site(self) -> str:
+        """The canonical name of the site."""
+        return self.world.site
+
+    @property
+    def account_of(self) -> dict[str, str]:
+        """Return the warehouse's account by the number that the site has for its subscription or package."""
+        first = 501 if isinstance(self.world, MaxioWorld) else 700
+        return {str(first + place): account for place, account in enumerate(self.billed_accounts)}
+
+    @property
+    def settle_after(self) -> timedelta:
+        """How long after a request was sent the site may still carry it out."""
+        return timedelta(seconds=900 if self.kind == "chargeover_usage" else 150)
+
+    @property
+    def cut_off(self) -> timedelta:
+        """How long the site itself takes at most.
+
+        ChargeOver documents nothing, so the settling time is the limit for landing and for being seen, together.
+        """
+        return timedelta(seconds=300 if self.kind == "chargeover_usage" else 120)
+
+    def destination(
+        self, source: BillingSource, sandbox: DirectSandbox, adapter: Callable[[], BaseAdapter]
+    ) -> Destination:
+        """Return a source's destination, all of whose requests go through `adapter`."""
+        found = destination_class(source.destination.name)
+        if found is None:
+            raise Misconfigured(f"{source.destination.name!r} is no destination of this package")
+        if isinstance(self.world, MaxioWorld):
+            return found(source, MaxioSite(self._maxio_settings(sandbox), adapter=adapter))
+        return found(source, ChargeOverSite(self._chargeover_settings(sandbox), adapter=adapter))
+
+    # Settings are checked at each birth, which takes longer than most simulated tasks; so they are born once.
+
+    def _maxio_settings(self, sandbox: DirectSandbox) -> MaxioSettings:
+        if "maxio" not in self._born:
+            self._born["maxio"] = MaxioSettings(
+                subdomain=self.world.name,
+                api_key=_KEYS[1],
+                base_url=sandbox.maxio_url(self.world.name),
+                events_url=sandbox.events_url,
+            )
+        settings: MaxioSettings = self._born["maxio"]
+        return settings
+
+    def _chargeover_settings(self, sandbox: DirectSandbox) -> ChargeOverSettings:
+        if "chargeover" not in self._born:
+            self._born["chargeover"] = ChargeOverSettings(
+                instance=self.world.name,
+                base_url=sandbox.chargeover_url(self.world.name),
+                public_key=_KEYS[0],
+                private_key=_KEYS[1],
+                timezone=self.world.zone.key,
+                **self.settings,
+            )
+        settings: ChargeOverSettings = self._born["chargeover"]
+        return settings
+
+
+def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
+    """Draw a scene; with a source of one's own, one that fits it."""
+    kind = own.destination.name if own else chance.pick("scene/kind", KINDS)
+    if kind not in KINDS:
+        raise Misconfigured(f"the simulator knows no site for destination {kind!r}; it knows {', '.join(KINDS)}")
+    first_day = own.settings.bill_from if own else chance.pick("scene/day", _FIRST_DAYS)
+    sources = (own,) if own else _sources(chance, kind, first_day)
+    settings = sources[0].settings
+    units = _units(chance, settings.period, settings.timezone, first_day)
+    count = chance.number("scene/accounts", 2, 6)
+    draw = _maxio if kind.startswith("maxio") else _chargeover
+    world, billed, others, component = draw(chance, sources, units, count)
+    shared: Json = {}
+    if kind == "chargeover_usage":
+        shared["negative_usage"] = chance.pick("scene/negative", ("allowed", "hold"))
+    switches = _switches(chance, CHARGEOVER if kind == "chargeover_usage" else MAXIO)
+    return Scene(kind, world, sources, units, billed, others, component, shared, switches)
+
+
+def _units(chance: Chance, period: str, zone: ZoneInfo, first: date) -> tuple[datetime, ...]:
+    """Return the edges of a few usage periods from `first` on, reckoned without the package's own arithmetic."""
+    count = chance.number("scene/units", 2, _LONGEST_UNITS)
+
+    def midnight(day: date) -> datetime:
+        return datetime(day.year, day.month, day.day, tzinfo=zone).astimezone(UTC)
+
+    if period == "hour":
+        start = midnight(first) + timedelta(hours=chance.number("scene/hour", 0, 23))
+        return tuple(start + timedelta(hours=step) for step in range(count + 1))
+    if period == "month":
+        months = [first.year * 12 + first.month - 1 + step for step in range(count + 1)]
+        return tuple(midnight(date(month // 12, month % 12 + 1, 1)) for month in months)
+    step = 7 if period == "week" else 1
+    return tuple(midnight(first + timedelta(days=step * number)) for number in range(count + 1))
+
+
+def _sources(chance: Chance, kind: str, first_day: date) -> tuple[BillingSource, ...]:
+    function = chance.pick("source/function", ("sum", "sum", "sum", "sum", "sum", "count", "max", "last", "unique"))
+    whole = function in ("count", "unique")
+    decimals = 0 if whole else chance.pick("source/decimals", (0, 0, 2, 4))
+    meter = {"function": function, "decimals": decimals}
+    columns = {name: name for name in ("event_id", "time", "account")}
+    columns |= {} if function == "count" else {"quantity": "quantity"}
+    values: Json = {
+        "description": "simulated",
+        "warehouse": "simulated",
+        "schedule": "0 0 * * *",
+        "timezone": chance.pick("source/zone", _ZONES),
+        "period": chance.pick("source/period", ("day", "day", "hour")),
+        "lookback": chance.pick("source/lookback", (0, 0, 1, 2)),
+        "bill_from": first_day,
+        "columns": columns,
+        "meter": meter,
+        "dimensions": chance.pick("source/dimensions", ((), (), ("region",))),
+        "max_withdraw_share": 1.0,
+        "quarantine": {"max_share": 1.0},
+    }
+    names = ["simulated"] + (["simulated_too"] if chance.odds("source/two", 0.2) else [])
+    model = destination_settings(kind)
+    if model is None:
+        raise Misconfigured(f"{kind!r} is no destination of this package")
+    destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind)})
+    return tuple(
+        BillingSource(SourceSettings.model_validate(values | {"name": name}), destination, "", ()) for name in names
+    )
+
+
+def _address(chance: Chance, kind: str) -> Json:
+    """Return the keys of a destination that say where usage goes."""
+    if kind == "maxio_metered":
+        by = chance.pick("source/by", ("reference", "id"))
+        point = chance.pick("source/point", (None, "handle:standard"))
+        return {"subscription_by": by, "component": "handle:metered", "price_point": point}
+    if kind == "maxio_events":
+        by = chance.pick("source/by", ("subscription_id", "subscription_reference", "account_id"))
+        return {"stream": "usage", "subscription_by": by, "component": "handle:evented", "property": "units"}
+    mode = chance.pick("source/mode", ("batch", "batch", "single"))
+    by = chance.pick("source/by", ("external_key", "customer_external_key"))
+    return {"package_by": by, "item": "voip", "mode": mode}
+
+
+def _billing(chance: Chance, units: tuple[datetime, ...], months: int) -> Json:
+    """Return the open billing period: so many months that cover the whole history, or a month that ends on the way."""
+    zone = ZoneInfo(chance.pick("site/zone", _ZONES))
+    first = units[0].astimezone(zone).date()
+    span = max((units[-1] - units[0]).days, 1)
+    # No month of a site begins after the 28th.
+    ends = [day for day in (first + timedelta(days=step) for step in range(1, span + 3)) if day.day <= _LAST_FIRST]
+    if chance.odds("site/renews", 0.3) and ends:
+        end = chance.pick("site/end", ends)
+        start = _months_before(end, 1)
+    else:
+        start = min(first, first.replace(day=_LAST_FIRST))
+        end = _months_before(start, -months)
+    return {"now": units[0], "zone": zone.key, "billing_period": {"start": start, "end": end}}
+
+
+def _months_before(day: date, months: int) -> date:
+    count = day.year * 12 + day.month - 1 - months
+    return day.replace(year=count // 12, month=count % 12 + 1)
+
+
+def _maxio(
+    chance: Chance, sources: tuple[BillingSource, ...], units: tuple[datetime, ...], count: int
+) -> tuple[MaxioWorld, tuple[str, ...], tuple[str, ...], str]:
+    destination: Any = sources[0].destination
+    number, _, handle = destination.component.rpartition(":")
+    component: Json = {
+        "id": 610 if number else int(handle),
+        "handle": handle if number else "own",
+        "name": "Usage",
+        "family": "plan",
+        "unit_name": "unit",
+        "allow_fractional_quantities": sources[0].settings.meter.decimals > 0,
+        "kind": "metered_component",
+        "price_points": [{"id": 710, "handle": "standard", "name": "Standard", "unit_price": "0.5", "default": True}],
+    }
+    by = destination.subscription_by
+    streams: list[Json] = []
+    if sources[0].destination.name == "maxio_events":
+        streams = [{"handle": destination.stream, "name": "Usage", "identifier": by}]
+        metric = {"id": 810, "kind": "sum", "property": destination.property}
+        component |= {"kind": "event_based_component", "stream": destination.stream, "metric": metric}
+    elif destination.price_point:
+        kind, _, point = destination.price_point.rpartition(":")
+        component["price_points"][0] |= {"handle": point} if kind else {"id": int(point)}
+    activated = [component["handle"]] if streams else []
+    live = [{"id": 501 + n, "reference": f"acct-{n}", "family": "plan", "activated": activated} for n in range(count)]
+    ended = {"id": 599, "reference": "ended", "family": "plan", "state": "canceled", "activated": activated}
+    product = {"id": 420, "handle": "team", "name": "Team", "price": "0"}
+    world = MaxioWorld.model_validate(
+        {
+            "site": "maxio:us:simulated",
+            "api_key": _KEYS[1],
+            "limits": {"in_process": None},
+            "product_families": [{"id": 410, "handle": "plan", "name": "Plan", "product": product}],
+            "streams": streams,
+            "components": [component],
+            "subscriptions": [*live, ended],
+            **_billing(chance, units, 4),
+        }
+    )
+    by_id = by in ("id", "subscription_id")
+    billed = tuple(str(one["id"]) if by_id else str(one["reference"]) for one in live)
+    return world, billed, ("599" if by_id else "ended", "77" if by_id else "nobody"), str(component["handle"])
+
+
+def _chargeover(
+    chance: Chance, sources: tuple[BillingSource, ...], units: tuple[datetime, ...], count: int
+) -> tuple[ChargeOverWorld, tuple[str, ...], tuple[str, ...], str]:
+    destination: Any = sources[0].destination
+    item = {"item_id": 13, "external_key": destination.item, "name": "Usage", "units": "unit", "metered": True}
+    customers = [{"customer_id": 10 + n, "external_key": f"cust-{n}", "company": f"C {n}"} for n in range(count + 1)]
+    packages = [
+        {
+            "package_id": 700 + n,
+            "external_key": f"pkg-{n}",
+            "customer": f"cust-{n}",
+            "state": "active" if n < count else "cancelled",
+            "lines": [{"id": 850 + n, "item": destination.item}],
+        }
+        for n in range(count + 1)
+    ]
+    world = ChargeOverWorld.model_validate(
+        {
+            "site": "chargeover:simulated",
+            "public_key": _KEYS[0],
+            "private_key": _KEYS[1],
+            "items": [item],
+            "customers": customers,
+            "packages": packages,
+            # The sandbox's account bills by the month, and says so.
+            **_billing(chance, units, 1),
+        }
+    )
+    word = "pkg" if destination.package_by == "external_key" else "cust"
+    billed = tuple(f"{word}-{n}" for n in range(count))
+    return world, billed, (f"{word}-{count}", f"{word}-nobody"), str(destination.item)
+
+
+def _switches(chance: Chance, known: Json) -> Json:
+    """Turn each switch of a site that no document settles, or leave it."""
+    turned: Json = {}
+    for name, switch in known.items():
+        choices = _DELAYS.get(name, switch.choices)
+        if name in _UNTOUCHED or not choices or not chance.strikes(f"switch:{name}", 0.4):
+            continue
+        turned[name] = chance.pick(f"switch/to:{name}", [choice for choice in choices if choice not in ("2", "20")])
+    return turned
+
+
+def simulated(own: BillingSource) -> BillingSource:
+    """Return a user's own source as a history runs it: without its limits, which are for a person to answer.
+
+    Its expectations stay out too: the rows here are sound or not by the package's own rules, and Great Expectations
+    would take most of the time.
+
+    Raises:
+        Misconfigured: no history can be drawn for such a source.
+    """
+    if own.settings.period == "interval":
+        raise Misconfigured(f"{own.name}: the simulator knows hours, days, weeks and months, no period: interval")
+    limits = own.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 10_000})
+    settings = own.settings.model_copy(update={"max_withdraw_share": 1.0, "quarantine": limits})
+    return replace(own, settings=settings, expectations=())
+
+
+def with_batches(source: BillingSource, rows: int) -> BillingSource:
+    """Return the same source with another batch size: nothing that is billed may hang on it."""
+    return replace(source, settings=source.settings.model_copy(update={"batch_rows": rows}))

@@ -1,0 +1,277 @@
+"""Deliberate faults of the engine, each of which the simulator must notice: who cannot fail proves nothing.
+
+A mutation is a context manager that replaces a part of the package in this process, and puts it back.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from hashlib import sha256
+from itertools import count
+from typing import Any
+from unittest.mock import patch
+
+import pandas as pd
+from sqlalchemy import update
+
+from usage_billing import deliver, plan, quantities, settle
+from usage_billing import ledger as ledgers
+from usage_billing.destinations import maxio
+from usage_billing.destinations.chargeover import ChargeOverUsage
+from usage_billing.errors import InDoubt
+from usage_billing.ledger import Ledger, queries
+from usage_billing.ledger.tables import delivery
+from usage_billing.records import Receipt, State
+
+Mutation = Callable[[], AbstractContextManager[object]]
+
+_send_claimed = deliver._Work._send_claimed
+
+
+def accepted_before_the_send() -> AbstractContextManager[object]:
+    """The receipt is written before the request leaves."""
+
+    def mutant(self: Any, ours: Any) -> None:
+        self._accept([Receipt(one.token) for one in ours])
+        _send_claimed(self, ours)
+
+    return patch.object(deliver._Work, "_send_claimed", mutant)
+
+
+def doubts_settled_at_once() -> AbstractContextManager[object]:
+    """A doubt is asked about while its request may still land."""
+
+    def mutant(self: Any, doubts: Any) -> int:
+        before = self.settled.ended
+        for chunk in settle._chunks(doubts, self._destination.chunk_size):
+            self._ask(chunk)
+        return self.settled.ended - before
+
+    return patch.object(settle.Doubts, "ask", mutant)
+
+
+def token_of_the_attempt() -> AbstractContextManager[object]:
+    """Each try sends under a token of its own."""
+
+    def mutant(self: Any, ours: Any) -> None:
+        _send_claimed(self, [replace(one, body=one.body.replace(one.token, _tried(one))) for one in ours])
+
+    def _tried(one: Any) -> str:
+        return sha256(f"{one.token}{one.sends}".encode()).hexdigest()
+
+    return patch.object(deliver._Work, "_send_claimed", mutant)
+
+
+@contextmanager
+def lease_forgotten() -> Iterator[None]:
+    """A worker that lost its lease writes outcomes all the same."""
+
+    def accept(self: Ledger, receipts: Any, _held: Any) -> int:
+        return sum(_move(self, one.token, state=State.ACCEPTED, record_id=one.record_id) for one in receipts)
+
+    def land(self: Ledger, tokens: Any, state: State, reason: str, _held: Any) -> int:
+        return sum(_move(self, token, state=state, reason=reason) for token in tokens)
+
+    def _move(self: Ledger, token: str, **values: object) -> int:
+        with self._writing() as connection:
+            moves = update(delivery).where(delivery.c.token == token, delivery.c.state == State.SENDING)
+            return connection.execute(moves.values(values)).rowcount
+
+    with patch.object(Ledger, "accept", accept), patch.object(Ledger, "land", land):
+        yield
+
+
+@contextmanager
+def events_sent_again_after_a_month() -> Iterator[None]:
+    """A doubt about events is replayed when the stream has forgotten their tokens."""
+
+    def still_open(_self: object, deliveries: Any) -> set[str]:
+        return {one.token for one in deliveries}
+
+    with (
+        patch.object(maxio.MaxioEvents, "replay_window", timedelta(days=4000)),
+        patch.object(maxio.MaxioEvents, "_still_open", still_open),
+    ):
+        yield
+
+
+def conflict_taken_for_success() -> AbstractContextManager[object]:
+    """A 409 to the 60-minute token is believed to say that the usage is there."""
+    send = maxio.MaxioMetered.send
+
+    def mutant(self: Any, chunk: Any) -> list[Receipt]:
+        try:
+            return send(self, chunk)
+        except InDoubt as error:
+            if "HTTP 409" in str(error):
+                return [Receipt(chunk[0].token)]
+            raise
+
+    return patch.object(maxio.MaxioMetered, "send", mutant)
+
+
+def doubt_taken_for_nothing() -> AbstractContextManager[object]:
+    """What is in doubt is sent again at once."""
+    land = Ledger.land
+
+    def mutant(self: Ledger, tokens: Any, state: State, reason: str, held: Any) -> int:
+        return land(self, tokens, State.RESERVED if state is State.IN_DOUBT else state, reason, held)
+
+    return patch.object(Ledger, "land", mutant)
+
+
+def abandoned_taken_for_nothing() -> AbstractContextManager[object]:
+    """What a dead worker left in the air is sent again at once."""
+
+    def mutant(self: Ledger, name: str) -> int:
+        sending = update(delivery).where(delivery.c.source == name, delivery.c.state == State.SENDING)
+        with self._writing() as connection:
+            alive = queries.fence_alive(delivery.c.fence, self._now(connection))
+            return connection.execute(sending.where(~alive).values(state=State.RESERVED)).rowcount
+
+    return patch.object(Ledger, "doubt_abandoned", mutant)
+
+
+def plan_blind_for_doubts() -> AbstractContextManager[object]:
+    """A plan takes a delivery in doubt for one that never was."""
+    standing = Ledger.standing
+
+    def mutant(self: Ledger, *args: Any) -> pd.DataFrame:
+        found = standing(self, *args)
+        return found.assign(state=found["state"].replace(State.IN_DOUBT, State.SUPERSEDED))
+
+    return patch.object(Ledger, "standing", mutant)
+
+
+def vanished_keys_forgotten() -> AbstractContextManager[object]:
+    """The comparison is a loop over today's totals."""
+    compare = plan._compare
+
+    def mutant(*args: Any) -> pd.DataFrame:
+        both = compare(*args)
+        return both[both["events"] > 0].reset_index(drop=True)
+
+    return patch.object(plan, "_compare", mutant)
+
+
+def quarantine_withdraws() -> AbstractContextManager[object]:
+    """What is in quarantine is withdrawn."""
+    propose = plan._propose
+
+    def mutant(compared: Any, comparison: Any, *args: Any) -> Any:
+        return propose(compared, replace(comparison, rows_quarantined=0), *args)
+
+    return patch.object(plan, "_propose", mutant)
+
+
+def claim_without_comparison() -> AbstractContextManager[object]:
+    """A delivery is put in the air whatever its state."""
+
+    def mutant(self: Ledger, tokens: Any, held: Any) -> frozenset[str]:
+        with self._writing() as connection:
+            claims = update(delivery).where(delivery.c.token.in_(tokens))
+            values = {"state": State.SENDING, "fence": held.fence, "sent_at": self._now(connection)}
+            connection.execute(claims.values(values | {"sends": delivery.c.sends + 1}))
+        return frozenset(tokens)
+
+    return patch.object(Ledger, "begin_sending", mutant)
+
+
+def float_arithmetic() -> AbstractContextManager[object]:
+    """Quantities are scaled by way of floats."""
+    to_scaled = quantities.to_scaled
+
+    def mutant(column: Any, decimals: int) -> Any:
+        exact = to_scaled(column, decimals)
+        if not decimals:
+            return exact
+        return exact.map(lambda scaled: int(float(Decimal(int(scaled)).scaleb(-decimals)) * 10**decimals)).astype(
+            "int64"
+        )
+
+    return patch.object(quantities, "to_scaled", mutant)
+
+
+@contextmanager
+def floor_forgotten() -> Iterator[None]:
+    """Deductions go whatever the balance, and what the site stored is believed to count."""
+
+    def judge(self: Any, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        return proposals["quantity"], self.hold_reason(proposals)
+
+    def recheck(_self: object, _deliveries: object, _now: object) -> dict[str, str]:
+        return {}
+
+    def counted(_self: object, one: Any) -> Decimal:
+        quantity: Decimal = one.quantity
+        return quantity
+
+    metered = maxio.MaxioMetered
+    with (
+        patch.object(metered, "judge", judge),
+        patch.object(metered, "recheck", recheck),
+        patch.object(metered, "lock", lambda _self, _one: ""),
+        patch.object(metered, "_counted", counted),
+    ):
+        yield
+
+
+@contextmanager
+def stale_plans_send() -> Iterator[None]:
+    """A plan of an older extraction sends, although a newer one was compared."""
+    claims = (
+        update(delivery)
+        .where(
+            delivery.c.token.in_(queries.bindparam("tokens", expanding=True)),
+            delivery.c.state == State.RESERVED,
+            queries.fence_alive(queries._FENCE, queries._NOW),
+        )
+        .values(state=State.SENDING, fence=queries._FENCE, sent_at=queries._NOW, sends=delivery.c.sends + 1)
+        .returning(delivery.c.token)
+    )
+    with (
+        patch.object(ledgers, "_stale", lambda *_args: frozenset()),
+        patch.object(queries, "BEGIN_SENDING", claims),
+    ):
+        yield
+
+
+def token_of_the_chunk() -> AbstractContextManager[object]:
+    """A token hangs on the place of its delivery in the plan."""
+    places = count()
+
+    def mutant(identity: str, revision: int) -> str:
+        return sha256(f"{identity}\x1f{revision}\x1f{next(places)}".encode()).hexdigest()
+
+    return patch.object(plan, "uniqueness_token", mutant)
+
+
+def external_key_not_looked_up() -> AbstractContextManager[object]:
+    """A ChargeOver record that may be there is taken for absent."""
+    return patch.object(ChargeOverUsage, "_found", lambda _self, _one: None)
+
+
+METERED, EVENTS, CHARGEOVER = "maxio_metered", "maxio_events", "chargeover_usage"
+
+MUTATIONS: dict[Mutation, tuple[str, ...]] = {
+    accepted_before_the_send: (METERED, EVENTS, CHARGEOVER),
+    doubts_settled_at_once: (METERED, CHARGEOVER),
+    token_of_the_attempt: (METERED, EVENTS, CHARGEOVER),
+    lease_forgotten: (METERED, EVENTS, CHARGEOVER),
+    events_sent_again_after_a_month: (EVENTS,),
+    conflict_taken_for_success: (METERED,),
+    doubt_taken_for_nothing: (METERED, CHARGEOVER),
+    abandoned_taken_for_nothing: (METERED, CHARGEOVER),
+    plan_blind_for_doubts: (METERED, EVENTS, CHARGEOVER),
+    vanished_keys_forgotten: (METERED, EVENTS, CHARGEOVER),
+    quarantine_withdraws: (METERED, EVENTS),
+    claim_without_comparison: (METERED, EVENTS, CHARGEOVER),
+    float_arithmetic: (METERED, EVENTS, CHARGEOVER),
+    floor_forgotten: (METERED,),
+    stale_plans_send: (METERED, EVENTS, CHARGEOVER),
+    token_of_the_chunk: (METERED, EVENTS, CHARGEOVER),
+    external_key_not_looked_up: (CHARGEOVER,),
+}
+"""Each mutation, with the destinations whose histories can show it."""

@@ -1,0 +1,45 @@
+"""The command `usage-billing simulate`: a closing line where all held, a story and how to tell it again where not."""
+
+from pathlib import Path
+
+import pytest
+from mutations import token_of_the_chunk
+
+from usage_billing.cli import main
+from usage_billing.testing.command import Order, Violated, run
+
+SOURCES = Path(__file__).parents[2] / "include" / "sources"
+
+
+def test_the_closing_line_counts_what_was_played() -> None:
+    """Seeds, histories by destination, effects, requests and violations stand in one line."""
+    line = run(Order(first_seed=0, seeds=2), jobs=1)
+    assert line.startswith("seeds 0 to 1: ")
+    assert "writing requests; 0 violations" in line
+
+
+def test_processes_share_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two processes play a source of one's own, and the command ends well."""
+    arguments = ["--source", str(SOURCES / "api_calls"), "--seeds", "2", "--jobs", "2"]
+    assert main(["simulate", *arguments]) == 0
+    assert "seeds 0 to 1: 2 maxio_metered" in capsys.readouterr().out
+
+
+def test_a_failing_seed_prints_its_shortest_story_and_how_to_tell_it_again() -> None:
+    """A fault of the engine ends the command with the failing seeds; the story has the violated check."""
+    said: list[str] = []
+    with token_of_the_chunk(), pytest.raises(Violated, match="failing seeds: 0"):
+        run(Order(first_seed=0, seeds=1), jobs=1, say=said.append)
+    (story,) = said
+    assert "VIOLATED I6 a token names a revision" in story
+    assert "again: usage-billing simulate --first-seed 0 --seeds 1 --ledger sqlite" in story
+
+
+def test_a_period_that_is_no_calendar_period_is_turned_down(tmp_path: Path) -> None:
+    """A source with `period: interval` is told, before anything is played, that no history can be drawn for it."""
+    own = tmp_path / "api_calls"
+    own.mkdir()
+    for name in ("source.yaml", "usage.sql", "expectations.yaml"):
+        text = (SOURCES / "api_calls" / name).read_text(encoding="utf-8")
+        (own / name).write_text(text.replace("period: day", "period: interval"), encoding="utf-8")
+    assert main(["simulate", "--source", str(own), "--jobs", "1"]) == 1
