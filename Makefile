@@ -64,7 +64,7 @@ simulate: setup  ## Draw SEEDS histories from FIRST_SEED on, on both ledgers, an
 	@exec $(BIN)/usage-billing simulate --first-seed $(FIRST_SEED) --seeds $(SEEDS) --ledger both
 
 .PHONY: crash
-crash: setup  ## Kill real Airflow tasks by SIGKILL while they deliver, KILLS times, and compare (quarter of an hour).
+crash: setup  ## Kill real Airflow tasks by SIGKILL while they deliver, KILLS times, and compare (half an hour and more).
 	@exec $(BIN)/python include/sandbox/crash.py --kills $(KILLS)
 
 .PHONY: bench

@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
-from usage_billing.deliver import Manners
+from usage_billing.deliver import Manners, deliver
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied, Stale
 from usage_billing.records import Comparison, Delivery, Period
 from usage_billing.sources import BillingSource
+from usage_billing.workers import Means
 
 ACCOUNTS = {
     "api_calls": ("acct-0001", "acct-0002", "acct-0003"),
@@ -425,3 +426,31 @@ def test_a_worker_held_up_after_its_claim_sends_nothing(house: House, source: Bi
     assert not house.ledger.may_send(first.token, lease, timedelta(0)), "too long ago"
     house.ledger.release(lease)
     assert not house.ledger.may_send(first.token, lease, timedelta(seconds=10)), "its lease is gone"
+
+
+def test_a_renewal_in_the_middle_of_a_page_holds_what_is_left_of_it(house: House) -> None:
+    """Each request takes 45 seconds and the billing period has 200 left: what would land after it is not sent."""
+    source = shipped("platform_events")
+    day, accounts = a_day(source, 30), [f"orbit-0{number}" for number in range(1, 7)]
+    destination = house.destination(source)
+    (target,) = destination.resolve(["orbit-01"])
+    assert target.open_until is not None
+    house.sandbox.move_clock(target.open_until - timedelta(seconds=200))
+    house.ledger._clock = house.sandbox.now
+    destination.client.settings = replace(destination.client.settings, settle_after_seconds=150)
+    destination.chunk_size = 1
+    record = destination.client.record_events
+
+    def slowly(stream: str, bodies: list[str]) -> None:
+        record(stream, bodies)
+        house.sandbox.move_clock(advance_seconds=45)
+
+    destination.client.record_events = slowly
+    comparison, folder = house.totals(source, day, usage(source, day, {account: ["7"] for account in accounts}))
+    alone = Manners(threads=1, lease_lasts=timedelta(hours=3))
+    plan = house.plan(source, comparison, folder)
+    same = (comparison.number, comparison.window, destination, house.ledger, house.staging, alone, Means())
+    deliver(plan, lambda: house.plan(source, comparison, folder), *same)
+    states = house.states(source, day)
+    assert states["held"] > 0, "the renewal was never met, so this proved nothing"
+    assert sum(house.billed(source).values()) == 7 * states["accepted"]

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +17,7 @@ from usage_billing.cli import main
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.records import Period
+from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 
 SOURCE = shipped("api_calls")
@@ -192,3 +194,52 @@ def test_a_deduction_that_a_person_wrote_off_is_never_made(
     house.run(lenient(), DAY, [calls(91)])
     assert house.billed(SOURCE) == {ACCOUNT: Decimal(150)}
     assert listed(house) == {}
+
+
+def test_a_balance_finer_than_the_meter_is_taken_off_in_whole_units(house: House) -> None:
+    """Another source left 8.5 on the balance: a meter of whole numbers deducts 8, and goes on working."""
+    settings = SOURCE.settings.model_copy(update={"max_withdraw_share": 1.0})
+    source = replace(
+        SOURCE,
+        settings=settings,
+        destination=SOURCE.destination.model_copy(update={"component": "handle:storage-gb"}),
+    )
+    house.run(source, DAY, [calls(100)])
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    client = house.destination(source).client
+    client.create_usage(50_100_001, "handle:storage-gb", '{"usage":{"quantity":8.5,"memo":"by hand"}}')
+    house.run(source, DAY, [calls(80)])
+    house.run(source, DAY, [calls(80)])
+    assert listed(house, source) == {"held": Decimal(-12)}
+    assert house.billed(source) == {ACCOUNT: Decimal("100.5")}
+
+
+def test_what_a_sweep_found_out_about_a_deduction_is_planned_for_by_the_run(tmp_path: Path) -> None:
+    """The proof comes late, and a sweep sees it first: the rest is listed all the same, and the run says so."""
+    with a_house(tmp_path, Meddled) as house:
+        assert isinstance(house, Meddled)
+        house.run(SOURCE, DAY, [calls(100)])
+        house.sandbox.switch(SITE, events_delay_seconds=1)
+        house.foreign = "-97"
+        comparison, folder = house.totals(lenient(), DAY, [calls(92)])
+        swept = _SweptWhileWaiting(house)
+        house.deliver(lenient(), comparison, folder, stop=swept)  # type: ignore[arg-type]
+        assert swept.found > 0, "the sweep was not first, so this proved nothing"
+        assert listed(house) == {"held": Decimal(-5)}
+        assert house.plan(lenient(), comparison, folder).tally.unsettled == 0
+
+
+class _SweptWhileWaiting:
+    """Instead of waiting, lets a sweep be first."""
+
+    def __init__(self, house: House) -> None:
+        self.found = 0
+        self._house = house
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, timeout: float | None = None) -> bool:  # noqa: ARG002
+        time.sleep(1.1)
+        self.found += sweep(House.destination(self._house, SOURCE), self._house.ledger).settled.found
+        return False

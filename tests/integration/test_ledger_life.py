@@ -491,6 +491,35 @@ def test_records_on_a_line_that_an_upgrade_replaced_are_found_by_their_key(house
     assert house.billed(source) == owed(events)
 
 
+def test_a_correction_after_an_upgrade_hides_no_revision_before_it(house: LivingHouse) -> None:
+    """Revision 0 lies on the replaced line and revision 1 on today's: both are entered, nothing is billed again."""
+    source = shipped("voip_minutes")
+    first, late = event(source, 0, 5, "3"), event(source, 0, 5, "7", hour=11)
+    house.run(source, a_day(source, 5), [first])
+    upgrade(house, source)
+    house.run(source, a_day(source, 5), [first, late])
+    house.begin_anew()
+    found = house.adopt(source, [5, 5], [first, late])
+    assert (found.entered, found.complete) == (2, True)
+    house.run(source, a_day(source, 5), [first, late])
+    assert house.billed(source) == {"pkg-001": Decimal(10)}
+
+
+def test_a_first_revision_that_was_never_sent_hides_no_later_one(house: LivingHouse) -> None:
+    """A killed run left revision 0 behind, revision 1 was billed, then the line was replaced."""
+    source = shipped("voip_minutes")
+    first, late = event(source, 0, 5, "3"), event(source, 0, 5, "7", hour=11)
+    comparison, folder = house.totals(source, a_day(source, 5), [first])
+    reserve(house, source, comparison, folder)
+    house.run(source, a_day(source, 5), [first, late])
+    upgrade(house, source)
+    house.begin_anew()
+    found = house.adopt(source, [5, 5], [first, late])
+    assert (found.entered, found.complete) == (1, True)
+    house.run(source, a_day(source, 5), [first, late])
+    assert house.billed(source) == {"pkg-001": Decimal(10)}
+
+
 def upgrade(house: LivingHouse, source: BillingSource) -> None:
     """Raise the price of the first package's line, as the account's staff would: the line gets another id."""
     client = house.destination(source).client

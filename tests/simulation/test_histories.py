@@ -18,7 +18,7 @@ from usage_billing.testing.story import Story
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "include" / "sources"
-SEEDS = 60
+SEEDS = 40
 """How many seeds every test run plays; `make simulate` plays thousands, and others."""
 ON_POSTGRES = 6
 

@@ -36,7 +36,7 @@ _LEASE_WAIT = timedelta(minutes=15)
 Sizes = Literal["drawn", "small", "large"]
 """How batches and chunks are sized: by chance for each task, all small, or all large."""
 
-_BATCHES = {"drawn": (2, 1000, 1000, 1000, 1000, 1000), "small": (1, 2), "large": (1000,)}
+_BATCHES = {"drawn": (2, 1000, 1000, 1000, 1000, 1000), "small": (2,), "large": (1000,)}
 _CHUNKS = {"drawn": (1, 2, 3, 25), "small": (1, 2), "large": (25,)}
 _EXPECTED = (UsageBillingError, OperationalError)
 
