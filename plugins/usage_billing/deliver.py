@@ -220,7 +220,6 @@ class _Work:
             if not page:
                 break
             after = page[-1].token
-            self._judged_at = self._ledger.now()
             locks = [(self._destination.lock(delivery), delivery) for delivery in page]
             alone += [(lock, delivery) for lock, delivery in locks if lock]
             self._send_page(self._still_right([delivery for lock, delivery in locks if not lock]))
@@ -254,7 +253,7 @@ class _Work:
 
     def _still_right(self, page: Sequence[Delivery]) -> Sequence[Delivery]:
         """Hold what was right when it was planned and may not be sent any more; return the rest."""
-        now = self._judged_at
+        now = self._judged_at = self._ledger.now()
         doubtful = [delivery for delivery in page if self._may_have_changed(delivery, now)]
         if not doubtful:
             return page
@@ -264,6 +263,8 @@ class _Work:
             self._setback = error
             return []
         self._count(held=self._ledger.hold(reasons))
+        # From the end of the asking: however long it takes, the first chunks go.
+        self._judged_at = self._ledger.now()
         return [delivery for delivery in page if delivery.token not in reasons]
 
     def _may_have_changed(self, delivery: Delivery, now: datetime) -> bool:
@@ -282,6 +283,7 @@ class _Work:
         try:
             with self._worker.alone(lock, self._manners.patience):
                 reasons = self._destination.recheck([delivery], self._ledger.now())
+                self._judged_at = self._ledger.now()
                 if delivery.token not in reasons:
                     self._send_chunk([delivery])
                 elif held := self._ledger.hold(reasons):
@@ -295,7 +297,8 @@ class _Work:
             return
         now = self._ledger.now()
         if now - self._judged_at > self._good_for and any(self._is_over(delivery, now) for delivery in chunk):
-            self._setback = NotApplied("a billing period ends: what is left of it is judged once more")
+            why = "a billing period ends: what is left of it is judged once more"
+            self._setback = NotApplied(why, retry_after_seconds=0.01)
             return
         tokens = [delivery.token for delivery in chunk]
         claimed = self._ledger.begin_sending(tokens, self._worker.lease)

@@ -10,7 +10,7 @@ import string
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_DOWN, Decimal
 from functools import cached_property
@@ -511,6 +511,10 @@ class MaxioMetered(_MaxioDestination):
     chunk_size = 1
     # The 60-minute token is a belt only: whether usages honour it is not documented, and its 409 tells no outcome.
     replay_window = timedelta(0)
+
+    def _target(self, account: str, subscription: Json | None, component: Json) -> Target:
+        # A usage has no date: it lands in whatever period is open, so the end of one closes nothing.
+        return replace(super()._target(account, subscription, component), open_until=None)
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold nothing by itself: how much of a deduction the balance takes is for `judge` to ask."""
