@@ -7,6 +7,7 @@ take their time over each request.
 
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
+import requests
 import yaml
 from airflow_api import AirflowApi, Run
 from stage import WORLDS, Clock, Stage, choose_ports, set_stage
@@ -21,6 +23,8 @@ from state import CHECKOUT, Ports, State, environment
 from verdict import SOURCES, DemoSource
 
 RETRIES = 200
+_PAUSES = (2, 5, 10, 20, 30)
+"""Seconds until an order that met an open backfill is tried again."""
 
 _DAG = '''"""Airflow DAG: bill {source}, with tasks that are tried again {retries} times, a second after they died."""
 
@@ -67,8 +71,10 @@ class CrashAirflow(AirflowApi):
     """Airflow's API, with the orders that only the crash stories give."""
 
     def backfill(self, source: DemoSource, first: date, last: date) -> None:
-        """Order one run for each day, both ends included; days that were run already are run again."""
-        self.forget_open_backfills(source.dag_id)
+        """Order one run for each day, both ends included; days that were run already are run again.
+
+        Airflow takes one open backfill per DAG and notices late that one has ended, so a conflict is asked about again.
+        """
         order = {
             "dag_id": source.dag_id,
             # With their offset: a bare date means UTC, and New York's last midnight would fall outside.
@@ -77,7 +83,16 @@ class CrashAirflow(AirflowApi):
             "reprocess_behavior": "completed",
             "max_active_runs": 4,
         }
-        self._ask("POST", "/backfills", json=order)
+        for pause in (*_PAUSES, None):
+            self.forget_open_backfills(source.dag_id)
+            try:
+                self._ask("POST", "/backfills", json=order)
+            except requests.HTTPError as refused:
+                if pause is None or refused.response.status_code != requests.codes.conflict:
+                    raise
+                time.sleep(pause)
+            else:
+                return
 
     def clear_failed(self, run: Run) -> None:
         """Run the failed tasks of a run again, and what waits for them."""

@@ -87,8 +87,10 @@ def _found(order: Order, jobs: int) -> Iterator[Found]:
 
 
 def some_seeds(order: Order, seeds: Sequence[int]) -> Found:
-    """Simulate some seeds in this process."""
-    logging.getLogger("usage_billing").setLevel(logging.CRITICAL)
+    """Simulate some seeds in this process, with our own log silent meanwhile."""
+    log = logging.getLogger("usage_billing")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     own = simulated(load_source(order.source, destination_settings)) if order.source else None
     found = Found(Counter(), Counter(), [], [])
     with workshop() as folder:
@@ -100,6 +102,7 @@ def some_seeds(order: Order, seeds: Sequence[int]) -> Found:
                 ledgers = Chance(seed).pick("ledger", opened)
                 _one_seed(order, seed, ledgers, folder, own, found)
         finally:
+            log.setLevel(level)
             for ledgers in opened:
                 ledgers.close()
     return found
