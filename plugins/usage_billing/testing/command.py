@@ -88,14 +88,14 @@ def _found(order: Order, jobs: int) -> Iterator[Found]:
 
 def some_seeds(order: Order, seeds: Sequence[int]) -> Found:
     """Simulate some seeds in this process, with our own log silent meanwhile."""
-    log = logging.getLogger("usage_billing")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
     own = simulated(load_source(order.source, destination_settings)) if order.source else None
     found = Found(Counter(), Counter(), [], [])
+    log = logging.getLogger("usage_billing")
+    level = log.level
     with workshop() as folder:
         opened = [kind(folder) for kind in _LEDGERS[order.ledger]]
         try:
+            log.setLevel(logging.CRITICAL)
             gc.collect()
             gc.freeze()  # Nothing that was imported is ever garbage, and looking through it takes half the time.
             for seed in seeds:
