@@ -295,8 +295,7 @@ class _Work:
     def _send_chunk(self, chunk: Sequence[Delivery]) -> None:
         if self._worker.stopped or self._setback is not None:
             return
-        now = self._ledger.now()
-        if now - self._judged_at > self._good_for and any(self._is_over(delivery, now) for delivery in chunk):
+        if self._was_judged_too_early(chunk):
             why = "a billing period ends: what is left of it is judged once more"
             self._setback = NotApplied(why, retry_after_seconds=0.01)
             return
@@ -305,6 +304,13 @@ class _Work:
         ours = [delivery for delivery in chunk if delivery.token in claimed]
         if ours:
             self._send_claimed(ours)
+
+    def _was_judged_too_early(self, chunk: Sequence[Delivery]) -> bool:
+        """Say whether a billing period of a chunk may have ended since it was judged."""
+        if all(delivery.open_until is None for delivery in chunk):
+            return False  # Most usage is not dated, and the ledger need not be asked for the time.
+        now = self._ledger.now()
+        return now - self._judged_at > self._good_for and any(self._is_over(delivery, now) for delivery in chunk)
 
     def _send_claimed(self, ours: Sequence[Delivery]) -> None:
         """Make one request and write down its outcome, whatever it is."""

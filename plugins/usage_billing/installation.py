@@ -59,9 +59,7 @@ def billing_sources() -> list[BillingSource]:
 
 def staging() -> Staging:
     """Return the configured staging area; by default a folder in Airflow's home, which only one machine sees."""
-    home = Path(os.environ.get("AIRFLOW_HOME", "~/airflow")).expanduser()
-    configured = conf.get("usage_billing", "staging_path", fallback="")
-    return Staging(ObjectStoragePath(configured or f"file://{home}/usage_billing/staging"))
+    return Staging(_area("staging"))
 
 
 def archive() -> Archive:
@@ -69,9 +67,13 @@ def archive() -> Archive:
 
     It lies outside staging, which may be cleaned at any time; this may not.
     """
+    return Archive(_area("archive"))
+
+
+def _area(name: str) -> ObjectStoragePath:
     home = Path(os.environ.get("AIRFLOW_HOME", "~/airflow")).expanduser()
-    configured = conf.get("usage_billing", "archive_path", fallback="")
-    return Archive(ObjectStoragePath(configured or f"file://{home}/usage_billing/archive"))
+    configured = conf.get("usage_billing", f"{name}_path", fallback="")
+    return ObjectStoragePath(configured or f"file://{home}/usage_billing/{name}")
 
 
 def destination_of(source: BillingSource) -> Destination:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from zoneinfo import ZoneInfo, available_timezones
 
 import yaml
@@ -81,13 +81,16 @@ class QuarantineLimits(Settings):
 class DestinationSettings(Settings):
     """What every destination asks of ``source.yaml``; each destination adds its own keys."""
 
+    free: ClassVar[frozenset[str]] = frozenset({"connection", "threads"})
+    """The keys that name nothing of what is billed, and so may change under history."""
+
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
 
     def naming(self) -> dict[str, Any]:
-        """Return the keys that name what is billed; the others may change under history."""
-        return self.model_dump(mode="json", exclude={"connection", "threads", "memo", "mode"})
+        """Return the keys that name what is billed."""
+        return self.model_dump(mode="json", exclude=set(self.free))
 
 
 class SourceSettings(Settings):

@@ -342,6 +342,8 @@ class ChargeOverUsageSettings(DestinationSettings):
     with its own answer; singly; or in a bulk of up to 1,000, which no answer accepts and which is therefore read back.
     """
 
+    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"mode"}
+
     name: Literal["chargeover_usage"]
     package_by: Literal["external_key", "customer_external_key"]
     item: str = Field(min_length=1)

@@ -492,6 +492,8 @@ class MaxioMeteredSettings(DestinationSettings):
     ``handle:<handle>``; `memo` is what the site shows for a usage, after the token.
     """
 
+    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"memo"}
+
     name: Literal["maxio_metered"]
     subscription_by: Literal["id", "reference"]
     component: _IdOrHandle
@@ -795,6 +797,8 @@ class MaxioEventsSettings(DestinationSettings):
     No API tells the metric's formula, so nobody but you can check that.
     """
 
+    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"metric"}
+
     name: Literal["maxio_events"]
     stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     subscription_by: str = Field(min_length=1)
@@ -813,9 +817,9 @@ class MaxioEventsSettings(DestinationSettings):
         return self
 
     def naming(self) -> dict[str, Any]:
-        """Return what names the usage that is billed; what an event is belongs to it, the metric does not."""
-        mode = {"mode": self.mode} if self.mode == "events" else {}
-        return {key: value for key, value in super().naming().items() if key != "metric"} | mode
+        """Return the keys that name what is billed; totals were named without their mode before there was another."""
+        named = super().naming()
+        return named if self.mode == "events" else {key: value for key, value in named.items() if key != "mode"}
 
 
 class MaxioEvents(_MaxioDestination):

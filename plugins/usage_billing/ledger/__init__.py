@@ -456,13 +456,11 @@ class Ledger:
             if connection.execute(sending.limit(1)).first() is not None:
                 raise NotApplied(f"deliveries of {name!r} are being sent: adopt again when the deliver task has ended")
             now = self._now(connection)
-            same = {"why": reason, "now": now}
+            same = {"note": reason, "now": now}
             # One by one: how many rows of a batch matched is not told by every driver.
             taken = [
-                connection.execute(
-                    queries.ADOPT_OPEN, {"of": token, "record": proof["record"], "counted": proof["counted"], **same}
-                ).rowcount
-                for token, proof in ((token, _proof(receipt)) for token, receipt in settled.items())
+                connection.execute(queries.ADOPT_OPEN, {"of": token, **_proof(receipt), **same}).rowcount
+                for token, receipt in settled.items()
             ]
             if sum(taken) != len(settled) or _any_known(connection, found["token"].tolist()):
                 raise NotApplied(f"deliveries of {name!r} moved while the site was asked; adopt again")

@@ -124,18 +124,16 @@ BEGIN_SENDING = (
     .returning(delivery.c.token)
 )
 
+_ACCEPTED = {
+    "state": State.ACCEPTED,
+    "settled_at": _NOW,
+    "record_id": bindparam("record"),
+    "reason": bindparam("note"),
+    "applied": bindparam("counted"),
+}
+
 # A worker that lost its lease writes no receipt: others may have asked the site, and decided, meanwhile.
-ACCEPT = (
-    update(delivery)
-    .where(delivery.c.token == bindparam("of"), sent_under(_FENCE, _NOW))
-    .values(
-        state=State.ACCEPTED,
-        settled_at=_NOW,
-        record_id=bindparam("record"),
-        reason=bindparam("note"),
-        applied=bindparam("counted"),
-    )
-)
+ACCEPT = update(delivery).where(delivery.c.token == bindparam("of"), sent_under(_FENCE, _NOW)).values(_ACCEPTED)
 
 # Spelled out, since an IN list cannot be run for many rows at once.
 _WAITING = or_(*(delivery.c.state == state for state in (State.RESERVED, State.HELD, State.IN_DOUBT)))
@@ -147,13 +145,7 @@ ADOPT_OPEN = (
         delivery.c.token == bindparam("of"),
         _WAITING,
     )
-    .values(
-        state=State.ACCEPTED,
-        settled_at=_NOW,
-        record_id=bindparam("record"),
-        reason=bindparam("why"),
-        applied=bindparam("counted"),
-    )
+    .values(_ACCEPTED)
 )
 
 # An identity has one open revision at a time, so one before a revision that was sent had come to its end.
@@ -164,7 +156,7 @@ CLOSE_BELOW = (
         delivery.c.revision < bindparam("up_to"),
         _WAITING,
     )
-    .values(state=State.SUPERSEDED, settled_at=_NOW, reason=bindparam("why"))
+    .values(state=State.SUPERSEDED, settled_at=_NOW, reason=bindparam("note"))
 )
 
 # Both engines number by a counter of their own, which has to be moved in its own words.
