@@ -319,7 +319,7 @@ def test_every_row_of_the_clients_table_decides_something() -> None:
         "Site data clearing is in progress.",
     ]
     words += ["This site has been deleted."]
-    own = (*maxio._SITE_WIDE, maxio._NO_STREAM, *http.OUTCOMES)
+    own = (*maxio.client._SITE_WIDE, maxio.client._NO_STREAM, *http.OUTCOMES)
     deciders = [
         next(row for row in rows if row.fits(status, effect, said))
         for rows in (http.OUTCOMES, own)

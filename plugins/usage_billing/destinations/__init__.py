@@ -1,4 +1,4 @@
-"""The billing APIs that take usage. A new one is a file beside this one and a line in `DESTINATIONS`."""
+"""The billing APIs that take usage. A new one is a module beside this one and a line in `DESTINATIONS`."""
 
 from importlib import import_module
 
@@ -6,8 +6,8 @@ from usage_billing.destinations.base import Destination
 from usage_billing.sources import DestinationSettings
 
 DESTINATIONS: dict[str, str] = {
-    "maxio_metered": "usage_billing.destinations.maxio:MaxioMetered",
-    "maxio_events": "usage_billing.destinations.maxio:MaxioEvents",
+    "maxio_metered": "usage_billing.destinations.maxio.metered:MaxioMetered",
+    "maxio_events": "usage_billing.destinations.maxio.events:MaxioEvents",
     "chargeover_usage": "usage_billing.destinations.chargeover:ChargeOverUsage",
 }
 

@@ -1,0 +1,297 @@
+"""The client of a Maxio site: how to reach it, and the calls that usage needs, on its main API and its events host.
+
+Paths, limits and the meaning of replies follow Maxio's public API reference: "Subscription Components" (usages),
+"Events-Based Billing", "Duplicate Prevention" and "API Access: Error Handling".
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from datetime import datetime
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+from requests.adapters import BaseAdapter
+
+from usage_billing.destinations.http import Effect, HttpClient, Outcome, record_number, segment
+from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults, whole_number
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied
+
+Json = dict[str, Any]
+
+_EVENTS_URL = "https://events.chargify.com"
+_VENDOR_HOSTS = {"us": "chargify.com", "eu": "ebilling.maxio.com"}
+PER_PAGE = 200
+"""How many rows a page of a list is asked to hold."""
+
+MET_WITHIN_THE_HOUR = "the site has met this token within the hour, and does not say what became of it"
+"""What a doubt says that came of a 409: by these words it is known again when it is settled."""
+
+_CONFLICT = Outcome((409,), InDoubt, (Effect.WRITE,), mend=MET_WITHIN_THE_HOUR)
+_SITE_WIDE = tuple(
+    Outcome((422,), Misconfigured, words=words, mend="this concerns the whole site, not this request")
+    for words in ("account has been canceled", "trial has ended", "Site data clearing", "site has been deleted")
+)
+_NO_STREAM = Outcome((404,), Misconfigured, (Effect.WRITE,), mend="the events host knows no such stream or site")
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaxioSettings(SiteSettings):
+    """How to reach one Maxio site; see `SiteSettings` for what every site shares.
+
+    `events_url` stands for ``https://events.chargify.com``, where the site's subdomain is a path segment. Maxio's main
+    API documents a cut-off of 120 s, so a request is settled 150 s after it was sent.
+
+    Raises:
+        Misconfigured: with every fault at once.
+    """
+
+    shortest_settling: ClassVar[int] = 150
+    why_not_shorter: ClassVar[str] = "the site may still apply a request 120 s after it was sent"
+
+    subdomain: str
+    api_key: str = field(repr=False)
+    region: str = "us"
+    events_url: str = ""
+    # A write waits past the site's cut-off of 120 s: giving up sooner would only make doubts.
+    timeouts: Timeouts = field(default_factory=lambda: Timeouts(connect=10, read=60, write=125))
+    subject: InitVar[str] = "Maxio settings"
+
+    @property
+    def site(self) -> str:
+        return f"maxio:{self.region}:{self.subdomain}"
+
+    def _normalise(self) -> None:
+        self._set("subdomain", str(self.subdomain or "").strip().lower())
+        self._set("region", str(self.region or "us").strip().lower())
+        self._set("events_url", (self.events_url or _EVENTS_URL).rstrip("/"))
+
+    def _own_address(self) -> str:
+        return f"https://{self.subdomain}.{_VENDOR_HOSTS[self.region]}"
+
+    def _faults(self) -> Iterator[str]:
+        if not self.api_key:
+            yield "password: is empty; put the site's API key there"
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.subdomain):
+            yield f"subdomain: {self.subdomain!r} is none; it is the first word of the site's address, such as 'acme'"
+        if self.region not in _VENDOR_HOSTS:
+            yield f"region: {self.region!r} is unknown; it is 'us' or 'eu'"
+        if self.base_url:
+            yield from url_faults("host", self.base_url)
+            yield from self._another_site()
+        yield from url_faults("events_url", self.events_url)
+
+    def _another_site(self) -> Iterator[str]:
+        """A vendor's address names its site; another one's usage must never pass for this one's."""
+        host = urlsplit(self.base_url).hostname or ""
+        for region, vendor in _VENDOR_HOSTS.items():
+            if host.endswith(f".{vendor}") and (region, host) != (self.region, f"{self.subdomain}.{vendor}"):
+                yield f"host: {host} is not the address of {self.site}; leave it empty, or mend subdomain and region"
+
+
+# --- client ---------------------------------------------------------------------------------------------------------
+
+
+class MaxioSite:
+    """A plain client of the calls that usage needs. JSON objects come back as dicts, numbers exact.
+
+    Subscriptions are addressed by numeric id alone: in a path, a reference made of digits would be taken for an id, and
+    the id wins. Look a reference up first. Components are an id or ``handle:<handle>``.
+
+    Example::
+
+        site = MaxioSite(MaxioSettings(subdomain="acme", api_key="..."))
+        subscription = site.subscription_by_reference("acct-0001")
+        site.create_usage(subscription["id"], "handle:api-calls", '{"usage": {"quantity": 3, "memo": "October"}}')
+        for usage in site.usages(subscription["id"], "handle:api-calls") or ():
+            print(usage["created_at"], usage["quantity"])
+
+    Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
+    """
+
+    def __init__(self, settings: MaxioSettings, adapter: Callable[[], BaseAdapter] | None = None) -> None:
+        """Prepare; `adapter` takes the place of the network, see `HttpClient`."""
+        self.settings = settings
+        key = (settings.api_key, "x")
+        shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "adapter": adapter}
+        self._main = HttpClient(settings.site, settings.base_url, key, outcomes=(*_SITE_WIDE, _CONFLICT), **shared)
+        events_url = f"{settings.events_url}/{settings.subdomain}"
+        self._events = HttpClient(settings.site, events_url, key, outcomes=(*_SITE_WIDE, _NO_STREAM), **shared)
+
+    def read_site(self) -> Json:
+        """Return the site's own settings; the cheapest proof that address and key are right."""
+        found = self._main.read("read the site", "/site.json")
+        if found is None:
+            raise self._no_site("read the site")
+        return unwrapped(found, "site")
+
+    def _no_site(self, call: str) -> Misconfigured:
+        where = self.settings.base_url
+        return Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no Maxio site at {where}")
+
+    def create_usage(self, subscription_id: int, component: int | str, body: str) -> Json:
+        """Record one usage; `body` is the JSON text of the request, and the created usage comes back.
+
+        The site takes no timestamp: the usage lands in the billing period that is open when it arrives. A top-level
+        ``uniqueness_token`` makes it refuse a second body with 409 for 60 minutes, where it is honoured.
+        """
+        call = f"create usage of component {component} for subscription {subscription_id}"
+        reply = self._main.write(call, _usages_path(subscription_id, component), body)
+        usage = reply.get("usage") if isinstance(reply, dict) else None
+        if not isinstance(usage, dict) or record_number(usage.get("id")) is None:
+            raise InDoubt(f"{self.settings.site}: {call}: success, but no usage in the reply")
+        return usage
+
+    def usages(self, subscription_id: int, component: int | str, since_id: int | None = None) -> Iterator[Json] | None:
+        """Yield all usages from id `since_id` on, each once; None if there is no such subscription or component.
+
+        Pages are cut by id and not by number, so usage that arrives meanwhile shifts nothing. Neither the order of the
+        list nor its size of page is documented: this works with either order and ends at an empty page.
+        """
+        path = _usages_path(subscription_id, component)
+        first = self._usage_page(path, since_id, None)
+        return None if first is None else self._walk(path, since_id, first)
+
+    def _walk(self, path: str, since_id: int | None, first: list[Json]) -> Iterator[Json]:
+        yield from first
+        lowest = min((usage["id"] for usage in first), default=0)
+        highest = max((usage["id"] for usage in first), default=0)
+        while first:
+            fresh = [usage for usage in self._next_page(path, since_id, lowest - 1) if usage["id"] < lowest]
+            if not fresh:
+                break
+            yield from fresh
+            lowest = min(usage["id"] for usage in fresh)
+        while first:
+            fresh = [usage for usage in self._next_page(path, highest + 1, None) if usage["id"] > highest]
+            if not fresh:
+                break
+            yield from fresh
+            highest = max(usage["id"] for usage in fresh)
+
+    def _next_page(self, path: str, since_id: int | None, max_id: int | None) -> list[Json]:
+        page = self._usage_page(path, since_id, max_id)
+        if page is None:
+            # The list was there a moment ago: its end would be a guess, and a guessed end bills twice.
+            raise NotApplied(f"{self.settings.site}: list usages: HTTP 404 in the middle of the list")
+        return page
+
+    def _usage_page(self, path: str, since_id: int | None, max_id: int | None) -> list[Json] | None:
+        bounds = {"since_id": since_id, "max_id": max_id}
+        params = {"per_page": PER_PAGE} | {name: value for name, value in bounds.items() if value is not None}
+        found = self._main.read("list usages", path, params)
+        return None if found is None else self._numbered("list usages", found, "usage")
+
+    def _rows(self, call: str, found: object, key: str) -> list[Json]:
+        """Return the rows of a list; only a list, empty or not, says what there is."""
+        rows = found.get(key) if isinstance(found, dict) else found
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no list of objects")
+        return [unwrapped(row, key) for row in rows]
+
+    def _numbered(self, call: str, found: object, key: str) -> list[Json]:
+        """Return the rows of a list with their ids as numbers: by these a walk knows where it is."""
+        numbers = [(whole_number(row.get("id"), 0), row) for row in self._rows(call, found, key)]
+        if any(number is None for number, _ in numbers):
+            raise NotApplied(f"{self.settings.site}: {call}: a row has no id that is a number")
+        return [{**row, "id": number} for number, row in numbers]
+
+    def component_by_handle(self, handle: str) -> Json | None:
+        """Return the component with a handle, or None."""
+        found = self._main.read(f"look up component {handle!r}", "/components/lookup.json", {"handle": handle})
+        return None if found is None else unwrapped(found, "component")
+
+    def components(self) -> Iterator[Json]:
+        """Yield the components of the site, archived ones too."""
+        return self._pages("list components", "/components.json", "component", {"include_archived": "true"})
+
+    def price_points(self, component_id: int) -> Iterator[Json]:
+        """Yield the price points of a component."""
+        path = f"/components/{segment(component_id)}/price_points.json"
+        return self._pages("list price points", path, "price_points", {})
+
+    def subscription(self, subscription_id: int) -> Json | None:
+        """Return one subscription, or None."""
+        found = self._main.read(f"read subscription {subscription_id}", f"/subscriptions/{int(subscription_id)}.json")
+        return None if found is None else unwrapped(found, "subscription")
+
+    def subscription_by_reference(self, reference: str) -> Json | None:
+        """Return the subscription with a reference, or None."""
+        call = f"look up subscription {reference!r}"
+        found = self._main.read(call, "/subscriptions/lookup.json", {"reference": reference})
+        return None if found is None else unwrapped(found, "subscription")
+
+    def subscriptions(self) -> Iterator[Json]:
+        """Yield the subscriptions of the site, oldest first, so that new ones shift no page."""
+        return self._pages("list subscriptions", "/subscriptions.json", "subscription", {"direction": "asc"})
+
+    def subscription_components(self, subscription_id: int) -> list[Json] | None:
+        """Return a subscription's components with balances and the last ten periods of events, or None."""
+        path = f"/subscriptions/{int(subscription_id)}/components.json"
+        found = self._main.read(
+            f"list components of subscription {subscription_id}", path, {"include": "historic_usages"}
+        )
+        return None if found is None else self._rows("list components", found, "component")
+
+    def subscription_component(self, subscription_id: int, component: int | str) -> Json | None:
+        """Return one component of a subscription with its `unit_balance`, or None; there also before its first use."""
+        path = f"/subscriptions/{int(subscription_id)}/components/{segment(component)}.json"
+        found = self._main.read(f"read component {component} of subscription {subscription_id}", path)
+        return None if found is None else unwrapped(found, "component")
+
+    def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
+        """Yield what the site noted about a subscription, the newest first; a usage shows here with some delay.
+
+        A ``metered_usage`` event tells in its `event_specific_data` the memo of the usage and the balance before and
+        after it.
+        """
+        path = f"/subscriptions/{int(subscription_id)}/events.json"
+        params: Json = {"filter": ",".join(kinds), "direction": "desc", "per_page": PER_PAGE}
+        call = f"list site events of subscription {subscription_id}"
+        while rows := self._numbered(call, self._main.read(call, path, params) or [], "event"):
+            yield from rows
+            params["max_id"] = min(row["id"] for row in rows) - 1
+
+    def time(self) -> datetime | None:
+        """Return the site's own time, as its last answer to this thread said; None before the first one."""
+        return self._main.server_time
+
+    def record_event(self, stream: str, body: str) -> None:
+        """Record one event, the JSON text of an object, in a stream.
+
+        That it returns proves neither that a subscription matched nor that anything will be billed.
+        """
+        self._events.write_blind(f"record an event in stream {stream!r}", f"/events/{segment(stream)}.json", body)
+
+    def record_events(self, stream: str, bodies: Sequence[str]) -> None:
+        """Record up to 1,000 events, JSON texts of objects, in one request; as `record_event`."""
+        call = f"record {len(bodies)} events in stream {stream!r}"
+        self._events.write_blind(call, f"/events/{segment(stream)}/bulk.json", f"[{','.join(bodies)}]")
+
+    def _pages(self, call: str, path: str, key: str, params: Mapping[str, Any]) -> Iterator[Json]:
+        """Yield the rows of a numbered list, each id once, until a page brings nothing new."""
+        seen: set[int] = set()
+        page = 1
+        while True:
+            found = self._main.read(call, path, {**params, "page": page, "per_page": PER_PAGE})
+            if found is None:
+                raise self._no_site(call)
+            fresh = [row for row in self._numbered(call, found, key) if row["id"] not in seen]
+            if not fresh:
+                return
+            yield from fresh
+            seen.update(row["id"] for row in fresh)
+            page += 1
+
+
+def unwrapped(row: Json, key: str) -> Json:
+    """Return what a row holds under `key`, or the row itself where the site sends it bare."""
+    inner = row.get(key, row)
+    return inner if isinstance(inner, dict) else row
+
+
+def _usages_path(subscription_id: int, component: int | str) -> str:
+    return f"/subscriptions/{int(subscription_id)}/components/{segment(component)}/usages.json"

@@ -1,0 +1,165 @@
+"""What both Maxio destinations share: the component that is billed, and the subscription that each account names.
+
+What is asked, and what the answers mean, follows Maxio's public API reference: "Subscription Components".
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from functools import cached_property
+from itertools import islice
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+from usage_billing.destinations.base import Destination
+from usage_billing.destinations.maxio.client import PER_PAGE, Json, MaxioSite
+from usage_billing.errors import Misconfigured
+from usage_billing.records import Target
+from usage_billing.sources import BillingSource
+
+_FEW = 20
+ENDED = frozenset({"canceled", "expired", "failed_to_create", "on_hold", "suspended", "trial_ended", "awaiting_signup"})
+"""States in which a subscription accrues no charges: what would be sent there is never billed, so it is quarantined."""
+
+
+def _text(value: object) -> object:
+    """YAML reads an id as a number; it is a name all the same."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+IdOrHandle = Annotated[str, BeforeValidator(_text), Field(pattern=r"^(\d+|handle:[a-z0-9][a-z0-9\-_:.]*)$")]
+
+
+class MaxioDestination(Destination):
+    """A component of one site, and the subscriptions that use it."""
+
+    connection_type = "maxio"
+    kind: str
+    """Maxio's name for the kind of component that takes this usage."""
+
+    client: MaxioSite
+    settings: Any
+    """The settings of the destination at hand: `MaxioMeteredSettings` or `MaxioEventsSettings`."""
+
+    def __init__(self, source: BillingSource, client: MaxioSite) -> None:
+        super().__init__(source, client)
+        self.settings = source.destination
+
+    def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        """Return the subscription of each account; one that has ended, or lacks the component, is `unknown`."""
+        # The component first: at a wrong address everything is a 404, and that makes no account unknown.
+        component = self._component
+        found = self._subscriptions(accounts)
+        return [self._target(account, found[account], component) for account in accounts]
+
+    def _target(self, account: str, subscription: Json | None, component: Json) -> Target:
+        if subscription is None:
+            return Target(account, unknown=f"subscription {account!r} is unknown to {self.site}")
+        if reason := self._unusable(account, subscription, component):
+            return Target(account, unknown=reason)
+        number = str(subscription["id"])
+        return Target(
+            account=account,
+            subscription=number,
+            component=str(component["id"]),
+            price_point=self._price_point,
+            address=self._address(account, number),
+            open_from=instant(subscription.get("current_period_started_at")),
+            open_until=instant(subscription.get("current_period_ends_at")),
+        )
+
+    def _unusable(self, account: str, subscription: Json, component: Json) -> str:
+        """Return why usage of this subscription would not be billed, or an empty text."""
+        if subscription.get("state") in ENDED:
+            return f"subscription {account!r} is {subscription['state']}: the site would not bill its usage"
+        family = ((subscription.get("product") or {}).get("product_family") or {}).get("id")
+        if family is not None and family != component.get("product_family_id", family):
+            return f"subscription {account!r} belongs to a product family without component {self.settings.component}"
+        return ""
+
+    @abstractmethod
+    def _address(self, account: str, number: str) -> Json:
+        """Return what a request needs to reach the subscription `number`, which `account` named."""
+
+    @abstractmethod
+    def _by_id(self) -> bool:
+        """Say whether accounts are subscription ids; otherwise they are references."""
+
+    @abstractmethod
+    def _own_faults(self, component: Json) -> Iterator[str]:
+        """Yield what `check` finds wrong beyond the component itself."""
+
+    @property
+    def _price_point(self) -> str:
+        """The numeric id of the price point that usage names, as text; empty where it names none."""
+        return ""
+
+    @cached_property
+    def _component(self) -> Json:
+        found = self._read_component()
+        if found is None:
+            raise Misconfigured(f"billing source {self.source.name!r}: {self._no_component()}")
+        return found
+
+    def _read_component(self) -> Json | None:
+        kind, _, handle = self.settings.component.partition(":")
+        if kind == "handle":
+            return self.client.component_by_handle(handle)
+        return next((row for row in self.client.components() if str(row["id"]) == self.settings.component), None)
+
+    def _no_component(self) -> str:
+        return f"destination.component: {self.site} has no component {self.settings.component!r}"
+
+    def _faults(self) -> Iterator[str]:
+        component = self._read_component()
+        if component is None:
+            yield self._no_component()
+            return
+        if component["kind"] != self.kind:
+            found = f"destination.component: {self.settings.component!r} is of kind {component['kind']}"
+            yield f"{found}; {self.name} needs {self.kind}"
+        if component.get("archived") or component.get("archived_at"):
+            yield f"destination.component: {self.settings.component!r} is archived: the site refuses its usage"
+        yield from self._own_faults(component)
+
+    def _subscriptions(self, accounts: Sequence[str]) -> dict[str, Json | None]:
+        """Return the subscription of each account, None where the site definitely has none.
+
+        Many accounts are first looked for in the list, as long as that takes fewer requests than asking one by one. The
+        list can miss one that was made meanwhile, so only the single look-up says that there is none.
+        """
+        found: dict[str, Json | None] = {}
+        wanted = set(accounts)
+        if len(wanted) > _FEW:
+            found.update(self._listed(wanted))
+        return found | {account: self._single(account) for account in sorted(wanted - found.keys())}
+
+    def _listed(self, wanted: set[str]) -> dict[str, Json]:
+        found: dict[str, Json] = {}
+        twice: set[str] = set()
+        for row in islice(self.client.subscriptions(), PER_PAGE * (len(wanted) // 4)):
+            account = str(row["id"]) if self._by_id() else str(row.get("reference") or "")
+            if account not in wanted:
+                continue
+            if account in found:
+                twice.add(account)
+            found[account] = row
+            if len(found) == len(wanted) and self._by_id():
+                break
+        return {account: row for account, row in found.items() if account not in twice}
+
+    def _single(self, account: str) -> Json | None:
+        if self._by_id():
+            return self.client.subscription(int(account)) if account.isascii() and account.isdigit() else None
+        found = self.client.subscription_by_reference(account) if account else None
+        # A look-up that is not exact would bill somebody else.
+        return found if found is not None and found.get("reference") == account else None
+
+
+def instant(text: object) -> datetime | None:
+    """Return a moment that the site tells, or None if it tells none that can be read."""
+    try:
+        return datetime.fromisoformat(str(text)).astimezone(UTC)
+    except ValueError:
+        return None

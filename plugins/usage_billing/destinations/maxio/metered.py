@@ -1,0 +1,339 @@
+"""Usage as a Maxio metered component: one request for each delivery, and a proof of what a deduction took.
+
+Limits and the meaning of replies follow Maxio's public API reference: "Subscription Components" (usages) and "Duplicate
+Prevention".
+"""
+
+import json
+import re
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from decimal import ROUND_DOWN, Decimal
+from functools import cached_property
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import AfterValidator
+
+from usage_billing.destinations.base import Answer, by_value, joined, negative
+from usage_billing.destinations.http import exact_number
+from usage_billing.destinations.maxio.client import MET_WITHIN_THE_HOUR, Json, unwrapped
+from usage_billing.destinations.maxio.component import ENDED, IdOrHandle, MaxioDestination, instant
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
+from usage_billing.records import Delivery, Receipt, SiteRecord, Target
+from usage_billing.sources import DestinationSettings
+
+_MEMO_LENGTH = 255
+_TOKEN = re.compile(r"[0-9a-f]{64}")
+_TOKEN_LENGTH = 64
+_TOKEN_HONOURED = timedelta(minutes=61)
+_NO_BALANCE = "a deduction waits: the open billing period's balance does not take it, and never falls below 0"
+
+
+def _memo(template: str) -> str:
+    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    if unknown := fields - {"period"}:
+        raise ValueError(f"unknown field {{{min(unknown)}}}; only {{period}} is filled in")
+    return template
+
+
+class MaxioMeteredSettings(DestinationSettings):
+    """The keys of a source that is billed to a metered component.
+
+    `subscription_by` says what the account column holds; `component` and `price_point` are an id or
+    ``handle:<handle>``; `memo` is what the site shows for a usage, after the token.
+    """
+
+    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"memo"}
+
+    name: Literal["maxio_metered"]
+    subscription_by: Literal["id", "reference"]
+    component: IdOrHandle
+    price_point: IdOrHandle | None = None
+    memo: Annotated[str, AfterValidator(_memo)] = "{period}"
+
+
+class MaxioMetered(MaxioDestination):
+    """Usage of a metered component: one request per delivery, the token in front of the memo.
+
+    The site knows no timestamp, no edit and no delete, and its balance never falls below 0.
+    """
+
+    name = "maxio_metered"
+    settings_model = MaxioMeteredSettings
+    kind = "metered_component"
+    chunk_size = 1
+    # The 60-minute token is a belt only: whether usages honour it is not documented, and its 409 tells no outcome.
+    replay_window = timedelta(0)
+
+    def _target(self, account: str, subscription: Json | None, component: Json) -> Target:
+        # A usage has no date: it lands in whatever period is open, so the end of one closes nothing.
+        return replace(super()._target(account, subscription, component), open_until=None)
+
+    def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
+        """Hold nothing by itself: how much of a deduction the balance takes is for `judge` to ask."""
+        return pd.Series("", index=proposals.index, dtype=object)
+
+    def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        """Let a deduction go only as far as the balance takes it: the site keeps 0 and forgets the rest.
+
+        What the same plan adds to a subscription is sent first, so it counts as balance already.
+        """
+        goes = proposals["quantity"].to_numpy(dtype=object, copy=True)
+        why = self.hold_reason(proposals).to_numpy(copy=True)
+        subscriptions, components = proposals["subscription"].to_numpy(), proposals["component"].to_numpy()
+        minus = negative(proposals["quantity"])
+        room: dict[tuple[str, str], Decimal] = {}
+        unfit: dict[tuple[str, str], str] = {}
+        for place in np.flatnonzero(minus):
+            key = (subscriptions[place], components[place])
+            if key not in room:
+                added = goes[~minus & (subscriptions == key[0]) & (components == key[1])]
+                room[key] = self._balance(*map(int, key)) + sum(map(Decimal, added), Decimal(0))
+                unfit[key] = self._unfit_for_deductions(int(key[0]))
+            part = self._measured(min(-Decimal(goes[place]), room[key]))
+            why[place] = unfit[key] or ("" if part > 0 else _NO_BALANCE)
+            if not why[place]:
+                room[key] -= part
+                goes[place] = f"{-part:f}"
+        return pd.Series(goes, proposals.index, object), pd.Series(why, proposals.index, object)
+
+    def lock(self, delivery: Delivery) -> str:
+        """Send the deductions of one balance one after the other, whichever source they come from."""
+        if delivery.quantity > 0:
+            return ""
+        where = delivery.address
+        return f"floor:{self.site}:{where['subscription_id']}:{where['component_id']}"
+
+    def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        """Hold a deduction that the balance does not take whole, or that a renewal could overtake."""
+        found = {one.token: self._why_no_deduction(one) for one in deliveries if one.quantity < 0}
+        return {token: why for token, why in found.items() if why}
+
+    def _why_no_deduction(self, delivery: Delivery) -> str:
+        where = delivery.address
+        if why := self._unfit_for_deductions(where["subscription_id"]):
+            return why
+        balance = self._balance(where["subscription_id"], where["component_id"])
+        return "" if balance >= -delivery.quantity else f"{_NO_BALANCE} (it is {balance})"
+
+    def _unfit_for_deductions(self, subscription_id: int) -> str:
+        subscription = self.client.subscription(subscription_id)
+        if subscription is None or subscription.get("state") in ENDED:
+            return "a deduction waits: its subscription has ended, so there is no balance to take it from"
+        # A balance is reset when the site renews, and it is the site's clock that decides about that.
+        ends, now = instant(subscription.get("current_period_ends_at")), self.client.time()
+        if ends is None or now is None or now >= ends - self.settle_after:
+            return f"a deduction waits for the renewal: the billing period ends at {ends}"
+        return ""
+
+    def _balance(self, subscription_id: int, component_id: int) -> Decimal:
+        found = self.client.subscription_component(subscription_id, component_id) or {}
+        return exact_number(found.get("unit_balance")) or Decimal(0)
+
+    def encode(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return the body of a create-usage request: the token is the first word of the memo, and on the top level."""
+        point = by_value(
+            proposals["price_point"].fillna(""), lambda number: f',"price_point_id":"{number}"' if number else ""
+        )
+        token = proposals["token"]
+        quantity = proposals["quantity"]
+        memo = self._memos(proposals)
+        return joined(
+            '{"uniqueness_token":"', token, '","usage":{"quantity":', quantity, point, ',"memo":"', token, memo, '"}}'
+        )
+
+    def _memos(self, proposals: pd.DataFrame) -> pd.Series:
+        """Return what follows the token, as the inside of a JSON text, cut so that the token never is."""
+        columns = ["period_start", "period_end"]
+        spans = proposals[columns].drop_duplicates()
+        texts = [
+            self._memo_text(start, end) for start, end in zip(spans["period_start"], spans["period_end"], strict=True)
+        ]
+        which = proposals.groupby(columns, sort=False).ngroup().to_numpy()
+        return pd.Series(np.array(texts, dtype=object)[which], index=proposals.index, dtype=object)
+
+    def _memo_text(self, start: datetime, end: datetime) -> str:
+        text = self.settings.memo.format(period=self._period_text(start, end))
+        rest = f" {' '.join(text.split())}".rstrip()[: _MEMO_LENGTH - _TOKEN_LENGTH]
+        return json.dumps(rest)[1:-1]
+
+    def _period_text(self, start: datetime, end: datetime) -> str:
+        zone, kind = self.source.settings.timezone, self.source.settings.period
+        first, after = start.astimezone(zone), end.astimezone(zone)
+        # The offset tells the two hours apart that autumn gives the same name.
+        names = {"hour": f"{first:%Y-%m-%d %H:%M%z}", "day": f"{first:%Y-%m-%d}", "month": f"{first:%Y-%m}"}
+        return names.get(kind, f"{first:%Y-%m-%d %H:%M} to {after:%Y-%m-%d %H:%M}")
+
+    def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Create one usage; one that comes back with another quantity is in doubt, and so is an unproven deduction."""
+        (delivery,) = chunk
+        address = delivery.address
+        usage = self.client.create_usage(address["subscription_id"], address["component_id"], delivery.body)
+        try:
+            found = self._receipt(delivery, usage)
+        except UsageBillingError as failure:
+            raise InDoubt(f"{failure}; a deduction was taken, how much of it counted could not be asked") from failure
+        if not isinstance(found, Receipt):
+            # It was applied. Settling will find it, with its proof, or with another quantity and report that.
+            words = found or "the site does not show yet how much of the deduction counted"
+            raise InDoubt(f"{self.site}: {words}", taken=True)
+        return [found]
+
+    def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
+        """Look for each token in the usages of its stored address.
+
+        The whole list is walked, never a window of dates: with two clocks apart, a window could hide what was billed.
+
+        A usage that is not there was not applied, so None, and it may be sent again. Not so soon if the last answer was
+        a 409 to the site's 60-minute token, since no document tells whether each try renews the 60 minutes: then it
+        stays in doubt for 61 minutes after the last send.
+        """
+        found: dict[str, Answer] = {}
+        for (subscription_id, component_id), some in _by_address(doubts).items():
+            usages = self.client.usages(subscription_id, component_id)
+            if usages is None:
+                continue  # A subscription that is gone answers nothing about what it was billed.
+            held = _first_with_token(usages, set(some))
+            for token, doubt in some.items():
+                if token in held:
+                    answer = self._receipt(doubt, held[token], "found in the list of usages")
+                    if answer is not None:
+                        found[token] = answer
+                elif not _would_meet_its_token(doubt, now):
+                    found[token] = None
+        return found
+
+    def _receipt(self, delivery: Delivery, usage: Json, note: str = "") -> Receipt | Refused | None:
+        """Return the receipt of a usage that the site holds, or what is wrong with it; None while it is not proven.
+
+        A site may store a deduction as sent or clipped at the floor; what counted, its site event tells.
+        """
+        number, stored = str(usage["id"]), _quantity(usage)
+        if delivery.quantity > 0:
+            return Receipt(delivery.token, number, note) if stored == delivery.quantity else _another(delivery, usage)
+        counted = self._counted(delivery)
+        if counted is None:
+            return None
+        if not delivery.quantity <= counted <= 0 or counted != self._measured(counted):
+            words = f"usage {number}: a deduction of {delivery.quantity} moved the balance by {counted}"
+            return Refused(f"stored with another quantity: {words} (token {delivery.token})")
+        if stored not in (delivery.quantity, counted):
+            return _another(delivery, usage)
+        return Receipt(delivery.token, number, note, None if counted == delivery.quantity else counted)
+
+    def _measured(self, quantity: Decimal) -> Decimal:
+        """Return a quantity cut to the decimal places of the meter: nothing finer can be billed or taken back."""
+        return quantity.quantize(Decimal(1).scaleb(-self.source.settings.meter.decimals), ROUND_DOWN)
+
+    def _counted(self, delivery: Delivery) -> Decimal | None:
+        """Return by how much a deduction moved the balance, 0 or less; None while the site does not show it."""
+        for event in self.client.site_events(delivery.address["subscription_id"]):
+            data = unwrapped(event, "event_specific_data")
+            if _token_of(data) == delivery.token:
+                after = exact_number(data.get("new_unit_balance"))
+                before = exact_number(data.get("previous_unit_balance"))
+                return None if after is None or before is None else after - before
+            if _long_before(event, delivery):
+                break
+        return None
+
+    def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
+        """Yield the usages from the oldest of `deliveries` on: a usage does not know its usage period."""
+        known = deliveries.assign(number=pd.to_numeric(deliveries["record_id"].replace("", None)).astype("Int64"))
+        for address, some in known.groupby("address"):
+            where = json.loads(str(address))
+            since = None if some["number"].isna().any() else int(some["number"].min())
+            for usage in self.client.usages(where["subscription_id"], where["component_id"], since) or ():
+                memo = str(usage.get("memo") or "")
+                shown = memo.partition(" ")[2] if (token := _token_of(usage)) else memo
+                if (quantity := _quantity(usage)) is None:
+                    raise NotApplied(f"{self.site}: list usages: usage {usage['id']} has no readable quantity")
+                yield SiteRecord(token, str(usage["id"]), quantity, shown)
+
+    def _address(self, account: str, number: str) -> Json:
+        return {"subscription_id": int(number), "component_id": self._component["id"]}
+
+    def _by_id(self) -> bool:
+        return bool(self.settings.subscription_by == "id")
+
+    def _read_price_point(self, component: Json) -> Json | None:
+        live = (point for point in self.client.price_points(component["id"]) if not point.get("archived_at"))
+        wanted = self.settings.price_point
+        return next((point for point in live if wanted in (str(point["id"]), f"handle:{point.get('handle')}")), None)
+
+    @cached_property
+    def _price_point(self) -> str:
+        if self.settings.price_point is None:
+            return ""
+        found = self._read_price_point(self._component)
+        if found is None:
+            raise Misconfigured(f"billing source {self.source.name!r}: {self._no_price_point()}")
+        return str(found["id"])
+
+    def _no_price_point(self) -> str:
+        component, wanted = self.settings.component, self.settings.price_point
+        return f"destination.price_point: component {component!r} has no price point {wanted!r}"
+
+    def _own_faults(self, component: Json) -> Iterator[str]:
+        decimals = self.source.settings.meter.decimals
+        if decimals and not component.get("allow_fractional_quantities"):
+            # The site truncates 5.5 to 5 without a word, or refuses it; which of the two is not documented for the API.
+            yield (
+                f"meter.decimals: is {decimals}, and component {self.settings.component!r} takes whole numbers only; "
+                "allow fractional quantities on the component, or measure in smaller units"
+            )
+        if self.settings.price_point is not None and self._read_price_point(component) is None:
+            yield self._no_price_point()
+
+
+def _quantity(usage: Json) -> Decimal | None:
+    """Return a usage's quantity, which comes as a number or as text; None if it is neither."""
+    return exact_number(usage.get("quantity"))
+
+
+def _token_of(usage: Json) -> str:
+    first = str(usage.get("memo") or "").partition(" ")[0]
+    return first if _TOKEN.fullmatch(first) else ""
+
+
+def _first_with_token(usages: Iterator[Json], tokens: set[str]) -> dict[str, Json]:
+    """Return the first usage of each token; the walk ends when all are found."""
+    held: dict[str, Json] = {}
+    for usage in usages:
+        if (token := _token_of(usage)) in tokens:
+            held.setdefault(token, usage)
+            if len(held) == len(tokens):
+                break
+    return held
+
+
+def _by_address(doubts: Sequence[Delivery]) -> dict[tuple[int, int], dict[str, Delivery]]:
+    groups: dict[tuple[int, int], dict[str, Delivery]] = {}
+    for doubt in doubts:
+        key = (doubt.address["subscription_id"], doubt.address["component_id"])
+        groups.setdefault(key, {})[doubt.token] = doubt
+    return groups
+
+
+def _would_meet_its_token(doubt: Delivery, now: datetime) -> bool:
+    """Say whether the site met the token within the hour; a lost 409 is no harm, the next one is told."""
+    return MET_WITHIN_THE_HOUR in doubt.reason and doubt.sent_at is not None and now < doubt.sent_at + _TOKEN_HONOURED
+
+
+def _another(delivery: Delivery, usage: Json) -> Refused:
+    stored = _quantity(usage)
+    held = "no readable quantity" if stored is None else stored
+    return Refused(
+        f"stored with another quantity: usage {usage['id']} holds {held}, "
+        f"not {delivery.quantity} (token {delivery.token})"
+    )
+
+
+def _long_before(event: Json, delivery: Delivery) -> bool:
+    """Say whether an event is so old that those before it cannot be of this delivery, even with clocks apart."""
+    noted, sent = instant(event.get("created_at")), delivery.sent_at
+    return noted is not None and sent is not None and noted < sent - timedelta(days=1)
