@@ -31,7 +31,6 @@ from usage_billing.records import Comparison, Period, Plan, State, Tally
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import event_tokens, identity, uniqueness_token
 
-_LARGEST_CHUNK = 1000
 _LARGEST_BODY = 900_000
 """Bytes of JSON in a chunk. The events host documents no limit; hosts of its kind seldom have one below 1 MB."""
 _SHARE_AFTER_REFUSAL = 10
@@ -88,7 +87,7 @@ def plan_events(
     book = _Book(ledger.standing(source.name, comparison.window), comparison, stale)
     targets = pa.concat_tables(staging.read(comparison.targets))
     with Spill() as left, Spill() as changed, Spill() as vanished:
-        join = _Join(book, left, changed, vanished)
+        join = _Join(book, destination.events_to_chunk, left, changed, vanished)
         _compare(comparison, _Arrivals(comparison, destination, targets), staging, join)
         writer = _Writer(comparison, destination, book, join, _component(targets, book))
         proposals = staging.write(folder, "proposals", writer.parts())
@@ -280,7 +279,7 @@ class _Arrivals:
             "period": period,
             "why": _why(part.column("time"), target.column("open_from")),
             "open_until": target.column("open_until"),
-            "most": np.full(len(rows), _LARGEST_CHUNK),
+            "most": np.full(len(rows), self.destination.events_to_chunk),
         }
         return pa.table({key: _as(column, _ARRIVED.field(key).type) for key, column in columns.items()}, _ARRIVED)
 
@@ -323,8 +322,9 @@ class _Join:
     An event is the same whatever usage period its time puts it into: one whose time was corrected has changed.
     """
 
-    def __init__(self, book: _Book, left: Spill, changed: Spill, vanished: Spill) -> None:
+    def __init__(self, book: _Book, largest_chunk: int, left: Spill, changed: Spill, vanished: Spill) -> None:
         self.book = book
+        self._largest_chunk = largest_chunk
         self.counts = dict.fromkeys(
             ("outdated", "delivered", "in the air", "refused", "left", "changed", "vanished"), 0
         )
@@ -365,7 +365,7 @@ class _Join:
             self.counts[kind] += int((fresh & same & ~left & (stands == code)).sum())
         self.counts["outdated"] += int((~fresh).sum())
         self._set_aside_left(
-            arrived, left, np.where(split, np.append(self._share, 0)[row], _LARGEST_CHUNK), number, ranges
+            arrived, left, np.where(split, np.append(self._share, 0)[row], self._largest_chunk), number, ranges
         )
         self._set_aside("changed", self.changed, arrived.select(_SENT.names[:-1]).filter(pa.array(changed)))
         self._set_aside("vanished", self.vanished, self._gone(arrived, sent))

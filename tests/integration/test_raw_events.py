@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stories import CHECKOUT, SITES, Event, House, a_day, shipped, small_batches
-from usage_billing import chunks
 from usage_billing.deliver import Delivered, Manners
 from usage_billing.destinations.maxio import MaxioEvents
 from usage_billing.errors import Misconfigured, NeedsDecision, Stale
@@ -144,7 +143,7 @@ def stored(house: House) -> int:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut chunks of a hundred events, so that a test needs few of them."""
-    monkeypatch.setattr(chunks, "_LARGEST_CHUNK", HUNDRED)
+    monkeypatch.setattr(MaxioEvents, "events_to_chunk", HUNDRED)
 
 
 def reserved(house: House, source: BillingSource, comparison: Comparison, folder: str) -> int:
@@ -244,7 +243,7 @@ def test_another_batch_size_and_other_chunks_between_tries_bill_each_event_once(
     for delivery in house.ledger.reserved(source.name, comparison.number, 2):
         house.ledger.begin_sending([delivery.token], living)
         house.ledger.accept(house.destination(source).send([delivery]), living)
-    monkeypatch.setattr(chunks, "_LARGEST_CHUNK", 70)
+    monkeypatch.setattr(MaxioEvents, "events_to_chunk", 70)
     other = small_batches(source, 30)
     house.deliver(other, comparison, folder)
     assert house.billed(source) == owed(rows)
@@ -262,7 +261,7 @@ def test_twins_that_cut_different_chunks_bill_each_event_once(house: RawHouse, m
     source, rows = raw(), events(450)
     comparison, folder = house.totals(source, DAY, rows)
     first = house.plan(source, comparison, folder)
-    monkeypatch.setattr(chunks, "_LARGEST_CHUNK", 70)
+    monkeypatch.setattr(MaxioEvents, "events_to_chunk", 70)
     house.deliver(source, comparison, folder)
     before = house.writing_requests(source)
     house.deliver(source, comparison, folder, first=first)
@@ -558,7 +557,7 @@ def test_a_chunk_that_the_site_refuses_goes_again_in_smaller_ones(
     house: RawHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refusal of many names nobody: the next plan sends its events by tenths, at last each alone."""
-    monkeypatch.setattr(chunks, "_LARGEST_CHUNK", 400)
+    monkeypatch.setattr(MaxioEvents, "events_to_chunk", 400)
     source, rows = raw(), events(400)
     house.sandbox.switch(SITE, events_size_limit="64_kb")
     done = house.run(source, DAY, rows)
@@ -572,7 +571,7 @@ def test_an_event_that_the_site_refuses_alone_stays_refused_until_it_changes(
     house: RawHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be refused again, so it is not sent again; mended, it goes under the same token."""
-    monkeypatch.setattr(chunks, "_LARGEST_CHUNK", 10)
+    monkeypatch.setattr(MaxioEvents, "events_to_chunk", 10)
     source, rows = raw(), events(9)
     too_large = replace(rows[0], dimensions=("x" * 70_000, "premium"))
     house.sandbox.switch(SITE, events_size_limit="64_kb")
@@ -690,7 +689,7 @@ def test_any_extractions_end_with_every_event_billed_once(
     with pytest.MonkeyPatch.context() as patch:
         for house in opened([world], tmp_path_factory.mktemp("house")):
             for _ in range(data.draw(st.integers(1, 5))):
-                patch.setattr(chunks, "_LARGEST_CHUNK", chance.choice((1, 7, 25, 1000)))
+                patch.setattr(MaxioEvents, "events_to_chunk", chance.choice((1, 7, 25, 1000)))
                 source = small_batches(raw(max_withdraw_share=1.0), chance.choice((1, 9, 1000)))
                 house.sandbox.fault(SITE, chance.choice(faults), count=chance.randint(1, 2), after=chance.randint(0, 3))
                 house.run(source, DAY, chance.sample(rows, chance.randint(1, 60)))

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pandas as pd
 from sqlalchemy import update
 
-from usage_billing import deliver, plan, quantities, settle
+from usage_billing import chunks, deliver, plan, quantities, settle
 from usage_billing import ledger as ledgers
 from usage_billing.destinations import maxio
 from usage_billing.destinations.chargeover import ChargeOverUsage
@@ -24,6 +24,7 @@ from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import delivery
 from usage_billing.records import Receipt, State
+from usage_billing.testing.scenes import RAW
 
 Mutation = Callable[[], AbstractContextManager[object]]
 
@@ -253,14 +254,47 @@ def external_key_not_looked_up() -> AbstractContextManager[object]:
     return patch.object(ChargeOverUsage, "_found", lambda _self, _one: None)
 
 
+def sent_events_not_looked_up() -> AbstractContextManager[object]:
+    """What lies in delivered chunks is not looked up: every event of a run is cut into chunks again."""
+    return patch.object(chunks._Book, "sent", lambda _self: iter(()))
+
+
+def late_events_forgotten() -> AbstractContextManager[object]:
+    """A usage period of which something was delivered takes no event that comes later."""
+    cut = chunks._Writer._chunks
+
+    def mutant(self: Any, place: int, period: Any) -> Any:
+        delivered = any(row.stands == chunks._DELIVERED for row in self.book.rows if row.period == period)
+        for one in cut(self, place, period):
+            if not delivered:
+                yield one
+
+    return patch.object(chunks._Writer, "_chunks", mutant)
+
+
+def gone_events_not_listed() -> AbstractContextManager[object]:
+    """Events that vanished or changed after they were sent stand on no list."""
+    return patch.object(chunks._Writer, "_lists", lambda *_args: iter(()))
+
+
+def event_token_of_the_run() -> AbstractContextManager[object]:
+    """The token of an event hangs on how often it was planned."""
+    tokens, runs = chunks.event_tokens, count()
+
+    def mutant(site: str, source: str, stream: str, ids: Any) -> list[str]:
+        return tokens(site, source, f"{stream}{next(runs)}", ids)
+
+    return patch.object(chunks, "event_tokens", mutant)
+
+
 METERED, EVENTS, CHARGEOVER = "maxio_metered", "maxio_events", "chargeover_usage"
 
 MUTATIONS: dict[Mutation, tuple[str, ...]] = {
-    accepted_before_the_send: (METERED, EVENTS, CHARGEOVER),
+    accepted_before_the_send: (METERED, EVENTS, RAW, CHARGEOVER),
     doubts_settled_at_once: (METERED, CHARGEOVER),
     token_of_the_attempt: (METERED, EVENTS, CHARGEOVER),
     lease_forgotten: (METERED, EVENTS, CHARGEOVER),
-    events_sent_again_after_a_month: (EVENTS,),
+    events_sent_again_after_a_month: (EVENTS, RAW),
     conflict_taken_for_success: (METERED,),
     doubt_taken_for_nothing: (METERED, CHARGEOVER),
     abandoned_taken_for_nothing: (METERED, CHARGEOVER),
@@ -273,5 +307,9 @@ MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     stale_plans_send: (METERED, EVENTS, CHARGEOVER),
     token_of_the_chunk: (METERED, EVENTS, CHARGEOVER),
     external_key_not_looked_up: (CHARGEOVER,),
+    sent_events_not_looked_up: (RAW,),
+    late_events_forgotten: (RAW,),
+    gone_events_not_listed: (RAW,),
+    event_token_of_the_run: (RAW,),
 }
-"""Each mutation, with the destinations whose histories can show it."""
+"""Each mutation, with the kinds of histories that can show it."""

@@ -9,7 +9,7 @@ from mutations import MUTATIONS, Mutation
 
 from usage_billing.testing import SqliteLedgers, simulate, workshop
 from usage_billing.testing.chance import Chance
-from usage_billing.testing.scenes import KINDS
+from usage_billing.testing.scenes import drawn_kind
 
 SEEDS = 12
 """How many seeds a fault may go unnoticed; the first one is chosen so that few are needed."""
@@ -42,7 +42,7 @@ def test_a_fault_of_the_engine_is_noticed(mutation: Mutation, folder: Path) -> N
     """A package with this fault breaks an invariant within a few histories."""
     ledgers = SqliteLedgers(folder / mutation.__name__)
     first = FIRST.get(mutation.__name__, 0)
-    fitting = (seed for seed in count(first) if Chance(seed).pick("scene/kind", KINDS) in MUTATIONS[mutation])
+    fitting = (seed for seed in count(first) if drawn_kind(Chance(seed)) in MUTATIONS[mutation])
     with mutation():
         for seed in islice(fitting, SEEDS):
             if simulate(seed, ledgers.fresh(), folder).violations:

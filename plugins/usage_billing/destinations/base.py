@@ -44,6 +44,8 @@ class Destination(ABC):
 
     stream: str = ""
     """The stream that takes each accepted row as an event of its own, in archived chunks; empty where totals go."""
+    events_to_chunk: int = 1
+    """How many events a chunk of the `stream` holds at most: as many as the API takes in a request."""
     metric: str = "sum"
     """What the site computes of what it was sent; only a sum or a count can be tied out."""
     archive: Archive | None = None

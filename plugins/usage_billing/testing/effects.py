@@ -3,7 +3,7 @@
 A crash strikes before an effect or after it, never inside one: a transaction and a request are atomic where they land.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 from usage_billing.errors import NotApplied
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import KeptLease
+from usage_billing.records import State
 from usage_billing.testing.chance import Chance
 from usage_billing.testing.clockwork import Clockwork, Process
 from usage_billing.testing.faults import Faults
@@ -181,7 +182,7 @@ class WatchedLedger:
                 around.tell(process, name, f"{type(error).__name__}")
                 raise
             around.tell(process, name, _short(result))
-            self._remember(name, result)
+            self._remember(name, args, result)
             if name not in _READS_ONLY:
                 if around.chance.strikes(f"ledger reply lost:{where}", around.faults.ledger_reply_lost):
                     around.tell(process, name, "committed, but its reply is lost")
@@ -191,9 +192,11 @@ class WatchedLedger:
 
         return effect
 
-    def _remember(self, name: str, result: Any) -> None:
+    def _remember(self, name: str, args: Sequence[Any], result: Any) -> None:
         if name == "begin_sending" and result:
             self._around.claims(self._process, result)
+        if name == "doubt_abandoned" or (name == "land" and State.IN_DOUBT in args):
+            self._around.story.counts["doubts"] += result
         self._process.checked = name == "may_send" and bool(result)
 
 

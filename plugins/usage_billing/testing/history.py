@@ -14,16 +14,17 @@ from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
+from usage_billing.archive import Archive
 from usage_billing.ledger import Ledger
-from usage_billing.records import State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.testing.chance import Chance
 from usage_billing.testing.clockwork import Clockwork, Process
 from usage_billing.testing.effects import Surroundings
+from usage_billing.testing.events import EventsWatch, Shelf, judge_events
 from usage_billing.testing.faults import Faults
-from usage_billing.testing.invariants import Line, Watch, billed_by_account, deliveries, judge
+from usage_billing.testing.invariants import Line, TotalsWatch, Watch, billed_by_account, judge
 from usage_billing.testing.network import Flight, Network
 from usage_billing.testing.oracle import Key, owed
 from usage_billing.testing.others import use
@@ -105,7 +106,10 @@ class History:
         if self.scene.switches:
             self.sandbox.switch(self.scene.site, **self.scene.switches)
         self.staging = Staging(self.folder / "staging" / str(self.seed))
-        watch = Watch(self.scene, self.ledger, self.sandbox, self.extracted, self.fails)
+        archive = self.folder / "archive" / str(self.seed)
+        self.archive = Archive(archive)
+        self.shelf = Shelf(self.scene, self.ledger, archive) if self.scene.raw else None
+        watch = self._watch()
         self.network = Network(
             self.sandbox,
             self.around,
@@ -124,6 +128,11 @@ class History:
         self.violations: list[tuple[str, str]] = []
         self.others: dict[str, Decimal] = {}
         self.runs: list[DagRun] = []
+
+    def _watch(self) -> Watch:
+        if self.shelf is not None:
+            return EventsWatch(self.scene, self.ledger, self.sandbox, self.shelf, self.rows_of, self.fails)
+        return TotalsWatch(self.scene, self.ledger, self.sandbox, self.extracted, self.fails)
 
     def close(self) -> None:
         """Close ledger and site."""
@@ -144,11 +153,8 @@ class History:
             lines = self.judged()
         except EndlessStory as endless:
             self.fails("I5 comes to rest", str(endless))
-        counts = self.story.counts
-        counts["doubts"] += sum(one.state is State.IN_DOUBT for one in deliveries(self.ledger))
-        return Outcome(
-            self.seed, self.scene.kind, counts, lines, self.violations, tuple(self.chance.struck), self.story
-        )
+        struck = tuple(self.chance.struck)
+        return Outcome(self.seed, self.scene.told, self.story.counts, lines, self.violations, struck, self.story)
 
     # --- trouble -----------------------------------------------------------------------------------------------------
 
@@ -319,9 +325,13 @@ class History:
 
     # --- judging -----------------------------------------------------------------------------------------------------
 
+    def rows_of(self, source: str, extraction: int) -> list[Row]:
+        """Return the rows of one extraction, as the warehouse had them."""
+        return self.snapshots[source, extraction][0]
+
     def extracted(self, source: str, extraction: int) -> tuple[Mapping[Key, Decimal], bool]:
         """Return what the oracle says the rows of one extraction make owed, and whether any were unsound."""
-        rows, _ = self.snapshots[source, extraction]
+        rows = self.rows_of(source, extraction)
         return self._owed(source, rows), not all(row.sound for row in rows)
 
     def _owed(self, name: str, rows: Iterable[Row]) -> dict[Key, Decimal]:
@@ -331,10 +341,13 @@ class History:
     def judged(self) -> list[Line]:
         """Look at the whole once all is quiet; return the closing table."""
         self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
+        now = max(self.around.ledger_time(), self.around.clockwork.now)
+        if self.shelf is not None:
+            rows = {name: warehouse.rows.values() for name, warehouse in self.warehouses.items()}
+            return judge_events(self.scene, self.shelf, self.sandbox, rows, self.others, now, self.fails)
         total: dict[Key, Decimal] = {}
         for name, warehouse in self.warehouses.items():
             total |= self._owed(name, warehouse.rows.values())
-        now = max(self.around.ledger_time(), self.around.clockwork.now)
         return judge(self.scene, self.ledger, self.sandbox, total, self.others, now, self.fails)
 
     def _watched(self, watch: Watch, flight: Flight) -> None:

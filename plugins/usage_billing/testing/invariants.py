@@ -6,6 +6,7 @@ is believed in one thing only: which delivery, of which usage total, a token is 
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from usage_billing.testing.scenes import Scene
 
 _TOKEN = re.compile(rb"[0-9a-f]{64}")
 _ZERO = Decimal(0)
-_OPEN = (State.HELD, State.REFUSED, State.IN_DOUBT, State.RESERVED, State.SENDING)
+OPEN = (State.HELD, State.REFUSED, State.IN_DOUBT, State.RESERVED, State.SENDING)
 
 Fails = Callable[[str, str], None]
 
@@ -100,7 +101,37 @@ def records(sandbox: DirectSandbox, site: str) -> list[tuple[str, Decimal]]:
     return found
 
 
-class Watch:
+class Watch(ABC):
+    """What is looked at while a history goes on: each request that writes, and each claim."""
+
+    def __init__(self, ledger: Ledger, fails: Fails) -> None:
+        self._ledger = ledger
+        self._fails = fails
+
+    @abstractmethod
+    def request(self, flight: Flight, air: Sequence[Flight]) -> None:
+        """Look at one request before it leaves, while others are in the air."""
+
+    def claim(self, process: Process, tokens: frozenset[str]) -> None:
+        """Look at a claim: the newest extraction that was compared for a usage period has the say about it."""
+        outdated = (
+            select(delivery.c.token)
+            .join(
+                compared_period,
+                and_(
+                    compared_period.c.source == delivery.c.source,
+                    compared_period.c.period_start == delivery.c.period_start,
+                    compared_period.c.extraction > delivery.c.extraction,
+                ),
+            )
+            .where(delivery.c.token.in_(sorted(tokens)))
+        )
+        with self._ledger._engine.connect().execution_options(reading=True) as connection:  # noqa: SLF001
+            for token in connection.execute(outdated).scalars():
+                self._fails("newest extraction wins", f"{process.name} claims {token[:8]} of an older extraction")
+
+
+class TotalsWatch(Watch):
     """I2: no request takes what was accepted and what is in the air above what its plan owed."""
 
     def __init__(
@@ -111,11 +142,10 @@ class Watch:
         extracted: Callable[[str, int], tuple[Mapping[Key, Decimal], bool]],
         fails: Fails,
     ) -> None:
+        super().__init__(ledger, fails)
         self._scene = scene
-        self._ledger = ledger
         self._sandbox = sandbox
         self._extracted = extracted
-        self._fails = fails
 
     def request(self, flight: Flight, air: Sequence[Flight]) -> None:
         """Look at one request before it leaves, while others are in the air."""
@@ -146,24 +176,6 @@ class Watch:
         if one.quantity < 0 and some_unsound:
             self._fails("I2 quarantine withholds", f"{flight.process} sends {one}, with rows in quarantine")
 
-    def claim(self, process: Process, tokens: frozenset[str]) -> None:
-        """Look at a claim: the newest extraction that was compared for a usage period has the say about it."""
-        outdated = (
-            select(delivery.c.token)
-            .join(
-                compared_period,
-                and_(
-                    compared_period.c.source == delivery.c.source,
-                    compared_period.c.period_start == delivery.c.period_start,
-                    compared_period.c.extraction > delivery.c.extraction,
-                ),
-            )
-            .where(delivery.c.token.in_(sorted(tokens)))
-        )
-        with self._ledger._engine.connect().execution_options(reading=True) as connection:  # noqa: SLF001
-            for token in connection.execute(outdated).scalars():
-                self._fails("newest extraction wins", f"{process.name} claims {token[:8]} of an older extraction")
-
 
 def tokens_of(flight: Flight) -> list[str]:
     """Return the tokens in a request, each once."""
@@ -180,6 +192,12 @@ class Line:
     others: Decimal
     listed: Decimal
     in_doubt: tuple[Decimal, ...]
+
+    @property
+    def adds_up(self) -> bool:
+        """Say whether billed and listed make what is owed, with each doubt there or not."""
+        some = (some for count in range(len(self.in_doubt) + 1) for some in combinations(self.in_doubt, count))
+        return self.owed - (self.billed - self.others) - self.listed in {sum(open_ones, _ZERO) for open_ones in some}
 
     def __str__(self) -> str:
         doubts = f", in doubt {' '.join(f'{one:f}' for one in self.in_doubt)}" if self.in_doubt else ""
@@ -218,10 +236,10 @@ def _may_stay(scene: Scene, one: Delivered, now: datetime) -> bool:
     """Say whether the rules leave this doubt open: events that nobody may replay any more."""
     if scene.kind != "maxio_events" or one.sent_at is None:
         return False
-    return now - one.sent_at > timedelta(days=30) or one.key.start < _open_from(scene, now)
+    return now - one.sent_at > timedelta(days=30) or one.key.start < open_from(scene, now)
 
 
-def _open_from(scene: Scene, now: datetime) -> datetime:
+def open_from(scene: Scene, now: datetime) -> datetime:
     """Return the start of the open billing period, reckoned from the world: its periods are whole months."""
     zone, period = scene.world.zone, scene.world.billing_period
     first, end = period.start, period.end
@@ -243,7 +261,7 @@ def _keys_add_up(known: Sequence[Delivered], owed: Mapping[Key, Decimal], fails:
     for key in sorted(by_key.keys() | owed.keys()):
         some = by_key.get(key, [])
         settled = sum((one.counted for one in some if one.state is State.ACCEPTED), _ZERO)
-        still = [one for one in some if one.state in _OPEN]
+        still = [one for one in some if one.state in OPEN]
         if any(one.state is State.IN_DOUBT for one in still):
             continue  # A doubt blocks its own key: what is owed beyond it is proposed once it is settled.
         listed = sum((one.quantity for one in still), _ZERO)
@@ -292,7 +310,7 @@ def _sums(
         mine = [one for one in known if one.key.account == account]
         blocked = {one.key for one in mine if one.state is State.IN_DOUBT}
         owes = sum((quantity for key, quantity in owed.items() if key.account == account), _ZERO)
-        listed = sum((one.quantity for one in mine if one.state in _OPEN and one.key not in blocked), _ZERO)
+        listed = sum((one.quantity for one in mine if one.state in OPEN and one.key not in blocked), _ZERO)
         # Beyond a doubt, nothing is listed yet: what a blocked key owes on top is told by every plan.
         for key in blocked:
             some = [one for one in mine if one.key == key and one.state in (State.ACCEPTED, State.IN_DOUBT)]
@@ -300,8 +318,7 @@ def _sums(
         doubts = tuple(one.quantity for one in mine if one.state is State.IN_DOUBT)
         line = Line(account, owes, billed.get(account, _ZERO), others.get(account, _ZERO), listed, doubts)
         lines.append(line)
-        open_sums = {sum(some, _ZERO) for count in range(len(doubts) + 1) for some in combinations(doubts, count)}
-        if owes - (line.billed - line.others) - listed not in open_sums:
+        if not line.adds_up:
             fails("I1 billed and listed make what is owed", str(line))
     return lines
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol, cast
 from sqlalchemy.exc import OperationalError
 
 from usage_billing.aggregate import aggregate
+from usage_billing.archive import Archive
+from usage_billing.chunks import plan_events
 from usage_billing.deliver import Manners, deliver, resume
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, NeedsDecision, Stale, UsageBillingError
@@ -54,6 +56,7 @@ class House(Protocol):
     network: Network
     ledger: Ledger
     staging: Staging
+    archive: Archive
     warehouses: dict[str, Warehouse]
     snapshots: dict[tuple[str, int], tuple[list[Row], Sequence[int]]]
 
@@ -252,9 +255,11 @@ class DagRun:
 
     def _registered(self, process: Process, source: BillingSource) -> tuple[Destination, Ledger]:
         house = self.house
-        destination = house.scene.destination(source, house.network.sandbox, house.network.adapter(process))
+        destination = _destination(house, source, process)
+        chunk = house.around.chance.pick(f"chunk:{process.name}", _CHUNKS[house.sizes])
         if destination.chunk_size > 1:
-            destination.chunk_size = house.around.chance.pick(f"chunk:{process.name}", _CHUNKS[house.sizes])
+            destination.chunk_size = chunk
+        destination.events_to_chunk = chunk
         ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
         ledger.register(source.name, destination.site, source.definition())
         return destination, ledger
@@ -265,7 +270,8 @@ class DagRun:
         )
 
     def _plan(self, run: Run, destination: Destination, ledger: Ledger) -> Plan:
-        return plan(_comparison(run, destination.source), destination, ledger, self.house.staging, run.folder)
+        how = plan_events if destination.stream else plan
+        return how(_comparison(run, destination.source), destination, ledger, self.house.staging, run.folder)
 
     def _check_periods(self, periods: Sequence[Period], units: Sequence[int]) -> None:
         edges = self.house.scene.units
@@ -284,16 +290,22 @@ class DagRun:
 
 def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
-    accepted = tables["accepted"].rows
-    periods = source.periods(run.interval)
-    return Comparison(run.number, periods, tables["totals"], tables["targets"], accepted, run.rows_quarantined)
+    accepted, periods = tables["accepted"], source.periods(run.interval)
+    totals, targets, aside = tables["totals"], tables["targets"], run.rows_quarantined
+    return Comparison(run.number, periods, totals, targets, accepted.rows, aside, accepted)
+
+
+def _destination(house: House, source: BillingSource, process: Process) -> Destination:
+    found = house.scene.destination(source, house.network.sandbox, house.network.adapter(process))
+    found.archive = house.archive
+    return found
 
 
 def sweeping(house: House, source: BillingSource, *, resumes: bool) -> Callable[[Process], None]:
     """Return what a sweep's process does: settle every doubt that can be settled, and perhaps send again."""
 
     def body(process: Process) -> None:
-        destination = house.scene.destination(source, house.network.sandbox, house.network.adapter(process))
+        destination = _destination(house, source, process)
         ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
         sweep(destination, ledger)
         if resumes:

@@ -25,6 +25,11 @@ from usage_billing.testing.chance import Chance
 Json = dict[str, Any]
 
 KINDS = ("maxio_metered", "maxio_events", "chargeover_usage")
+RAW = "maxio_events (raw)"
+"""The kind of a history in which every row is an event of its own."""
+
+_METRICS = {"sum": "sum", "count": "count", "max": "maximum", "last": "average", "unique": "unique"}
+"""What a stream computes of raw events, by what the source's meter does; a meter's last value is no metric."""
 _KEYS = ("simulated-public-key", "simulated-private-key")
 _FIRST_DAYS = (date(2026, 10, 1), date(2026, 10, 23), date(2026, 3, 26), date(2026, 11, 1))
 _ZONES = ("UTC", "Europe/Berlin", "America/New_York")
@@ -63,6 +68,16 @@ class Scene:
     settings: Json
     switches: Json
     _born: Json = field(default_factory=dict, compare=False)
+
+    @property
+    def raw(self) -> bool:
+        """Say whether every row is an event of its own."""
+        return _is_raw(self.sources[0])
+
+    @property
+    def told(self) -> str:
+        """The kind of the history, as the closing line counts it."""
+        return RAW if self.raw else self.kind
 
     @property
     def site(self) -> str:
@@ -126,13 +141,24 @@ class Scene:
         return settings
 
 
+def drawn_kind(chance: Chance) -> str:
+    """Return what kind of history a seed draws: one of `KINDS`, or `RAW`."""
+    kind = chance.pick("scene/kind", KINDS)
+    return kind if kind != "maxio_events" or chance.odds("scene/summed", 0.6) else RAW
+
+
+def _is_raw(source: BillingSource) -> bool:
+    return getattr(source.destination, "mode", "") == "events"
+
+
 def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     """Draw a scene; with a source of one's own, one that fits it."""
-    kind = own.destination.name if own else chance.pick("scene/kind", KINDS)
+    drawn = own.destination.name if own else drawn_kind(chance)
+    kind = "maxio_events" if drawn == RAW else drawn
     if kind not in KINDS:
         raise Misconfigured(f"the simulator knows no site for destination {kind!r}; it knows {', '.join(KINDS)}")
     first_day = own.settings.bill_from if own else chance.pick("scene/day", _FIRST_DAYS)
-    sources = (own,) if own else _sources(chance, kind, first_day)
+    sources = (own,) if own else _sources(chance, drawn, first_day)
     settings = sources[0].settings
     units = _units(chance, settings.period, settings.timezone, first_day)
     count = chance.number("scene/accounts", 2, 6)
@@ -162,7 +188,7 @@ def _units(chance: Chance, period: str, zone: ZoneInfo, first: date) -> tuple[da
     return tuple(midnight(first + timedelta(days=step * number)) for number in range(count + 1))
 
 
-def _sources(chance: Chance, kind: str, first_day: date) -> tuple[BillingSource, ...]:
+def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource, ...]:
     function = chance.pick("source/function", ("sum", "sum", "sum", "sum", "sum", "count", "max", "last", "unique"))
     whole = function in ("count", "unique")
     decimals = 0 if whole else chance.pick("source/decimals", (0, 0, 2, 4))
@@ -184,10 +210,12 @@ def _sources(chance: Chance, kind: str, first_day: date) -> tuple[BillingSource,
         "quarantine": {"max_share": 1.0},
     }
     names = ["simulated"] + (["simulated_too"] if chance.odds("source/two", 0.2) else [])
+    kind = "maxio_events" if drawn == RAW else drawn
     model = destination_settings(kind)
     if model is None:
         raise Misconfigured(f"{kind!r} is no destination of this package")
-    destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind)})
+    raw = {"mode": "events", "metric": _METRICS[function]} if drawn == RAW else {}
+    destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind), **raw})
     return tuple(
         BillingSource(SourceSettings.model_validate(values | {"name": name}), destination, "", ()) for name in names
     )
@@ -247,7 +275,7 @@ def _maxio(
     streams: list[Json] = []
     if sources[0].destination.name == "maxio_events":
         streams = [{"handle": destination.stream, "name": "Usage", "identifier": by}]
-        metric = {"id": 810, "kind": "sum", "property": destination.property}
+        metric = {"id": 810, "kind": destination.metric, "property": destination.property}
         component |= {"kind": "event_based_component", "stream": destination.stream, "metric": metric}
     elif destination.price_point:
         kind, _, point = destination.price_point.rpartition(":")
@@ -326,6 +354,8 @@ def simulated(own: BillingSource) -> BillingSource:
     Raises:
         Misconfigured: no history can be drawn for such a source.
     """
+    if getattr(own.destination, "metric", "") == "percentile":
+        raise Misconfigured(f"{own.name}: the sandbox computes no percentile, so no history can be drawn")
     if own.settings.period == "interval":
         raise Misconfigured(f"{own.name}: the simulator knows hours, days, weeks and months, no period: interval")
     limits = own.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 10_000})

@@ -75,6 +75,7 @@ class MaxioEvents(MaxioDestination):
     kind = "event_based_component"
     chunk_size = 1000
     retry_chunk_size = 1000
+    events_to_chunk = 1000
     # The documentation says 31 days; a day is left for clocks and for the time that the request took.
     replay_window = timedelta(days=30)
 
