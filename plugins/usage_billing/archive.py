@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, Self
-from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from usage_billing.errors import Misconfigured
-from usage_billing.staging import Folder
+from usage_billing.staging import Folder, write_durably
 
 EVENTS = pa.schema(
     [
@@ -52,7 +51,7 @@ class Archive:
     def write(self, folder: str, events: pa.Table) -> Archived:
         """Keep `events` (columns of `EVENTS`) below `folder`, and return where they are; the same again writes nothing.
 
-        A reader never sees half a file: it gets its name when it is whole.
+        What stands there in its place, cut short or altered, is mended by that.
         """
         buffer = io.BytesIO()
         # In one piece: how a table lies in memory must not show in the file, and so in its name.
@@ -60,12 +59,8 @@ class Archive:
         content = buffer.getvalue()
         digest = sha256(content).hexdigest()
         path = f"{folder}/{digest}.parquet"
-        if not (self._root / path).exists():
-            (self._root / folder).mkdir(parents=True, exist_ok=True)
-            draft = self._root / f"{path}.{uuid4().hex}.new"
-            with draft.open("wb") as file:
-                file.write(content)
-            draft.replace(self._root / path)
+        if self._content(path) != content:
+            write_durably(self._root, path, content)
         return Archived(path, digest, events.num_rows)
 
     def read(self, kept: Archived) -> pa.Table:
@@ -74,14 +69,20 @@ class Archive:
         Raises:
             Misconfigured: the file is missing, or is not the one that was written.
         """
-        try:
-            with (self._root / kept.path).open("rb") as file:
-                content: bytes = file.read()
-        except FileNotFoundError as missing:
-            raise Misconfigured(self._damaged(kept, "is missing")) from missing
+        content = self._content(kept.path)
+        if content is None:
+            raise Misconfigured(self._damaged(kept, "is missing"))
         if sha256(content).hexdigest() != kept.digest:
             raise Misconfigured(self._damaged(kept, "was altered after it was written"))
         return pq.read_table(pa.BufferReader(content))
+
+    def _content(self, path: str) -> bytes | None:
+        try:
+            with (self._root / path).open("rb") as file:
+                content: bytes = file.read()
+        except FileNotFoundError:
+            return None
+        return content
 
     def _damaged(self, kept: Archived, what: str) -> str:
         return (

@@ -7,11 +7,13 @@ The folder may be any path object with ``/``, ``open``, ``mkdir`` and ``exists``
 
 import io
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol, Self
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -90,12 +92,7 @@ class Staging:
 
         Writers of one path take turns by a lease: the file's own name keeps nobody out.
         """
-        folder, _, _ = path.rpartition("/")
-        (self._root / folder).mkdir(parents=True, exist_ok=True)
-        draft = self._root / f"{path}.new"
-        with draft.open("wb") as file:
-            file.write(json.dumps(dict(values), indent=1).encode())
-        draft.replace(self._root / path)
+        write_durably(self._root, path, json.dumps(dict(values), indent=1).encode())
 
     def _write_part(self, folder: str, name: str, part: pa.Table) -> dict[str, Any]:
         buffer = io.BytesIO()
@@ -127,6 +124,34 @@ class Staging:
                 "(section [usage_billing]); if it was cleaned, clear the run from extract on"
             ) from missing
         return content
+
+
+def write_durably(root: Folder, path: str, content: bytes) -> None:
+    """Write `content` at `path` below `root`, in place of what was there; a reader never sees half of it.
+
+    It gets its name when it is whole, and is on the disk when this returns: what the ledger says of a file must hold
+    after a power cut. A bucket confirms no write that it could lose.
+    """
+    folder, _, _ = path.rpartition("/")
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    draft = root / f"{path}.{uuid4().hex}.new"
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        if _is_local(draft):
+            os.fsync(file.fileno())
+    draft.replace(root / path)
+    if _is_local(draft):
+        # The name stands in the folder, which is a file of its own.
+        number = os.open(str(getattr(root / folder, "path", root / folder)), os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _is_local(path: Any) -> bool:
+    return isinstance(path, Path) or getattr(path, "protocol", "") in {"file", "local"}
 
 
 class Spill:

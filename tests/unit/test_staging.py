@@ -1,5 +1,6 @@
 """Tables between stages: what was handed over is what is read, or nothing is."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from usage_billing.errors import Misconfigured
 from usage_billing.records import Staged
-from usage_billing.staging import Spill, Staging
+from usage_billing.staging import Spill, Staging, write_durably
 
 
 def part(*values):
@@ -105,3 +106,28 @@ def test_a_twin_never_rewrites_a_file_that_is_there_whole_but_mends_one_that_was
     cut.write_bytes(cut.read_bytes()[:-5])
     staging.write("run", "events", [part(1), part(2)])
     assert sum(table.num_rows for table in staging.read(first)) == 2
+
+
+def test_what_is_remembered_is_whole_and_leaves_no_draft(staging, tmp_path):
+    """A second value takes the place of the first, and nothing else stays in the folder."""
+    staging.remember("calls/ledger.json", {"fence": 1})
+    staging.remember("calls/ledger.json", {"fence": 2})
+    assert staging.recall("calls/ledger.json") == {"fence": 2}
+    assert list(files(tmp_path)) == ["ledger.json"]
+
+
+def test_what_is_written_durably_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
+    """The file and its folder are both synced: a power cut leaves the old content or the new, under its name."""
+    synced = []
+    sync = os.fsync
+
+    def noted(number):
+        synced.append((Path(f"/proc/self/fd/{number}").readlink(), (tmp_path / "a" / "b").exists()))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    write_durably(tmp_path, "a/b", b"content")
+    (draft, named_before), (folder, named_after) = synced
+    assert (draft.parent, named_before) == (tmp_path / "a", False)
+    assert (folder, named_after) == (tmp_path / "a", True)
+    assert (tmp_path / "a" / "b").read_bytes() == b"content"
