@@ -162,6 +162,14 @@ def sum_by(frame: pd.DataFrame, keys: list[str], scaled: str) -> pd.DataFrame:
     return cast("pd.DataFrame", summed)
 
 
+def minus(scaled: pd.Series, other: pd.Series) -> pd.Series:
+    """Return the exact differences of two scaled columns, as Python integers where one may leave 64 bits."""
+    if object in (scaled.dtype, other.dtype) or scaled.empty:
+        return scaled.astype(object) - other.astype(object)
+    largest = sum(max(abs(int(column.max())), abs(int(column.min()))) for column in (scaled, other))
+    return scaled - other if largest <= _INT64_MAX else scaled.astype(object) - other.astype(object)
+
+
 def safe_to_add(scaled: pd.Series) -> pd.Series:
     """Return `scaled` as it is if no sum over it can leave 64 bits, else as Python integers."""
     if scaled.dtype == object or scaled.empty:

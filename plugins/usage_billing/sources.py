@@ -122,6 +122,11 @@ class SourceSettings(Settings):
                 f"bill_from {self.bill_from} is inside a {self.period}, whose rest would never be billed: "
                 f"take the first day of a {self.period}"
             )
+        if self.period == "interval" and self.lookback:
+            raise ValueError(
+                f"lookback is {self.lookback}, and with period: interval a run has no earlier usage periods to read: "
+                "set it to 0, or choose hour, day, week or month"
+            )
         reserved = {"event_id", "time", "account", "quantity", "reasons"}
         if clash := reserved.intersection(self.dimensions):
             raise ValueError(f"dimensions may not be called {', '.join(sorted(clash))}: rename the column in usage.sql")

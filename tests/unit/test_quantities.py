@@ -170,3 +170,14 @@ def test_ranks_compare_as_the_numbers_do(values, bounds, near):
 def test_what_is_no_number_has_no_rank():
     """Null and text that is no number are told apart from the smallest quantity."""
     assert list(quantities.ranks(pa.array(["-5", None, "x", "9" * 50]), [Decimal(0)])) == [0, -1, -1, -1]
+
+
+def test_differences_are_exact_where_they_leave_64_bits() -> None:
+    """Two columns that each fit may be further apart than 64 bits reach: nothing wraps around."""
+    large = pd.Series([9 * 10**18, 5], dtype="int64")
+    found = quantities.minus(large, -large)
+    assert found.tolist() == [18 * 10**18, 10]
+    small = pd.Series([3, 4], dtype="int64")
+    assert quantities.minus(small, pd.Series([5, 1], dtype="int64")).tolist() == [-2, 3]
+    assert quantities.minus(small, small).dtype == "int64"
+    assert quantities.minus(small.iloc[:0], small.iloc[:0]).tolist() == []

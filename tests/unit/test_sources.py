@@ -102,6 +102,7 @@ def test_five_kinds_of_mistakes_give_five_errors(load):
         ("name: site,", "name: sight,", "'sight' is no destination of this package"),
         ("2026-10-01", "soon", "bill_from"),
         ("name: calls", "name: other", "name"),
+        ("period: day", "period: interval\nlookback: 2", "no earlier usage periods to read"),
     ],
 )
 def test_each_setting_tells_its_own_fault(load, old, new, told):
