@@ -109,14 +109,22 @@ class House:
         self.ledger.register(source.name, destination.site, source.definition())
         with kept(self.ledger, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(seconds=30)) as held:
             number = self.ledger.begin_extraction(held.lease, source.name, interval, window)
+        return self.validated(source, interval, events, number)
+
+    def validated(
+        self, source: BillingSource, interval: Period, events: Iterable[Event], number: int
+    ) -> tuple[Comparison, str]:
+        """Validate and aggregate an extraction; again with other rows, as another suite would part them."""
+        destination, periods = self.destination(source), source.periods(interval)
         folder = f"{source.name}/{number:08d}"
         table = as_table(source, list(events))
         extracted = self.staging.write(folder, "events", [table])
         self.ledger.record_read(number, extracted.rows)
         found = validate(extracted, source, periods, destination.resolve, self.staging, folder)
         totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
-        accepted, targets = found.accepted, found.targets
-        return Comparison(number, periods, totals, targets, accepted.rows, found.quarantined.rows, accepted), folder
+        accepted, targets, aside = found.accepted, found.targets, found.quarantined
+        reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest)
+        return Comparison(reading, periods, totals, targets, accepted.rows, found.quarantined.rows, accepted), folder
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
         """Plan what was compared."""
@@ -138,7 +146,7 @@ class House:
         return deliver(
             first or self.plan(source, comparison, folder),
             lambda: self.plan(source, comparison, folder),
-            comparison.number,
+            comparison.reading,
             comparison.window,
             self.destination(source),
             self.ledger,

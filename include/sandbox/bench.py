@@ -46,7 +46,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.plan import plan
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Comparison, Period, Plan, Staged
+from usage_billing.records import Comparison, Period, Plan, Reading, Staged
 from usage_billing.sources import BillingSource, load_source
 from usage_billing.staging import Staging
 from usage_billing.validate import validate
@@ -199,7 +199,7 @@ class Road:
         )
         watch.lap("aggregate", found.accepted.rows)
         comparison = Comparison(
-            number, self._periods, totals, found.targets, found.accepted.rows, found.quarantined.rows
+            Reading(number), self._periods, totals, found.targets, found.accepted.rows, found.quarantined.rows
         )
         proposed = self._plan(comparison)
         watch.lap("plan", totals.rows)
@@ -225,7 +225,7 @@ class Road:
         deliver(
             proposed,
             lambda: self._plan(comparison),
-            comparison.number,
+            comparison.reading,
             comparison.window,
             self._destination,
             self._ledger,

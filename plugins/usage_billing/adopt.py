@@ -108,7 +108,7 @@ def adopt(
 ) -> Adoption:
     """Enter what the site holds of the compared totals into the ledger; again, and nothing is left to enter.
 
-    The caller holds the source's extraction lease, and `comparison.number` is the newest extraction. Where the site
+    The caller holds the source's extraction lease, and `comparison.reading` is the newest one. Where the site
     cannot list its records, what it may ignore by itself is left to the ordinary run, and what is older is entered as
     held.
 
@@ -131,7 +131,7 @@ def adopt(
     found = work.found()
     if not dry_run and (work.settled or not found.empty):
         _overtake(comparison, ledger, name)
-        ledger.adopt(name, destination.site, comparison.number, found, work.settled, reason)
+        ledger.adopt(name, destination.site, comparison.reading, found, work.settled, reason)
     return Adoption(
         entered=len(found),
         settled=len(work.settled),
@@ -143,7 +143,7 @@ def adopt(
 
 def _overtake(comparison: Comparison, ledger: Ledger, name: str) -> None:
     """Let plans of before send nothing more: their totals are older than what is entered now."""
-    ledger.begin_comparison(name, comparison.number, comparison.periods)
+    ledger.begin_comparison(name, comparison.reading, comparison.periods)
 
 
 # --- where the site lists its records -------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ def _by_total(
         _overtake(comparison, ledger, name)
         why = f"{reason}: the site lists no events and has forgotten tokens of this age, so a person has to compare"
         proposals = held.assign(state=State.HELD, reason=why, body=destination.encode(held))
-        if ledger.reserve(name, destination.site, comparison.number, proposals).moved:
+        if ledger.reserve(name, destination.site, comparison.reading, proposals).moved:
             raise NotApplied(f"deliveries of {name!r} moved meanwhile; adopt again")
     ends = forgotten["period_end"][recent]
     return Adoption(

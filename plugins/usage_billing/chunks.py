@@ -27,7 +27,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.ledger import Ledger, bases
 from usage_billing.periods import locate
-from usage_billing.records import Comparison, Period, Plan, State, Tally
+from usage_billing.records import Comparison, Period, Plan, Reading, State, Tally
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import event_tokens, identity, uniqueness_token
 
@@ -78,12 +78,12 @@ def plan_events(
     chunks of a usage period travel in one part, since each hangs on all others.
 
     Raises:
-        Stale: a newer extraction of all of the same periods was compared; what it left alone is still planned.
+        Stale: a later reading of all of the same periods was compared; what it left alone is still planned.
         NeedsDecision: more than `max_withdraw_share` of the billed events have vanished from the warehouse.
         Misconfigured: a chunk that was sent is missing in the archive, or was altered; nothing may be sent.
     """
     source = destination.source
-    stale = ledger.begin_comparison(source.name, comparison.number, comparison.periods)
+    stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
     book = _Book(ledger.standing(source.name, comparison.window), comparison, stale)
     targets = pa.concat_tables(staging.read(comparison.targets))
     with Spill() as left, Spill() as changed, Spill() as vanished:
@@ -128,7 +128,7 @@ class _Row:
     revision: int
     state: State
     reason: str
-    extraction: int
+    reading: Reading
     period: Period
     component: str
     address: dict[str, Any]
@@ -157,7 +157,7 @@ class _Book:
     def __init__(self, standing: pd.DataFrame, comparison: Comparison, stale: frozenset[Period]) -> None:
         self.rows = [_row(values) for values in standing.to_dict("records")]
         self.last = {row.identity: row for row in self.rows}
-        self.number = comparison.number
+        self.reading = comparison.reading
         self.periods = comparison.periods
         self.fresh = np.array([period not in stale for period in comparison.periods])
         self._bases = bases(standing)
@@ -192,7 +192,7 @@ def _row(values: dict[Any, Any]) -> _Row:
         revision=int(values["revision"]),
         state=State(values["state"]),
         reason=values["reason"],
-        extraction=int(values["extraction"]),
+        reading=Reading(int(values["extraction"]), int(values["validation"])),
         period=Period(values["period_start"], values["period_end"]),
         component=values["component"],
         address=json.loads(values["address"]),
@@ -527,7 +527,7 @@ class _Writer:
             return last.state in {State.HELD, State.WRITTEN_OFF}
         # What was held right before it was sent would be held again: these are the answers of then, not of now.
         held_since = last.state is State.HELD and last.reason not in _WHY_HELD
-        return (last.state is State.RESERVED or held_since) and last.extraction == self.book.number
+        return (last.state is State.RESERVED or held_since) and last.reading == self.book.reading
 
     @staticmethod
     def _counted(wanted: _Wanted) -> Tally:

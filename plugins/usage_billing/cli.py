@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from usage_billing.errors import NeedsDecision, UsageBillingError
-from usage_billing.records import Comparison, Period
+from usage_billing.records import Comparison, Period, Reading
 
 if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
@@ -135,7 +135,7 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
         if found.different or (found.unmatched and not options.leave_unmatched):
             raise NeedsDecision(f"{told}\n{_ADVICE}")
         if not options.dry_run:
-            marker.hand_over(book, area, source.name, comparison.number)
+            marker.hand_over(book, area, source.name, comparison.reading.extraction)
     return told
 
 
@@ -162,11 +162,13 @@ def _read_warehouse(destination: "Destination", periods: Sequence[Period], lease
     events = extract(reader, source, area, folder)
     destination.check()
     found = validate(events, source, periods, destination.resolve, area, folder)
+    reading = Reading(number)
     if lease:
         book.record_read(number, events.rows)
-        book.record_quarantine(number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
+        aside = found.quarantined
+        reading = book.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest)
     totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder)
-    return Comparison(number, tuple(periods), totals, found.targets, found.accepted.rows, found.quarantined.rows)
+    return Comparison(reading, tuple(periods), totals, found.targets, found.accepted.rows, found.quarantined.rows)
 
 
 def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -> str:

@@ -14,10 +14,10 @@ from datetime import datetime, timedelta
 from functools import partial
 
 from usage_billing.destinations.base import Destination
-from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
-from usage_billing.records import Delivery, Period, Plan, Receipt, State
-from usage_billing.settle import Doubts
+from usage_billing.records import PERSON_DECIDES, Delivery, Period, Plan, Reading, Receipt, State
+from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
 from usage_billing.workers import Means, Worker
 
@@ -28,6 +28,8 @@ _ROUNDS = 5
 _SHARE_TO_CLAIM = 10
 """A claim is good for this part of `settle_after`; the rest is the site's cut-off and the time to connect."""
 _SHORTEST_CLAIM = timedelta(seconds=1)
+_FRESH = timedelta(minutes=10)
+"""How long an account leads where it led when it was looked up; after that it is looked up again before the request."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Delivered:
 def deliver(
     first: Plan,
     replan: Callable[[], Plan],
-    number: int,
+    reading: Reading,
     window: Period,
     destination: Destination,
     ledger: Ledger,
@@ -68,23 +70,24 @@ def deliver(
     manners: Manners,
     means: Means,
 ) -> Delivered:
-    """Bring extraction `number`'s plan to the site: write it down, send it chunk by chunk, settle what is in doubt.
+    """Bring a reading's plan to the site: write it down, send it chunk by chunk, settle what is in doubt.
 
     `replan` compares the same totals with the ledger again; it is asked where a key had moved since the plan was made,
     was blocked by a doubt, or could go in part only. What cannot be settled in time stays listed in the ledger by name.
 
     Raises:
-        Stale: a newer extraction was compared; nothing more was sent.
+        Stale: a later reading was compared; nothing more was sent.
         Misconfigured: the site turned the credentials or the definition down; deliveries are back in `reserved`.
         NotApplied: the site stayed out of reach, or this worker lost its lease; the rest is `reserved`.
     """
     started = time.monotonic()
     source = destination.source.name
     with Worker.at_work(ledger, f"deliver:{source}", manners.lease_lasts, means) as worker:
-        work = _Work(partial(ledger.reserved, source, number), window, destination, ledger, worker, manners)
+        work = _Work(partial(ledger.reserved, source, reading), window, destination, ledger, worker, manners)
+        work.resolved_at = ledger.validated_at(reading)
         current = first
         for _ in range(_ROUNDS):
-            moved = work.reserve(current, number, staging)
+            moved = work.reserve(current, reading, staging)
             ended = work.until_settled()
             # A doubt that nothing ended blocks its key as before: planning again would only ask the same.
             freed = ended or (current.tally.blocked if current is first else 0)
@@ -98,7 +101,7 @@ def deliver(
             )
             current = replan()
         else:
-            work.reserve(current, number, staging)  # What nobody has written down is listed nowhere.
+            work.reserve(current, reading, staging)  # What nobody has written down is listed nowhere.
     work.done.seconds = time.monotonic() - started
     return work.done
 
@@ -130,6 +133,7 @@ class _Work:
     ) -> None:
         self.done = Delivered()
         self.reopened = 0
+        self.resolved_at: datetime | None = None
         self._ready = ready
         self._window = window
         self._destination = destination
@@ -145,12 +149,12 @@ class _Work:
         self._progress = _Progress()
         self._doubts = Doubts(destination, ledger, window)
 
-    def reserve(self, plan: Plan, number: int, staging: Staging) -> int:
+    def reserve(self, plan: Plan, reading: Reading, staging: Staging) -> int:
         """Write the plan down; return how many of its keys have moved and must be planned again."""
         self.reopened = 0
         written = already = moved = 0
         for proposals in staging.read(plan.proposals):
-            outcome = self._ledger.reserve(self._source, self._destination.site, number, proposals.to_pandas())
+            outcome = self._ledger.reserve(self._source, self._destination.site, reading, proposals.to_pandas())
             written, already, moved = written + outcome.written, already + outcome.already, moved + outcome.moved
         self._progress.expect(written + already)
         log.info("reserved in the ledger: %d new, %d from an earlier try", written, already)
@@ -268,13 +272,14 @@ class _Work:
         return [delivery for delivery in page if delivery.token not in reasons]
 
     def _may_have_changed(self, delivery: Delivery, now: datetime) -> bool:
-        """Say whether time has passed over a delivery: an earlier try, or the end of its billing period."""
+        """Say whether time has passed over a delivery: an earlier try, a long way here, the end of its period."""
         earlier = delivery.reserved_at is not None and delivery.reserved_at < self._started
-        return bool(delivery.sends) or earlier or self._is_over(delivery, now)
+        old = self.resolved_at is not None and now - self.resolved_at > _FRESH
+        return bool(delivery.sends) or earlier or old or self._is_over(delivery, now)
 
     def _is_over(self, delivery: Delivery, now: datetime) -> bool:
         """Say whether a request that leaves now could land after the billing period."""
-        return delivery.open_until is not None and delivery.open_until - self._destination.settle_after <= now
+        return delivery.may_land_late(now, self._destination.settle_after)
 
     def _send_alone(self, lock: str, delivery: Delivery) -> None:
         """Send one delivery while nobody else sends under the same lock, if the site still takes all of it."""
@@ -327,7 +332,7 @@ class _Work:
             self._setback = NotApplied(str(error))  # The threads beside this one need not hear the same.
             raise
         except InDoubt as error:
-            self._accept(error.receipts)
+            self._accept(ours, error.receipts)
             left = _without(ours, error.receipts)
             self._land(left, State.IN_DOUBT, error)
             log.warning("in doubt: %d deliveries; %s", len(left), error)
@@ -339,7 +344,7 @@ class _Work:
             self._land(ours, State.IN_DOUBT, error)
             raise
         else:
-            self._accept(receipts)
+            self._accept(ours, receipts)
             if left := _without(ours, receipts):
                 # It lies behind the pass by now: a setback makes another one.
                 self._setback = NotApplied(f"the site took {len(receipts)} of a chunk of {len(ours)}")
@@ -355,10 +360,31 @@ class _Work:
         if not self._ledger.may_send(ours[0].token, self._worker.lease, self._good_for):
             raise NotApplied("this worker was held up between its claim and the request; nothing was sent")
 
-    def _accept(self, receipts: Sequence[Receipt]) -> None:
-        if receipts:
-            self._count(accepted=self._ledger.accept(receipts, self._worker.lease))
-            self.reopened += sum(receipt.applied is not None for receipt in receipts)
+    def _accept(self, ours: Sequence[Delivery], receipts: Sequence[Receipt]) -> None:
+        """Write receipts down; what the site may have taken too late for its billing period is in doubt instead."""
+        late = self._taken_late(ours, receipts)
+        kept = [receipt for receipt in receipts if receipt.token not in late]
+        if kept:
+            self._count(accepted=self._ledger.accept(kept, self._worker.lease))
+            self.reopened += sum(receipt.applied is not None for receipt in kept)
+        for token, doubt in late.items():
+            self._land([one for one in ours if one.token == token], State.IN_DOUBT, doubt)
+            log.warning("in doubt: %s", doubt)
+
+    def _taken_late(self, ours: Sequence[Delivery], receipts: Sequence[Receipt]) -> dict[str, InDoubt]:
+        taken = {receipt.token for receipt in receipts}
+        dated = [one for one in ours if one.token in taken and one.open_until is not None]
+        if not dated:
+            return {}
+        now = self._ledger.now()
+        near = [one for one in dated if self._is_over(one, now)]
+        try:
+            return {
+                token: InDoubt(f"{PERSON_DECIDES}{doubt}")
+                for token, doubt in overtaken(self._destination, near).items()
+            }
+        except UsageBillingError as failure:
+            return {one.token: InDoubt(f"{failure}; whether it was taken in time is not known") for one in near}
 
     def _refused(self, ours: Sequence[Delivery], error: Refused) -> None:
         """A refusal of one is its own; a refusal of a chunk names nobody, so its members go singly."""

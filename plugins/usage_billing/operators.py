@@ -18,7 +18,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.marker import confirm, marked
 from usage_billing.quantities import to_decimal
-from usage_billing.records import Comparison, Period, Plan, Run, State, Tally
+from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally
 from usage_billing.sources import BillingSource
 
 _LEASE_LASTS, _LEASE_WAIT = timedelta(seconds=30), timedelta(minutes=15)
@@ -96,7 +96,8 @@ class ExtractOperator(StageOperator):
         book.record_read(number, events.rows)
         self.log.info("read %d rows as extraction %d", events.rows, number)
         if not events.rows:
-            book.begin_comparison(source.name, number, periods)  # What an older extraction reserved is not owed now.
+            # What an older extraction reserved is not owed now.
+            book.begin_comparison(source.name, Reading(number), periods)
             _skip_or_ask(book, source, window)
         return Run(source.name, number, interval, folder, {"events": events})
 
@@ -117,17 +118,20 @@ class ValidateOperator(StageOperator):
         except QuarantineOverLimit as stopped:
             self._tell(run, stopped.validated)
             raise
-        self._tell(run, found)
+        reading = self._tell(run, found)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
-        return run.with_table("quarantined", found.quarantined, rows_quarantined=found.quarantined.rows)
+        aside = found.quarantined
+        return run.with_table("quarantined", aside, rows_quarantined=aside.rows, validation=reading.validation)
 
-    def _tell(self, run: Run, found: Any) -> None:
-        ledger().record_quarantine(run.number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
+    def _tell(self, run: Run, found: Any) -> Reading:
+        aside = found.quarantined
+        reading = ledger().record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest)
         self.log.info("accepted %d rows, quarantined %d", found.accepted.rows, found.quarantined.rows)
         for reason, rows in found.reasons.items():
             self.log.warning(
                 "quarantined %d rows: %s (for example %s)", rows, reason, ", ".join(found.examples[reason])
             )
+        return reading
 
 
 class AggregateOperator(StageOperator):
@@ -186,7 +190,7 @@ class DeliverOperator(StageOperator):
             done = deliver(
                 first,
                 lambda: _plan(run, destination),
-                run.number,
+                run.reading,
                 window,
                 destination,
                 book,
@@ -204,7 +208,7 @@ class DeliverOperator(StageOperator):
         )
         left = book.open_items(source.name, window)
         _log_open_items(self.log, left)
-        outdated = [period.start for period in book.outdated(source.name, run.number, source.periods(run.interval))]
+        outdated = [period.start for period in book.outdated(source.name, run.reading, source.periods(run.interval))]
         unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
         unsettled = unsettled[~unsettled["period_start"].isin(outdated)]  # A newer extraction has the say there.
         if not unsettled.empty:
@@ -290,7 +294,7 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
     accepted = tables["accepted"]
     totals, targets = tables["totals"], tables["targets"]
-    return Comparison(run.number, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted)
+    return Comparison(run.reading, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted)
 
 
 def _registered(source: BillingSource) -> Destination:

@@ -49,11 +49,11 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     """Return the signed differences between `comparison.totals` and the ledger, staged below `folder`.
 
     Raises:
-        Stale: a newer extraction of all of the same periods was compared; what it left alone is still planned.
+        Stale: a later reading of all of the same periods was compared; what it left alone is still planned.
         NeedsDecision: the plan would withdraw more than the source's `max_withdraw_share` of what was accepted.
     """
     source = destination.source
-    stale = ledger.begin_comparison(source.name, comparison.number, comparison.periods)
+    stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
     tally = Tally()
     targets = _targets(comparison.targets, staging)
 
@@ -111,7 +111,9 @@ def _compare(totals: pa.Table, standing: pd.DataFrame, decimals: int) -> pd.Data
     both = sides[0].merge(sides[1], on="identity", how="outer", suffixes=("", "_was"), sort=True)
     for name in _ATTRIBUTES:
         both[name] = both[name].where(both[name].notna(), both[f"{name}_was"])
-    numbers = {name: _filled(both[name]) for name in ("owed", "settled", "waiting", "events", "extraction")}
+    numbers = {
+        name: _filled(both[name]) for name in ("owed", "settled", "waiting", "events", "extraction", "validation")
+    }
     revision = both["revision"].fillna(-1).astype("int64")
     texts = {name: both[name].fillna("") for name in ("state", "token", "reason")}
     return both.assign(**numbers, **texts, revision=revision)
@@ -142,12 +144,14 @@ def _filled(scaled: pd.Series) -> pd.Series:
 def _propose(
     compared: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame
 ) -> tuple[pd.DataFrame, Tally]:
-    difference = compared["owed"] - compared["settled"]
+    difference = quantities.minus(compared["owed"], compared["settled"])
     state = compared["state"]
+    reading = comparison.reading
+    this_one = (compared["extraction"] == reading.extraction) & (compared["validation"] == reading.validation)
     blocked = state.isin([State.SENDING, State.IN_DOUBT])
     same = difference == compared["waiting"]
-    # The same extraction may have been validated anew since: what it owes no more is replaced, not sent.
-    ours = (state == State.RESERVED) & (compared["extraction"] == comparison.number) & same
+    # What an earlier reading reserved may not be sent any more: it is written down anew, as this one's.
+    ours = (state == State.RESERVED) & this_one & same
     # What a site refused it would refuse again; what was held may have become possible, so it is judged anew.
     stays = (state == State.REFUSED) & same
     # Of what was adopted as held the site may have any part: no difference is known, whatever the totals say now.
@@ -155,7 +159,7 @@ def _propose(
     # It is judged with what this extraction knows of the site, unless its own delivery knew better; what a balance
     # takes is asked each time.
     judged_again = (state == State.HELD) & same & ~stays
-    judged_again &= (compared["extraction"] < comparison.number) | (difference < 0)
+    judged_again &= ~this_one | (difference < 0)
     stays |= (state == State.HELD) & same & ~judged_again
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
@@ -165,6 +169,8 @@ def _propose(
     still_held = chosen["judged_again"] & (written["state"] == State.HELD)
     chosen, written = chosen[~still_held], written[~still_held]
     sending = written["state"] == State.RESERVED
+    # What quarantine withholds is not withdrawn, and must not stop the others' bill.
+    withdraws = (chosen["difference"] < 0) & (sending | (not comparison.rows_quarantined))
     tally = Tally(
         new=int((sending & (written["revision"] == 0)).sum()),
         corrections=int((sending & (written["revision"] > 0)).sum()),
@@ -177,7 +183,7 @@ def _propose(
         released=int((chosen["judged_again"] & sending).sum()),
         owed=quantities.total(compared["owed"]),
         settled=quantities.total(compared["settled"]),
-        negative=quantities.total(chosen["difference"][chosen["difference"] < 0]),
+        negative=quantities.total(chosen["difference"][withdraws]),
         events=int(compared["events"].sum()),
     )
     return written[_COLUMNS].reset_index(drop=True), tally

@@ -7,7 +7,7 @@ Parquet (`staging.py`); the records here describe them.
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Self
@@ -88,9 +88,25 @@ class Staged:
         return cls(manifest=value["manifest"], rows=value["rows"], digest=value["digest"])
 
 
+@dataclass(frozen=True, order=True, slots=True)
+class Reading:
+    """What is compared: an extraction, as it was validated; the one that orders later has the say.
+
+    An extraction that is validated anew, by other expectations or another mapping, may owe something else: each outcome
+    of its validation has a number of its own, from 1; 0 stands for no validation at all.
+    """
+
+    extraction: int
+    validation: int = 0
+
+    def __str__(self) -> str:
+        again = f", validated for the {self.validation}. time" if self.validation > 1 else ""
+        return f"extraction {self.extraction}{again}"
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one task hands to the next: which extraction of which data interval, and the tables made so far, by stage.
+    """What one task hands to the next: which reading of which data interval, and the tables made so far, by stage.
 
     JSON all the way, and small whatever the interval: quantities stay in the tables, where they are exact.
     """
@@ -101,6 +117,12 @@ class Run:
     folder: str
     tables: Mapping[str, Staged]
     rows_quarantined: int = 0
+    validation: int = 0
+
+    @property
+    def reading(self) -> Reading:
+        """What the run compares, and how it was validated."""
+        return Reading(self.number, self.validation)
 
     def with_table(self, stage: str, table: Staged, **changes: Any) -> Self:
         """Return the run with one more table."""
@@ -115,6 +137,7 @@ class Run:
             "folder": self.folder,
             "tables": {stage: table.to_json() for stage, table in self.tables.items()},
             "rows_quarantined": self.rows_quarantined,
+            "validation": self.validation,
         }
 
     @classmethod
@@ -123,7 +146,13 @@ class Run:
         start, end = (datetime.fromisoformat(moment) for moment in value["interval"])
         tables = {stage: Staged.from_json(table) for stage, table in value["tables"].items()}
         return cls(
-            value["source"], value["number"], Period(start, end), value["folder"], tables, value["rows_quarantined"]
+            value["source"],
+            value["number"],
+            Period(start, end),
+            value["folder"],
+            tables,
+            value["rows_quarantined"],
+            value.get("validation", 0),  # A run that was under way when this package was upgraded has none.
         )
 
 
@@ -189,6 +218,10 @@ class Delivery:
             if (moment := getattr(self, name)) is not None:
                 check_aware(name, moment)
 
+    def may_land_late(self, leaves_at: datetime, settle_after: timedelta) -> bool:
+        """Say whether a request that leaves then may land after the billing period for which it was judged."""
+        return self.open_until is not None and self.open_until - settle_after <= leaves_at
+
     @staticmethod
     def address_from(text: str) -> Mapping[str, Any]:
         """Return the address that the ledger keeps as JSON text."""
@@ -235,12 +268,12 @@ class SiteTotal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a plan compares: the totals of one extraction, for whole usage periods of one source.
+    """What a plan compares: the totals of one reading, for whole usage periods of one source.
 
     `events` are the accepted rows themselves; only a source that is billed by raw events needs them.
     """
 
-    number: int
+    reading: Reading
     periods: tuple[Period, ...]
     totals: Staged
     targets: Staged

@@ -5,9 +5,9 @@ again), has it with another quantity (a person decides), or cannot tell yet (ask
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from usage_billing.destinations.base import Answer, Destination
 from usage_billing.errors import InDoubt, NotApplied, Refused
@@ -80,14 +80,23 @@ class Doubts:
         return float(min([again, *pending]))
 
     def _ask(self, doubts: Sequence[Delivery]) -> None:
+        now = self._ledger.now()
         try:
-            answers = self._destination.settle(doubts, self._ledger.now())
+            answers = {**self._destination.settle(doubts, now)}
+            answers |= overtaken(self._destination, self._found_late(doubts, answers, now))
         except (NotApplied, InDoubt) as error:
             log.warning("%d doubts stay open: %s", len(doubts), error)
             return
         for doubt in doubts:
             if doubt.token in answers:
                 self._end(doubt, answers[doubt.token])
+
+    def _found_late(self, doubts: Sequence[Delivery], answers: Mapping[str, Answer], now: datetime) -> list[Delivery]:
+        """Return what the site has, and may have taken after its billing period: by a replay now, or by the request."""
+        replays = self._destination.replay_window > timedelta(0)
+        margin = self._destination.settle_after
+        found = (doubt for doubt in doubts if isinstance(answers.get(doubt.token), Receipt))
+        return [doubt for doubt in found if doubt.may_land_late(now if replays else doubt.sent_at or now, margin)]
 
     def _end(self, doubt: Delivery, answer: Answer) -> None:
         if isinstance(answer, Refused | InDoubt):
@@ -110,6 +119,21 @@ class Doubts:
         if ended:
             log.info("doubt settled: %s is %s %s", doubt.token, state, receipt.note if receipt else reason)
         return ended
+
+
+def overtaken(destination: Destination, deliveries: Sequence[Delivery]) -> dict[str, InDoubt]:
+    """Return, by token, the doubt about what was taken near the end of its billing period, if that has ended by now.
+
+    Whether it is billed, no later question will tell; a person looks at the invoice.
+
+    Raises:
+        Misconfigured, NotApplied: the site could not be asked.
+    """
+    if not deliveries:
+        return {}
+    reasons = destination.overtaken(deliveries)
+    words = "it was taken while its billing period ended, so it may never be billed: look at the invoice"
+    return {token: InDoubt(f"{words} ({why})") for token, why in reasons.items()}
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,11 @@ class SweepOperator(BaseOperator):
 class ListDoubtsOperator(BaseOperator):
     """Log what is in doubt of `sources` (None: of all), by the ledger alone; fail if any of it is over `alert_after`.
 
-    Ages are by the ledger's clock. It also fails where a `SweepOperator` right before it did, with the faults of all of
-    them, so give it the trigger rule ``all_done``. A callback finds the message as ``exception`` in its context, and as
-    ``doubts`` what is too old: a list of `source`, `site`, `subscription`, `period_start`, `quantity`, `age`, `why` and
-    `token`, all of them text.
+    "All" are those that the ledger knows: what is in doubt of a source whose folder is gone fails at once, since nobody
+    sweeps it. Ages are by the ledger's clock. It also fails where a `SweepOperator` right before it did, with the
+    faults of all of them, so give it the trigger rule ``all_done``. A callback finds the message as ``exception`` in
+    its context, and as ``doubts`` what is too old: a list of `source`, `site`, `subscription`, `period_start`,
+    `quantity`, `age`, `why` and `token`, all of them text.
     """
 
     def __init__(
@@ -109,16 +110,20 @@ class ListDoubtsOperator(BaseOperator):
         """Log the table, and return its lines.
 
         Raises:
-            InDoubt: something is too old, or could not be swept; with the names of all.
+            InDoubt: something is too old, is of a source that is gone, or could not be swept; with the names of all.
         """
         book = ledger()
-        doubts = [doubt for name in _names(self.sources) for doubt in _doubts(book, name)]
+        known = _names(self.sources)
+        # What a source left behind whose folder is gone: nobody sweeps it, so nobody else would tell.
+        gone = sorted(set(book.sources()) - set(known)) if self.sources is None else []
+        doubts = [doubt for name in (*known, *gone) for doubt in _doubts(book, name)]
         lines = list(_table(doubts))
         for line in lines or ["nothing is in doubt"]:
             self.log.info(line)
         too_old = sorted((doubt for doubt in doubts if doubt.age > self.alert_after), key=lambda doubt: -doubt.age)
         context["doubts"] = [doubt.as_text() for doubt in too_old]
-        told = [*_alert(too_old, self.alert_after), *_faults(context, sorted(self.upstream_task_ids))]
+        orphans = _orphans(doubts, gone)
+        told = [*_alert(too_old, self.alert_after), *orphans, *_faults(context, sorted(self.upstream_task_ids))]
         if told:
             raise InDoubt("\n".join(told))
         return lines
@@ -196,6 +201,15 @@ def _alert(too_old: Sequence[Doubt], alert_after: timedelta) -> Iterator[str]:
         )
     if len(too_old) > _NAMED:
         yield f"  - and {len(too_old) - _NAMED} more; the ledger lists them all"
+
+
+def _orphans(doubts: Sequence[Doubt], gone: Sequence[str]) -> Iterator[str]:
+    for name in gone:
+        if some := [doubt for doubt in doubts if doubt.source == name]:
+            yield (
+                f"{name} at {some[0].site}: {_count(some)} in doubt, and the source's folder is gone, so nobody asks "
+                "about them: put it back until they are settled"
+            )
 
 
 def _faults(context: Context, sweeps: Sequence[str]) -> Iterator[str]:

@@ -13,13 +13,14 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
+from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError
 
 from usage_billing.errors import Misconfigured, NotApplied, Stale
-from usage_billing.ledger import Ledger
+from usage_billing.ledger import Lease, Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import PERSON_DECIDES, Period, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Period, Reading, Receipt, State
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -66,10 +67,10 @@ def world(url: str) -> Iterator[SimpleNamespace]:
     ledger.close()
 
 
-def extraction(world: SimpleNamespace) -> int:
+def extraction(world: SimpleNamespace) -> Reading:
     """Open one more extraction of the day."""
     with kept(world.ledger, "extract:calls", MINUTE) as held:
-        return world.ledger.begin_extraction(held.lease, "calls", DAY, DAY)
+        return Reading(world.ledger.begin_extraction(held.lease, "calls", DAY, DAY))
 
 
 def proposals(
@@ -102,12 +103,12 @@ def proposals(
     return pd.DataFrame(rows).sort_values("identity", ignore_index=True)
 
 
-def reserved(world: SimpleNamespace, quantities: dict[str, str]) -> int:
-    """Extract, compare and reserve; return the extraction's number."""
-    number = extraction(world)
-    world.ledger.begin_comparison("calls", number, [DAY])
-    world.ledger.reserve("calls", "maxio:us:acme", number, proposals(quantities))
-    return number
+def reserved(world: SimpleNamespace, quantities: dict[str, str]) -> Reading:
+    """Extract, compare and reserve; return what was read."""
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    world.ledger.reserve("calls", "maxio:us:acme", reading, proposals(quantities))
+    return reading
 
 
 def test_a_missing_ledger_stops_instead_of_starting_afresh(url: str) -> None:
@@ -154,8 +155,8 @@ def test_a_changed_definition_is_refused_with_every_changed_key(world: SimpleNam
 
 def test_a_second_worker_finds_no_row(world: SimpleNamespace) -> None:
     """Of two workers that want the same delivery, one gets it."""
-    number = reserved(world, {"a": "10", "b": "20"})
-    tokens = [delivery.token for delivery in world.ledger.reserved("calls", number, 10)]
+    reading = reserved(world, {"a": "10", "b": "20"})
+    tokens = [delivery.token for delivery in world.ledger.reserved("calls", reading, 10)]
     first, second = (world.ledger.acquire(f"deliver:{n}", n, MINUTE) for n in ("one", "two"))
     assert world.ledger.begin_sending(tokens, first) == frozenset(tokens)
     assert world.ledger.begin_sending(tokens, second) == frozenset()
@@ -163,8 +164,8 @@ def test_a_second_worker_finds_no_row(world: SimpleNamespace) -> None:
 
 def test_threads_that_race_for_the_same_deliveries_share_them_out(world: SimpleNamespace) -> None:
     """Eight workers at once claim forty deliveries: each is claimed once, none is left."""
-    number = reserved(world, {f"s{n}": "1" for n in range(40)})
-    tokens = [delivery.token for delivery in world.ledger.reserved("calls", number, 100)]
+    reading = reserved(world, {f"s{n}": "1" for n in range(40)})
+    tokens = [delivery.token for delivery in world.ledger.reserved("calls", reading, 100)]
     claimed: list[str] = []
 
     def claim(worker: int) -> None:
@@ -182,8 +183,8 @@ def test_threads_that_race_for_the_same_deliveries_share_them_out(world: SimpleN
 
 def test_a_worker_that_lost_its_lease_writes_no_receipt_and_its_deliveries_are_in_doubt(world: SimpleNamespace) -> None:
     """After the lease ran out the receipt is turned away, and what was in the air has to be asked about."""
-    number = reserved(world, {"a": "10"})
-    (delivery,) = world.ledger.reserved("calls", number, 10)
+    reading = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
     lease = world.ledger.acquire("deliver:one", "one", MINUTE)
     world.ledger.begin_sending([delivery.token], lease)
     assert world.ledger.doubt_abandoned("calls") == 0
@@ -197,8 +198,8 @@ def test_a_worker_that_lost_its_lease_writes_no_receipt_and_its_deliveries_are_i
 
 def test_an_answer_about_an_earlier_send_does_not_settle_a_later_one(world: SimpleNamespace) -> None:
     """`absent` seen before the second send must not put the delivery back a second time."""
-    number = reserved(world, {"a": "10"})
-    (delivery,) = world.ledger.reserved("calls", number, 10)
+    reading = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
     lease = world.ledger.acquire("deliver:one", "one", timedelta(hours=1))
     for _ in range(2):
         world.ledger.begin_sending([delivery.token], lease)
@@ -217,12 +218,41 @@ def test_an_older_plan_is_stale_once_a_newer_extraction_was_compared(world: Simp
     (delivery,) = world.ledger.reserved("calls", old, 10)
     new = extraction(world)
     world.ledger.begin_comparison("calls", new, [DAY])
-    with pytest.raises(Stale, match=f"usage period of extraction {old}"):
+    with pytest.raises(Stale, match=f"usage period of {old}"):
         world.ledger.begin_comparison("calls", old, [DAY])
     assert world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"b": "1"})).moved == 1
     assert world.ledger.outdated("calls", old, [DAY]) == {DAY}
     lease = world.ledger.acquire("deliver:one", "one", MINUTE)
     assert world.ledger.begin_sending([delivery.token], lease) == frozenset()
+
+
+def test_a_later_validation_of_the_same_extraction_has_the_say(world: SimpleNamespace) -> None:
+    """What the first one reserved can neither be sent nor reserved again, and the second finds none of it its own."""
+    number = extraction(world).extraction
+    old = world.ledger.record_validation(number, "as it was", 0, {}, "")
+    world.ledger.begin_comparison("calls", old, [DAY])
+    world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"a": "10"}))
+    (delivery,) = world.ledger.reserved("calls", old, 10)
+    new = world.ledger.record_validation(number, "as it is", 1, {"unfit": 1}, "")
+    assert old < new
+    assert (world.ledger.outdated("calls", old, [DAY]), world.ledger.reserved("calls", new, 10)) == (frozenset(), [])
+    world.ledger.begin_comparison("calls", new, [DAY])
+    with pytest.raises(Stale, match="a later validation of it"):
+        world.ledger.begin_comparison("calls", old, [DAY])
+    lease = world.ledger.acquire("deliver:one", "one", MINUTE)
+    assert world.ledger.begin_sending([delivery.token], lease) == frozenset()
+    assert world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"b": "1"})).moved == 1
+    assert world.ledger.reserve("calls", "maxio:us:acme", new, proposals({"a": "10"})).moved == 1
+
+
+def test_a_validation_that_runs_twice_is_one(world: SimpleNamespace) -> None:
+    """The twin of a task, and its next try, come to the same; an extraction read later is later, whatever its suite."""
+    number = extraction(world).extraction
+    first = world.ledger.record_validation(number, "same", 0, {}, "")
+    assert world.ledger.record_validation(number, "same", 0, {}, "") == first
+    assert world.ledger.record_validation(number, "other", 0, {}, "") > first
+    assert extraction(world) > world.ledger.record_validation(number, "a third", 0, {}, "")
+    assert world.ledger.validated_at(first) == world.clock.now
 
 
 def test_a_newer_extraction_of_one_day_leaves_the_other_days_to_the_older(world: SimpleNamespace) -> None:
@@ -242,29 +272,64 @@ def test_usage_periods_that_overlap_are_refused(world: SimpleNamespace) -> None:
         world.ledger.begin_comparison("calls", extraction(world), [both])
 
 
+def test_who_takes_the_lease_over_is_later_in_number_too(world: SimpleNamespace) -> None:
+    """A reader that is held up between its last look at the lease and its number keeps the next one waiting."""
+    looked, goes_on = threading.Event(), threading.Event()
+    slow = Ledger.connect(world.url, clock=lambda: world.clock.now)
+
+    def held_up(_connection: object, _cursor: object, statement: str, *_more: object) -> None:
+        if statement.startswith("INSERT INTO extraction"):
+            looked.set()
+            goes_on.wait(10)
+
+    listen(slow._engine, "before_cursor_execute", held_up)
+    lease = slow.acquire("extract:calls", "slow", MINUTE)
+    numbers: dict[str, int] = {}
+
+    def read(name: str, ledger: Ledger, held: Lease) -> None:
+        numbers[name] = ledger.begin_extraction(held, "calls", DAY, DAY)
+
+    def take_over() -> None:
+        held = world.ledger.acquire("extract:calls", "next", MINUTE)
+        read("next", world.ledger, held)
+
+    first = threading.Thread(target=read, args=("slow", slow, lease))
+    first.start()
+    assert looked.wait(10)
+    world.clock.now += 2 * MINUTE
+    second = threading.Thread(target=take_over)
+    second.start()
+    second.join(0.5)
+    goes_on.set()
+    first.join(20)
+    second.join(20)
+    slow.close()
+    assert numbers["slow"] < numbers["next"]
+
+
 def test_the_same_plan_reserved_twice_is_written_once(world: SimpleNamespace) -> None:
     """A deliver that is tried again finds its proposals already there."""
-    number = reserved(world, {"a": "10"})
-    again = world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "10"}))
+    reading = reserved(world, {"a": "10"})
+    again = world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"a": "10"}))
     assert (again.written, again.already, again.moved) == (0, 1, 0)
 
 
 def test_a_key_with_another_last_revision_than_the_plan_saw_has_moved(world: SimpleNamespace) -> None:
     """A proposal of revision 2 over a ledger that knows none is not written."""
-    number = extraction(world)
-    world.ledger.begin_comparison("calls", number, [DAY])
-    outcome = world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "10"}, revision=2))
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    outcome = world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"a": "10"}, revision=2))
     assert (outcome.written, outcome.moved) == (0, 1)
 
 
 def test_a_newer_revision_supersedes_a_held_one_in_one_step(world: SimpleNamespace) -> None:
     """The held revision closes as the next one opens."""
-    number = extraction(world)
-    world.ledger.begin_comparison("calls", number, [DAY])
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
     held = proposals({"a": "-3"}, state=State.HELD, reason="waits")
-    world.ledger.reserve("calls", "maxio:us:acme", number, held)
+    world.ledger.reserve("calls", "maxio:us:acme", reading, held)
     new = proposals({"a": "5"}, revision=1, supersedes=held["token"][0])
-    assert world.ledger.reserve("calls", "maxio:us:acme", number, new).written == 1
+    assert world.ledger.reserve("calls", "maxio:us:acme", reading, new).written == 1
     assert [(row.revision, row.state) for row in world.ledger.standing("calls", DAY).itertuples()] == [
         (0, State.SUPERSEDED),
         (1, State.RESERVED),
@@ -273,20 +338,20 @@ def test_a_newer_revision_supersedes_a_held_one_in_one_step(world: SimpleNamespa
 
 def test_superseding_what_is_being_sent_writes_nothing_at_all(world: SimpleNamespace) -> None:
     """The batch that would replace a delivery in the air is rolled back whole and planned again."""
-    number = reserved(world, {"a": "10"})
-    (delivery,) = world.ledger.reserved("calls", number, 10)
+    reading = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
     world.ledger.begin_sending([delivery.token], world.ledger.acquire("deliver:one", "one", MINUTE))
     both = pd.concat([proposals({"a": "12"}, revision=1, supersedes=delivery.token), proposals({"b": "1"})])
-    outcome = world.ledger.reserve("calls", "maxio:us:acme", number, both.sort_values("identity", ignore_index=True))
+    outcome = world.ledger.reserve("calls", "maxio:us:acme", reading, both.sort_values("identity", ignore_index=True))
     assert (outcome.written, outcome.moved) == (0, 2)
     assert len(world.ledger.standing("calls", DAY)) == 1
 
 
 def test_the_database_itself_forbids_two_open_revisions(world: SimpleNamespace) -> None:
     """Even a caller that forgets to supersede cannot open a second revision of one identity."""
-    number = reserved(world, {"a": "10"})
+    reading = reserved(world, {"a": "10"})
     with pytest.raises(IntegrityError):
-        world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "12"}, revision=1))
+        world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"a": "12"}, revision=1))
 
 
 def test_an_extraction_gets_no_number_without_its_lease(world: SimpleNamespace) -> None:
@@ -300,17 +365,18 @@ def test_an_extraction_gets_no_number_without_its_lease(world: SimpleNamespace) 
 def test_the_newest_extraction_of_an_interval_is_the_one_reported(world: SimpleNamespace) -> None:
     """Two extractions of one day are one line, with the later one's rows."""
     extraction(world)
-    number = extraction(world)
+    reading = extraction(world)
+    number = reading.extraction
     world.ledger.record_read(number, 12)
-    world.ledger.record_quarantine(number, 2, {"no account": 2}, "calls/quarantined.json")
+    world.ledger.record_validation(number, "digest", 2, {"no account": 2}, "calls/quarantined.json")
     (found,) = world.ledger.extractions("calls")
     assert (found.number, found.rows_read, found.rows_quarantined, found.interval_start) == (number, 12, 2, DAY.start)
 
 
 def test_quantities_come_back_to_the_last_digit(world: SimpleNamespace) -> None:
     """Thirty-eight digits go in and come out."""
-    number = reserved(world, {"a": "12345678901234567890123456789.123456789"})
-    (delivery,) = world.ledger.reserved("calls", number, 1)
+    reading = reserved(world, {"a": "12345678901234567890123456789.123456789"})
+    (delivery,) = world.ledger.reserved("calls", reading, 1)
     assert delivery.quantity == Decimal("12345678901234567890123456789.123456789")
 
 
@@ -321,7 +387,7 @@ def found_at_the_site(quantities: dict[str, str], revision: int = 0) -> pd.DataF
 
 def test_adopted_deliveries_are_accepted_with_the_sites_quantity(world: SimpleNamespace) -> None:
     """What was forgotten stands as accepted, an open one as settled, and an open one before a later one as closed."""
-    number = reserved(world, {"a": "10", "b": "20"})
+    reading = reserved(world, {"a": "10", "b": "20"})
     tokens = dict(
         zip(proposals({"a": "", "b": ""})["subscription"], proposals({"a": "", "b": ""})["token"], strict=True)
     )
@@ -337,35 +403,49 @@ def test_adopted_deliveries_are_accepted_with_the_sites_quantity(world: SimpleNa
         ["c", 0, "accepted", "1.5"],
     ]
     assert set(rows["reason"]) == {"adopted on a day by somebody"}
-    assert world.ledger.reserved("calls", number, 10) == []
+    assert world.ledger.reserved("calls", reading, 10) == []
     assert sorted(world.ledger.accepted("calls", DAY)["record_id"]) == ["76", "77", "77"]
+
+
+def test_a_refusal_before_an_adopted_revision_has_come_to_its_end(world: SimpleNamespace) -> None:
+    """Nobody can write it off any more, which would settle twice what the later revision was accepted for."""
+    reading = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
+    lease = world.ledger.acquire("deliver:one", "one", MINUTE)
+    world.ledger.begin_sending([delivery.token], lease)
+    world.ledger.land([delivery.token], State.REFUSED, "archived for an hour", lease)
+    world.ledger.adopt("calls", "maxio:us:acme", extraction(world), found_at_the_site({"a": "12"}, 1), {}, "adopted")
+    states = world.ledger.standing("calls", DAY)["state"].tolist()
+    assert states == ["superseded", "accepted"]
+    with pytest.raises(Misconfigured, match="it is superseded"):
+        world.ledger.decide(delivery.token, State.WRITTEN_OFF, "not billed")
 
 
 def test_what_moved_while_the_site_was_asked_is_not_adopted(world: SimpleNamespace) -> None:
     """A key that was written down meanwhile, or a doubt that was settled, leaves the whole adoption undone."""
-    number = reserved(world, {"a": "10"})
-    (delivery,) = world.ledger.reserved("calls", number, 10)
+    reading = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
     both = pd.concat([found_at_the_site({"a": "10"}), found_at_the_site({"b": "1"})])
     with pytest.raises(NotApplied, match="moved"):
-        world.ledger.adopt("calls", "maxio:us:acme", number, both, {}, "adopted")
+        world.ledger.adopt("calls", "maxio:us:acme", reading, both, {}, "adopted")
     gone = {"f" * 64: Receipt("f" * 64)}
     with pytest.raises(NotApplied, match="moved"):
-        world.ledger.adopt("calls", "maxio:us:acme", number, found_at_the_site({"b": "1"}), gone, "adopted")
+        world.ledger.adopt("calls", "maxio:us:acme", reading, found_at_the_site({"b": "1"}), gone, "adopted")
     world.ledger.begin_sending([delivery.token], world.ledger.acquire("deliver:one", "one", MINUTE))
     with pytest.raises(NotApplied, match="being sent"):
-        world.ledger.adopt("calls", "maxio:us:acme", number, found_at_the_site({"b": "1"}), {}, "adopted")
+        world.ledger.adopt("calls", "maxio:us:acme", reading, found_at_the_site({"b": "1"}), {}, "adopted")
     assert len(world.ledger.standing("calls", DAY)) == 1
 
 
 def test_numbers_go_on_above_what_staging_has_seen(world: SimpleNamespace) -> None:
     """Before the first extraction and after it, and never back."""
     world.ledger.number_above(7)
-    assert extraction(world) > 7
+    assert extraction(world).extraction > 7
     world.ledger.number_above(100)
     world.ledger.number_above(3)
-    number = extraction(world)
-    assert 100 < number < 110
-    assert extraction(world) > number
+    reading = extraction(world)
+    assert 100 < reading.extraction < 110
+    assert extraction(world) > reading
 
 
 def test_a_ledger_knows_the_leases_that_it_gave_out(world: SimpleNamespace) -> None:
@@ -379,8 +459,8 @@ def test_a_ledger_knows_the_leases_that_it_gave_out(world: SimpleNamespace) -> N
 
 def test_a_person_decides_about_what_waits_and_about_nothing_else(world: SimpleNamespace) -> None:
     """Held can be written off, and counts as settled then; an accepted delivery is nobody's to decide."""
-    number = extraction(world)
-    world.ledger.reserve("calls", "maxio:us:acme", number, proposals({"a": "10", "b": "20"}).assign(state="held"))
+    reading = extraction(world)
+    world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"a": "10", "b": "20"}).assign(state="held"))
     first, second = world.ledger.standing("calls", DAY)["token"]
     world.ledger.decide(first, State.WRITTEN_OFF, "decided by somebody: credited by hand")
     with pytest.raises(Misconfigured, match="it is written_off"):
@@ -389,16 +469,44 @@ def test_a_person_decides_about_what_waits_and_about_nothing_else(world: SimpleN
         world.ledger.decide(second, State.ACCEPTED, "no doubt")
     with pytest.raises(Misconfigured, match="no such delivery"):
         world.ledger.decide("f" * 64, State.WRITTEN_OFF, "none")
+    with pytest.raises(Misconfigured, match="a later revision has replaced it"):
+        world.ledger.decide(replaced_refusal(world), State.WRITTEN_OFF, "too late")
     rows = world.ledger.standing("calls", DAY).set_index("token")
     assert rows.loc[first, ["state", "reason"]].tolist() == ["written_off", "decided by somebody: credited by hand"]
     assert rows.loc[second, "state"] == "held"
 
 
+def replaced_refusal(world: SimpleNamespace) -> str:
+    """Return the token of a refused delivery above which a later revision stands, as no plan would leave it."""
+    reading = extraction(world)
+    world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"c": "10"}))
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
+    lease = world.ledger.acquire("deliver:refused", "one", MINUTE)
+    world.ledger.begin_sending([delivery.token], lease)
+    world.ledger.land([delivery.token], State.REFUSED, "no", lease)
+    world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"c": "12"}, revision=1))
+    return str(delivery.token)
+
+
+def test_a_chunk_of_raw_events_counts_whole_or_not_at_all(world: SimpleNamespace) -> None:
+    """Which of its events the site counts is not known, so a part of a chunk can be entered by nobody."""
+    reading = extraction(world)
+    world.ledger.reserve("calls", "maxio:us:acme", reading, proposals({"a": "3"}).assign(subscription=""))
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
+    lease = world.ledger.acquire("deliver:one", "one", MINUTE)
+    world.ledger.begin_sending([delivery.token], lease)
+    world.ledger.land([delivery.token], State.IN_DOUBT, f"{PERSON_DECIDES}nobody can ask", lease)
+    with pytest.raises(Misconfigured, match=r"counts whole \(3\) or not at all"):
+        world.ledger.decide(delivery.token, State.ACCEPTED, "a part", Decimal(1))
+    world.ledger.decide(delivery.token, State.ACCEPTED, "all of it", Decimal(3))
+    assert world.ledger.standing("calls", DAY)["state"].tolist() == ["accepted"]
+
+
 @pytest.mark.parametrize(("outcome", "counted", "resumes"), [(State.ACCEPTED, "7", 0), (State.RESERVED, None, 1)])
 def test_a_person_ends_a_doubt(world: SimpleNamespace, outcome: State, counted: str | None, resumes: int) -> None:
     """What no waiting ends, a person does, with how much the site counts; while the site is asked, nobody else does."""
-    number = reserved(world, {"a": "10"})
-    (delivery,) = world.ledger.reserved("calls", number, 10)
+    reading = reserved(world, {"a": "10"})
+    (delivery,) = world.ledger.reserved("calls", reading, 10)
     lease = world.ledger.acquire("deliver:one", "one", MINUTE)
     world.ledger.begin_sending([delivery.token], lease)
     world.ledger.land([delivery.token], State.IN_DOUBT, "lost", lease)

@@ -8,12 +8,14 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import requests
 from sqlalchemy import create_engine, text
 
 from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
-from usage_billing.deliver import Manners, deliver
+from usage_billing.deliver import Manners, deliver, resume
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied, Stale
-from usage_billing.records import Comparison, Delivery, Period
+from usage_billing.records import Comparison, Delivery, Period, Plan, Tally
+from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 from usage_billing.workers import Means
 
@@ -231,11 +233,11 @@ def test_what_a_dead_worker_left_in_the_air_is_asked_about(house: House, source:
     house.ledger.reserve(
         source.name,
         house.destination(source).site,
-        comparison.number,
+        comparison.reading,
         next(iter(house.staging.read(house.plan(source, comparison, folder).proposals))).to_pandas(),
     )
     dead = house.ledger.acquire("deliver:dead", "dead", timedelta(milliseconds=200))
-    ready = house.ledger.reserved(source.name, comparison.number, 100)
+    ready = house.ledger.reserved(source.name, comparison.reading, 100)
     house.ledger.begin_sending([delivery.token for delivery in ready], dead)
     house.destination(source).send(ready[:1])  # Its receipt was never written; the others never left.
     house.deliver(source, comparison, folder)
@@ -321,17 +323,124 @@ def test_rows_that_a_second_validation_quarantined_are_not_sent(house: House, so
     day = a_day(source, 5)
     before, folder = house.totals(source, day, some_usage(source, day))
     reserve(house, source, before, folder)
-    after, folder = house.totals(source, day, some_usage(source, day)[-3:])
-    house.deliver(source, replace(after, number=before.number), folder)
+    after, folder = house.validated(source, day, some_usage(source, day)[-3:], before.reading.extraction)
+    house.deliver(source, after, folder)
     third = ACCOUNTS[source.name][2]
     assert house.billed(source) == {third: Decimal(3)}
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_a_doubt_of_a_first_validation_is_not_sent_once_a_second_one_owes_less(house: House, swept: bool) -> None:
+    """The site turns out not to have it; what goes is what the second validation owes, never its quarantined rows."""
+    source = all_may_be_withdrawn(shipped("api_calls"))
+    day, account = a_day(source, 5), ACCOUNTS[source.name][0]
+    rows = usage(source, day, {account: ["90", "10"]})
+    before, folder = house.totals(source, day, rows)
+    house.sandbox.switch(SITES[source.name], uniqueness_token="ignored")
+    house.sandbox.fault(SITES[source.name], "reset", count=1)
+    hasty = Manners(threads=1, lease_lasts=timedelta(seconds=3), patience=timedelta(0))
+    with pytest.raises(NotApplied):
+        house.deliver(source, before, folder, manners=hasty)
+    assert house.states(source, day) == {"in_doubt": 1}
+    unfit = [rows[0], replace(rows[1], account=None)]
+    after, folder = house.validated(source, day, unfit, before.reading.extraction)
+    first = house.plan(source, after, folder)
+    if swept:
+        age(house, source)
+        sweep(house.destination(source), house.ledger)
+        resume(house.destination(source), house.ledger, hasty, Means())
+        assert house.billed(source) == {}
+    house.deliver(source, after, folder, first=first)
+    assert house.billed(source) == {account: Decimal(90)}
+    assert "held" not in house.states(source, day)
+
+
+def test_a_zombie_of_the_first_validation_sends_nothing_after_the_second(house: House, source: BillingSource) -> None:
+    """It plans again as every deliver does, and learns that its rows were parted anew meanwhile."""
+    source = all_may_be_withdrawn(source)
+    day, account = a_day(source, 5), ACCOUNTS[source.name][0]
+    rows = usage(source, day, {account: ["90", "10"]})
+    before, folder = house.totals(source, day, rows)
+    slow = house.plan(source, before, folder)
+    after, folder = house.validated(source, day, [rows[0], replace(rows[1], account=None)], before.reading.extraction)
+    house.deliver(source, after, folder)
+    with pytest.raises(Stale, match="a later validation of it"):
+        house.deliver(source, before, folder, first=Plan(slow.proposals, Tally(blocked=1)))
+    assert house.billed(source) == {account: Decimal(90)}
+    writing = house.writing_requests(source)
+    house.deliver(source, after, folder)
+    assert house.writing_requests(source) == writing
+
+
+def all_may_be_withdrawn(source: BillingSource) -> BillingSource:
+    """Return the same source without the limits of what may be withdrawn or quarantined."""
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 10_000})
+    settings = source.settings.model_copy(update={"max_withdraw_share": 1.0, "quarantine": limits})
+    return replace(source, settings=settings)
+
+
+def age(house: House, source: BillingSource) -> None:
+    """Make everything that was sent have been sent a minute ago."""
+    with create_engine(house.ledger_url).begin() as connection:
+        minute = {"older": "-60 seconds", "source": source.name}
+        connection.execute(
+            text(
+                "UPDATE delivery SET sent_at = strftime('%Y-%m-%d %H:%M:%f000', sent_at, :older) WHERE source = :source"
+            ),
+            minute,
+        )
+
+
+def test_what_quarantine_withholds_does_not_stop_the_bill_of_others(house: House) -> None:
+    """A fifth of a delivered day is unfit now: it is held by name, and a late row of somebody else is billed."""
+    source = shipped("api_calls")
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0})
+    source = replace(source, settings=source.settings.model_copy(update={"quarantine": limits}))
+    day, (first, second, third) = a_day(source, 5), ACCOUNTS[source.name]
+    rows = usage(source, day, {first: ["20"], second: ["80"]})
+    house.run(source, day, rows)
+    late = usage(source, day, {third: ["7"]})
+    house.run(source, day, [replace(rows[0], account=None), rows[1], *late])
+    assert house.billed(source) == {first: Decimal(20), second: Decimal(80), third: Decimal(7)}
+    assert house.states(source, day) == {"accepted": 3, "held": 1}
+
+
+@pytest.mark.parametrize("setting", ["accept", "refuse"])
+def test_an_upgrade_between_validation_and_delivery_is_noticed_before_the_first_request(
+    house: House, setting: str
+) -> None:
+    """The line was resolved hours ago and replaced since: nothing goes to the old one, the next run bills the new."""
+    source = shipped("voip_minutes")
+    account = ACCOUNTS[source.name][0]
+    house.sandbox.move_clock("2026-11-20T12:00:00Z")
+    house.sandbox.switch(SITES[source.name], usage_on_bad_line=setting)
+    day = Period(*(datetime(2026, 11, day, tzinfo=source.settings.timezone) for day in (18, 19)))
+    rows = usage(source, day, {account: ["100"]})
+    comparison, folder = house.totals(source, day, rows)
+    first = house.plan(source, comparison, folder)
+    with create_engine(house.ledger_url).begin() as connection:
+        connection.execute(text("UPDATE extraction SET validated_at = '2026-01-01 00:00:00.000000'"))
+    upgrade(house)
+    house.deliver(source, comparison, folder, first=first)
+    assert house.billed(source) == {}
+    assert house.states(source, day) == {"held": 1}
+    house.run(source, day, rows)
+    assert house.billed(source) == {account: Decimal(100)}
+
+
+def upgrade(house: House) -> None:
+    """Give the first package another price, which replaces its line item by a new one."""
+    keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
+    lines = {"line_items": [{"line_item_id": 854, "tierset": {"tiers": [{"amount": 0.07}]}}]}
+    url = f"{house.sandbox.chargeover_url('telco')}/api/v3/package/713/_action/upgrade"
+    assert requests.post(url, json=lines, auth=keys, timeout=10).ok
 
 
 def reserve(house: House, source: BillingSource, comparison: Comparison, folder: str) -> list[Delivery]:
     """Write a plan down as a deliver does that dies right after; return what is ready to be sent."""
     for part in house.staging.read(house.plan(source, comparison, folder).proposals):
-        house.ledger.reserve(source.name, house.destination(source).site, comparison.number, part.to_pandas())
-    return house.ledger.reserved(source.name, comparison.number, 1000)
+        house.ledger.reserve(source.name, house.destination(source).site, comparison.reading, part.to_pandas())
+    return house.ledger.reserved(source.name, comparison.reading, 1000)
 
 
 def test_what_the_site_holds_with_another_quantity_blocks_its_key_until_a_person_decides(house: House) -> None:
@@ -417,10 +526,10 @@ def test_a_worker_held_up_after_its_claim_sends_nothing(house: House, source: Bi
     day = a_day(source, 5)
     comparison, folder = house.totals(source, day, some_usage(source, day))
     proposals = next(iter(house.staging.read(house.plan(source, comparison, folder).proposals))).to_pandas()
-    house.ledger.reserve(source.name, SITES[source.name], comparison.number, proposals)
+    house.ledger.reserve(source.name, SITES[source.name], comparison.reading, proposals)
     lease = house.ledger.acquire("deliver:slow", "slow", timedelta(seconds=30))
     assert lease is not None
-    (first, *_) = house.ledger.reserved(source.name, comparison.number, 1)
+    (first, *_) = house.ledger.reserved(source.name, comparison.reading, 1)
     house.ledger.begin_sending([first.token], lease)
     assert house.ledger.may_send(first.token, lease, timedelta(seconds=10))
     assert not house.ledger.may_send(first.token, lease, timedelta(0)), "too long ago"
@@ -449,7 +558,7 @@ def test_a_renewal_in_the_middle_of_a_page_holds_what_is_left_of_it(house: House
     comparison, folder = house.totals(source, day, usage(source, day, {account: ["7"] for account in accounts}))
     alone = Manners(threads=1, lease_lasts=timedelta(hours=3))
     plan = house.plan(source, comparison, folder)
-    same = (comparison.number, comparison.window, destination, house.ledger, house.staging, alone, Means())
+    same = (comparison.reading, comparison.window, destination, house.ledger, house.staging, alone, Means())
     deliver(plan, lambda: house.plan(source, comparison, folder), *same)
     states = house.states(source, day)
     assert states["held"] > 0, "the renewal was never met, so this proved nothing"

@@ -82,12 +82,12 @@ class LivingHouse(House):
     def totals(self, source: BillingSource, interval: Period, events: Any) -> tuple[Comparison, str]:
         """Read the warehouse as the extract task does: the mark is confirmed under the new number."""
         comparison, folder = super().totals(source, interval, events)
-        confirm(self.ledger, self.staging, source.name, comparison.number)
+        confirm(self.ledger, self.staging, source.name, comparison.reading.extraction)
         return comparison, folder
 
     def deliver(self, source: BillingSource, comparison: Comparison, folder: str, **more: Any) -> Delivered:
         """Deliver as the task does: between two marks."""
-        with marked(self.ledger, self.staging, source.name, comparison.number):
+        with marked(self.ledger, self.staging, source.name, comparison.reading.extraction):
             return super().deliver(source, comparison, folder, **more)
 
     def adopt(self, source: BillingSource, days: list[int], events: list[Event], *, dry_run: bool = False) -> Adoption:
@@ -100,7 +100,7 @@ class LivingHouse(House):
         destination = self.destination(source)
         found = adopt(comparison, destination, self.ledger, self.staging, reason, dry_run=dry_run)
         if found.complete and not dry_run:
-            marker.hand_over(self.ledger, self.staging, source.name, comparison.number)
+            marker.hand_over(self.ledger, self.staging, source.name, comparison.reading.extraction)
         return found
 
     def delivery_rows(self) -> list[tuple[str, int, str, str]]:
@@ -345,7 +345,7 @@ def test_a_run_of_before_does_not_meet_the_numbers_of_a_restored_ledger(
     house.adopt(listed, [5, 7], in_all(events))
     comparison, _ = house.totals(listed, a_day(listed, 5), events[5])
     assert seen is not None
-    assert comparison.number > seen.extraction
+    assert comparison.reading.extraction > seen.extraction
 
 
 def test_a_plan_of_before_the_loss_takes_nothing_back(house: LivingHouse, listed: BillingSource) -> None:
@@ -430,8 +430,8 @@ def test_what_was_replaced_after_the_copy_ends_as_superseded(house: LivingHouse,
 def reserve(house: LivingHouse, source: BillingSource, comparison: Comparison, folder: str) -> list[Delivery]:
     """Write a plan down as a deliver does before it sends; return what is ready."""
     for part in house.staging.read(house.plan(source, comparison, folder).proposals):
-        house.ledger.reserve(source.name, house.destination(source).site, comparison.number, part.to_pandas())
-    return house.ledger.reserved(source.name, comparison.number, 1000)
+        house.ledger.reserve(source.name, house.destination(source).site, comparison.reading, part.to_pandas())
+    return house.ledger.reserved(source.name, comparison.reading, 1000)
 
 
 def test_another_quantity_than_the_ledger_has_is_told_and_not_settled(house: LivingHouse) -> None:

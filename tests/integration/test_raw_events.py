@@ -1,6 +1,7 @@
 """Raw events against the sandbox: each row is billed once, or listed by name, whatever happens on the way."""
 
 import json
+import os
 import random
 import shutil
 import threading
@@ -150,7 +151,7 @@ def reserved(house: House, source: BillingSource, comparison: Comparison, folder
     """Write a plan down as a deliver does before it dies; return how many chunks it has."""
     written = 0
     for part in house.staging.read(house.plan(source, comparison, folder).proposals):
-        written += house.ledger.reserve(source.name, SITE, comparison.number, part.to_pandas()).written
+        written += house.ledger.reserve(source.name, SITE, comparison.reading, part.to_pandas()).written
     return written
 
 
@@ -158,7 +159,7 @@ def left_in_the_air(house: House, source: BillingSource, comparison: Comparison,
     """Claim all reserved chunks as a worker that then dies; the first `arrive` of them reach the site."""
     dead = house.ledger.acquire("deliver:dead", "dead", timedelta(milliseconds=50))
     assert dead is not None
-    ready = house.ledger.reserved(source.name, comparison.number, 100)
+    ready = house.ledger.reserved(source.name, comparison.reading, 100)
     house.ledger.begin_sending([delivery.token for delivery in ready], dead)
     for delivery in ready[:arrive]:
         house.destination(source).send([delivery])
@@ -240,7 +241,7 @@ def test_another_batch_size_and_other_chunks_between_tries_bill_each_event_once(
     reserved(house, source, comparison, folder)
     living = house.ledger.acquire("deliver:first", "first", timedelta(seconds=30))
     assert living is not None
-    for delivery in house.ledger.reserved(source.name, comparison.number, 2):
+    for delivery in house.ledger.reserved(source.name, comparison.reading, 2):
         house.ledger.begin_sending([delivery.token], living)
         house.ledger.accept(house.destination(source).send([delivery]), living)
     monkeypatch.setattr(MaxioEvents, "events_to_chunk", 70)
@@ -658,6 +659,19 @@ def test_the_operators_bill_the_sample_by_raw_events(house: RawHouse, installed:
     before = house.writing_requests(installed)
     run_tasks()
     assert house.writing_requests(installed) == before
+
+
+def test_a_chunk_that_a_power_cut_left_torn_is_written_again(house: RawHouse) -> None:
+    """Its row waits in the ledger, its file is empty: the run that cuts the same chunk mends it, and bills it once."""
+    source = raw()
+    rows = events(9)
+    comparison, folder = house.totals(source, DAY, rows)
+    assert reserved(house, source, comparison, folder) == 1
+    (file,) = house.archived()
+    os.truncate(file, 0)
+    house.deliver(source, comparison, folder)
+    assert house.billed(source) == owed(rows)
+    assert house.run(source, DAY, rows).requests == 0
 
 
 @pytest.mark.filterwarnings("default")

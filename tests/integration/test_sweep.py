@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -53,8 +54,8 @@ class SweptHouse(House):
         interval = a_day(source, day)
         comparison, folder = self.totals(source, interval, usage(source, day))
         for part in self.staging.read(self.plan(source, comparison, folder).proposals):
-            self.ledger.reserve(source.name, SITES[source.name], comparison.number, part.to_pandas())
-        ready = self.ledger.reserved(source.name, comparison.number, 100)
+            self.ledger.reserve(source.name, SITES[source.name], comparison.reading, part.to_pandas())
+        ready = self.ledger.reserved(source.name, comparison.reading, 100)
         dead = self.ledger.acquire(f"deliver:{day}", "dead", timedelta(milliseconds=50))
         assert dead is not None
         self.ledger.begin_sending([each.token for each in ready], dead)
@@ -169,7 +170,7 @@ def test_a_doubt_of_any_period_is_swept_and_what_a_newer_reading_replaced_is_not
     house.leave_in_doubt(source, day=5, arrived=0)
     house.leave_in_doubt(source, day=6, arrived=0)
     newer, _ = house.totals(source, a_day(source, 6), usage(source, 6))
-    house.ledger.begin_comparison(source.name, newer.number, newer.periods)
+    house.ledger.begin_comparison(source.name, newer.reading, newer.periods)
     sweep("api_calls")
     assert house.billed(source) == expected(source)
     assert house.states(source, a_day(source, 6)).keys() == {"reserved"}
@@ -191,6 +192,20 @@ def test_a_broken_source_keeps_no_other_from_being_swept_and_all_faults_come_at_
     lines = listed()
     assert {line.partition(" ")[0] for line in lines} == {"api_calls", "voip_minutes"}
     assert all("3 deliveries in doubt" in line for line in lines)
+
+
+def test_doubts_of_a_source_whose_folder_is_gone_are_listed_at_once(
+    house: SweptHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its definition became a new source and the old folder went: nobody sweeps what it left, so the list is red."""
+    house.leave_in_doubt(shipped("api_calls"))
+    others = tmp_path / "sources"
+    shutil.copytree(CHECKOUT / "include" / "sources" / "voip_minutes", others / "voip_minutes")
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(others))
+    sweep()
+    with pytest.raises(InDoubt, match=r"api_calls at maxio:us:acme: 3 deliveries in doubt, .* put it back"):
+        listed()
+    assert listed(sources=("voip_minutes",)) == []
 
 
 def test_a_source_that_cannot_be_read_is_told_of_only_where_something_of_it_is_open(

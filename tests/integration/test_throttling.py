@@ -71,7 +71,7 @@ class Billing:
         done = deliver(
             self.first,
             self.plan,
-            comparison.number,
+            comparison.reading,
             comparison.window,
             destination or self.house.destination(self.source),
             self.house.ledger,

@@ -126,6 +126,17 @@ class Destination(ABC):
         """
         return {}
 
+    def overtaken(self, deliveries: Sequence[Delivery]) -> Mapping[str, str]:
+        """Return, by token, why what the site has taken may lie in a billing period that had closed by then.
+
+        Asked after the reply, of what was sent so near the end of its period that it may have landed after it. What is
+        still open now was open then.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked.
+        """
+        return {}
+
     @abstractmethod
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return the exact JSON text of each proposal's record, without a loop over rows.

@@ -7,7 +7,7 @@ accepted is ever edited or deleted.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
@@ -21,9 +21,11 @@ from sqlalchemy import (
     Engine,
     RowMapping,
     Select,
+    case,
     func,
     insert,
     select,
+    tuple_,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -33,7 +35,7 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger import queries
 from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, ledger, source
-from usage_billing.records import PERSON_DECIDES, Delivery, Extraction, Period, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Delivery, Extraction, Period, Reading, Receipt, State
 
 __all__ = ["ADOPTED", "Lease", "Ledger", "Reserved", "bases"]
 
@@ -130,6 +132,11 @@ class Ledger:
                 ],
             )
 
+    def sources(self) -> list[str]:
+        """Return the names of all sources that were ever registered, sorted."""
+        with self._reading() as connection:
+            return list(connection.execute(select(source.c.name).order_by(source.c.name)).scalars())
+
     # --- leases ------------------------------------------------------------------------------------------------------
 
     def acquire(self, name: str, holder: str, lasts: timedelta) -> Lease | None:
@@ -174,7 +181,9 @@ class Ledger:
         """
         with self._writing() as connection:
             now = self._now(connection)
-            if not connection.execute(select(queries.fence_alive(held.fence, now))).scalar_one():
+            # Locked until the number is given: who takes the lease over meanwhile has to come later in number too.
+            alive = select(lease.c.fence).where(lease.c.fence == held.fence, queries.alive(now)).with_for_update()
+            if connection.execute(alive).first() is None:
                 raise NotApplied(f"lost the lease {held.name!r} while the warehouse opened its snapshot; try again")
             statement = insert(extraction).values(
                 source=name,
@@ -192,11 +201,29 @@ class Ledger:
         with self._writing() as connection:
             connection.execute(update(extraction).where(extraction.c.number == number).values(rows_read=rows))
 
-    def record_quarantine(self, number: int, rows: int, reasons: Mapping[str, int], manifest: str) -> None:
-        """Write down how many rows of an extraction were quarantined, why, and where they are."""
+    def record_validation(
+        self, number: int, digest: str, rows: int, reasons: Mapping[str, int], manifest: str
+    ) -> Reading:
+        """Write down what a validation came to: how many rows were quarantined, why, and where they are.
+
+        `digest` stands for all that it gave. The reading that comes back is the one of before where that is the same:
+        a task that runs twice has validated once.
+        """
         values = {"rows_quarantined": rows, "reasons": json.dumps(reasons, sort_keys=True), "quarantine": manifest}
+        another = case((extraction.c.validated == digest, 0), else_=1)
         with self._writing() as connection:
-            connection.execute(update(extraction).where(extraction.c.number == number).values(values))
+            statement = update(extraction).where(extraction.c.number == number).values(values)
+            statement = statement.values(
+                validation=extraction.c.validation + another, validated=digest, validated_at=self._now(connection)
+            )
+            outcome: int = connection.execute(statement.returning(extraction.c.validation)).scalar_one()
+        return Reading(number, outcome)
+
+    def validated_at(self, reading: Reading) -> datetime | None:
+        """Return when the accounts of a reading were looked up at the site, None if that was never written down."""
+        statement = select(extraction.c.validated_at).where(extraction.c.number == reading.extraction)
+        with self._reading() as connection:
+            return connection.execute(statement).scalar_one_or_none()
 
     def extractions(self, name: str) -> list[Extraction]:
         """Return the newest extraction of each data interval of a source, by interval."""
@@ -208,30 +235,31 @@ class Ledger:
 
     # --- comparing ---------------------------------------------------------------------------------------------------
 
-    def begin_comparison(self, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
-        """Declare that extraction `number` is being compared for `periods`; older ones then send none.
+    def begin_comparison(self, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
+        """Declare that a reading is being compared for `periods`; earlier ones then send none.
 
-        Return the periods for which a newer extraction was compared: this one has no say about them.
+        Return the periods for which a later one was compared: this one has no say about them.
 
         Raises:
             Stale: those are all of them.
             Misconfigured: a period overlaps another that was compared, so rows would be billed under both.
         """
-        rows = [{"source": name, "period_start": p.start, "period_end": p.end, "extraction": number} for p in periods]
+        rows = [{"source": name, "period_start": p.start, "period_end": p.end, **asdict(reading)} for p in periods]
         statement = self._insert(compared_period)
+        given = tuple_(statement.excluded.extraction, statement.excluded.validation)
         upsert = statement.on_conflict_do_update(
             index_elements=["source", "period_start", "period_end"],
-            set_={"extraction": statement.excluded.extraction},
-            where=compared_period.c.extraction < statement.excluded.extraction,
+            set_={name: statement.excluded[name] for name in asdict(reading)},
+            where=queries.read_as(compared_period) < given,
         )
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
             _raise_if_overlapping(connection, name, periods)
-            stale = _stale(connection, name, number, periods)
+            stale = _stale(connection, name, reading, periods)
             if stale == frozenset(periods):
                 raise Stale(
-                    f"stale: a newer extraction of {name!r} was compared for every usage period of extraction "
-                    f"{number}; this run sends nothing, the newer one has the say"
+                    f"stale: a newer extraction of {name!r}, or a later validation of it, was compared for every usage "
+                    f"period of {reading}; this run sends nothing, the newer one has the say"
                 )
             connection.execute(upsert, rows)
         return stale
@@ -239,9 +267,9 @@ class Ledger:
     def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
         """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
 
-        Columns: identity, revision, state, quantity, applied (both text), extraction, token, reason, account,
-        subscription, component, price_point, dimensions, period_start, period_end, address; sorted by identity and
-        revision.
+        Columns: identity, revision, state, quantity, applied (both text), extraction, validation, token, reason,
+        account, subscription, component, price_point, dimensions, period_start, period_end, address; sorted by identity
+        and revision.
         """
         return self._frame(queries.standing(name, window, low, high))
 
@@ -255,13 +283,13 @@ class Ledger:
 
     # --- delivering --------------------------------------------------------------------------------------------------
 
-    def reserve(self, name: str, site: str, number: int, proposals: pd.DataFrame) -> Reserved:
+    def reserve(self, name: str, site: str, reading: Reading, proposals: pd.DataFrame) -> Reserved:
         """Write proposals down before anything is sent, in one transaction with the check that they are still right.
 
         `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or
         ``held``, or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has
         another last revision than the plan saw is not written: it has moved, and has to be planned again.
-        So does one for whose usage period a newer extraction was compared.
+        So does one for whose usage period a later reading was compared.
 
         What a chunk of raw events may hold hangs on all others of its usage period: proposals of chunks, one period in
         one call, have a column ``basis`` (see `bases`), and move where the ledger has another one by now.
@@ -275,13 +303,14 @@ class Ledger:
         with self._writing() as connection:
             # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            stale = [period.start for period in _stale(connection, name, number, periods)]
+            stale = [period.start for period in _stale(connection, name, reading, periods)]
             now = self._now(connection)
             known = self._frame_of(connection, queries.standing(name, window, low, high))
             last = known.groupby("identity")["revision"].max()
             base = proposals["identity"].map(last).fillna(-1).astype(int)
-            # An earlier try of the same plan; the same token from another extraction means that it has moved.
-            ours = (known["extraction"] == number) & ~(chunks & (known["state"] == State.SUPERSEDED))
+            # An earlier try of the same plan; the same token from another reading means that it has moved.
+            ours = (known["extraction"] == reading.extraction) & (known["validation"] == reading.validation)
+            ours &= ~(chunks & (known["state"] == State.SUPERSEDED))
             already = proposals["token"].isin(known.loc[ours, "token"])
             sound = ~already & (base == proposals["revision"] - 1) & ~proposals["period_start"].isin(stale)
             if chunks:
@@ -293,12 +322,13 @@ class Ledger:
                 return Reserved(0, 0, len(proposals))
             fresh = proposals[sound & (proposals["state"] != State.SUPERSEDED)]
             if not fresh.empty:
-                connection.execute(insert(delivery), _rows(fresh, name, site, number, now))
+                connection.execute(insert(delivery), _rows(fresh, name, site, reading, now))
         return Reserved(written=int(sound.sum()), already=int(already.sum()), moved=int((~already & ~sound).sum()))
 
-    def reserved(self, name: str, number: int, limit: int, after: str = "") -> list[Delivery]:
-        """Return up to `limit` deliveries of one extraction that are ready to be sent, by token, above `after`."""
-        binds = {"of": name, "number": number, "after": after, "most": limit}
+    def reserved(self, name: str, reading: Reading, limit: int, after: str = "") -> list[Delivery]:
+        """Return up to `limit` deliveries of one reading that are ready to be sent, by token, above `after`."""
+        binds = {"of": name, "number": reading.extraction, "validation": reading.validation}
+        binds |= {"after": after, "most": limit}
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESERVED, binds).mappings()]
 
@@ -320,7 +350,7 @@ class Ledger:
     def begin_sending(self, tokens: Sequence[str], held: Lease) -> frozenset[str]:
         """Put reserved deliveries in the air under a lease; return those that are now ours to send, and only those.
 
-        A token stays behind if another worker has it, if the lease is lost, or if a newer extraction was compared.
+        A token stays behind if another worker has it, if the lease is lost, or if a later reading was compared.
         """
         with self._writing() as connection:
             binds = {"tokens": tokens, "held": held.fence, "now": self._now(connection)}
@@ -401,6 +431,8 @@ class Ledger:
             found = select(delivery).where(delivery.c.token == token).with_for_update()
             row: Any = connection.execute(found).one_or_none()
             _raise_if_undecidable(token, row, state, leaves, counted)
+            if state is State.WRITTEN_OFF:
+                _raise_if_followed(connection, row)
             if counted is not None:
                 _raise_if_too_fine(counted, connection.execute(select(source).where(source.c.name == row.source)).one())
             settled = None if state is State.RESERVED else self._now(connection)
@@ -439,7 +471,7 @@ class Ledger:
         return pd.concat(parts) if parts else pd.DataFrame(columns=["token", "source", "state", "quantity"])
 
     def adopt(
-        self, name: str, site: str, number: int, found: pd.DataFrame, settled: Mapping[str, Receipt], reason: str
+        self, name: str, site: str, reading: Reading, found: pd.DataFrame, settled: Mapping[str, Receipt], reason: str
     ) -> None:
         """Enter what the site holds and this ledger had forgotten, as accepted, in one transaction.
 
@@ -466,7 +498,7 @@ class Ledger:
                 raise NotApplied(f"deliveries of {name!r} moved while the site was asked; adopt again")
             if found.empty:
                 return
-            rows = _rows(found.assign(state=State.ACCEPTED, reason=reason), name, site, number, now)
+            rows = _rows(found.assign(state=State.ACCEPTED, reason=reason), name, site, reading, now)
             connection.execute(
                 queries.CLOSE_BELOW, [{"of": row["identity"], "up_to": row["revision"], **same} for row in rows]
             )
@@ -482,10 +514,10 @@ class Ledger:
         statement = select(*columns).where(queries.in_window(name, window), delivery.c.state == State.ACCEPTED)
         return self._frame(statement.order_by(delivery.c.identity, delivery.c.revision))
 
-    def outdated(self, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
-        """Return the periods for which a newer extraction than `number` was compared."""
+    def outdated(self, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
+        """Return the periods for which a later one than `reading` was compared."""
         with self._reading() as connection:
-            return _stale(connection, name, number, periods)
+            return _stale(connection, name, reading, periods)
 
     def states(self, tokens: Sequence[str]) -> dict[str, State]:
         """Return the state of each of `tokens` that this ledger ever wrote down, of whatever source and period."""
@@ -594,9 +626,9 @@ def bases(standing: pd.DataFrame) -> dict[datetime, str]:
     return {start: sha256("\n".join(sorted(some)).encode()).hexdigest() for start, some in lines}
 
 
-def _stale(connection: Connection, name: str, number: int, periods: Sequence[Period]) -> frozenset[Period]:
-    """Return those of `periods` for which a later extraction than `number` was compared."""
-    rows = connection.execute(queries.newer_comparisons(name, number, Period.around(periods)))
+def _stale(connection: Connection, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
+    """Return those of `periods` for which a later one than `reading` was compared."""
+    rows = connection.execute(queries.newer_comparisons(name, reading, Period.around(periods)))
     return frozenset(Period(row.period_start, row.period_end) for row in rows) & frozenset(periods)
 
 
@@ -629,12 +661,11 @@ def _periods(proposals: pd.DataFrame) -> list[Period]:
     ]
 
 
-def _rows(fresh: pd.DataFrame, name: str, site: str, number: int, now: datetime) -> list[dict[str, Any]]:
+def _rows(fresh: pd.DataFrame, name: str, site: str, reading: Reading, now: datetime) -> list[dict[str, Any]]:
     columns = "token identity revision account subscription component price_point dimensions".split()
     columns += "quantity state reason address body".split()
-    rows = (
-        fresh[columns].astype({"revision": object}).assign(source=name, site=site, extraction=number, reserved_at=now)
-    )
+    rows = fresh[columns].astype({"revision": object})
+    rows = rows.assign(source=name, site=site, reserved_at=now, **asdict(reading))
     for column in ("period_start", "period_end"):
         rows[column] = pd.Series(fresh[column].dt.to_pydatetime(), index=fresh.index, dtype=object)
     if "open_until" in fresh:
@@ -658,8 +689,17 @@ def _raise_if_undecidable(token: str, row: Any, state: State, leaves: Sequence[S
         wrong = "the site is still being asked; the sweep ends this doubt, or says that a person has to"
     elif (state is State.ACCEPTED) != (counted is not None):
         wrong = "accepted, and nothing else, needs the quantity that the site counts"
+    elif counted is not None and not row.subscription and counted != Decimal(row.quantity):
+        wrong = f"a chunk of raw events counts whole ({row.quantity}) or not at all: which of them count is not known"
     if wrong:
         raise Misconfigured(f"token {token}: {wrong}")
+
+
+def _raise_if_followed(connection: Connection, row: Any) -> None:
+    """Refuse to write off what a later revision has replaced: it would settle the same usage a second time."""
+    later = select(delivery.c.token).where(delivery.c.identity == row.identity, delivery.c.revision > row.revision)
+    if connection.execute(later.limit(1)).first() is not None:
+        raise Misconfigured(f"token {row.token}: a later revision has replaced it, and holds what is owed")
 
 
 def _raise_if_too_fine(counted: Decimal, of: Any) -> None:

@@ -6,10 +6,24 @@ SQLAlchemy longer than running it.
 
 from typing import Any
 
-from sqlalchemy import BindParameter, ColumnElement, Select, and_, bindparam, case, exists, or_, select, text, update
+from sqlalchemy import (
+    BindParameter,
+    ColumnElement,
+    Select,
+    Tuple,
+    and_,
+    bindparam,
+    case,
+    exists,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
 from usage_billing.ledger.tables import UtcDateTime, compared_period, delivery, lease
-from usage_billing.records import Period, State
+from usage_billing.records import Period, Reading, State
 
 
 def alive(now: Any) -> ColumnElement[bool]:
@@ -37,7 +51,7 @@ def in_window(source: str, window: Period | None) -> ColumnElement[bool]:
 
 def standing(source: str, window: Period, low: str, high: str) -> Select[Any]:
     """Select every revision of a source's identities in ``[low, high)`` for usage periods in `window`, sorted."""
-    names = "identity revision state quantity applied extraction token reason account subscription component"
+    names = "identity revision state quantity applied extraction validation token reason account subscription component"
     names += " price_point dimensions period_start period_end address"
     return (
         select(*(delivery.c[name] for name in names.split()))
@@ -55,9 +69,15 @@ def touching(source: str, span: Period) -> Select[Any]:
     )
 
 
-def newer_comparisons(source: str, number: int, span: Period) -> Select[Any]:
-    """Select the usage periods in a span for which a later extraction than `number` was compared."""
-    return touching(source, span).where(compared_period.c.extraction > number)
+def newer_comparisons(source: str, reading: Reading, span: Period) -> Select[Any]:
+    """Select the usage periods in a span for which a later one than `reading` was compared."""
+    given = tuple_(reading.extraction, reading.validation)
+    return touching(source, span).where(read_as(compared_period) > given)
+
+
+def read_as(table: Any) -> Tuple:
+    """Return the columns by which readings are ordered."""
+    return tuple_(table.c.extraction, table.c.validation)
 
 
 _TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until reason"
@@ -70,7 +90,7 @@ _OUTDATED = exists().where(
     compared_period.c.source == delivery.c.source,
     compared_period.c.period_start == delivery.c.period_start,
     compared_period.c.period_end == delivery.c.period_end,
-    compared_period.c.extraction > delivery.c.extraction,
+    read_as(compared_period) > read_as(delivery),
 )
 
 COUNTED = case((delivery.c.applied != "", delivery.c.applied), else_=delivery.c.quantity)
@@ -82,6 +102,7 @@ RESERVED = (
         delivery.c.source == bindparam("of"),
         delivery.c.state == State.RESERVED,
         delivery.c.extraction == bindparam("number"),
+        delivery.c.validation == bindparam("validation"),
         delivery.c.token > bindparam("after"),
     )
     .order_by(delivery.c.token)
@@ -111,7 +132,7 @@ MAY_SEND = select(
     )
 )
 
-# Only one worker may have a delivery in the air, only under a living lease, and only for the newest extraction.
+# Only one worker may have a delivery in the air, only under a living lease, and only of the newest reading.
 BEGIN_SENDING = (
     update(delivery)
     .where(
@@ -148,13 +169,14 @@ ADOPT_OPEN = (
     .values(_ACCEPTED)
 )
 
-# An identity has one open revision at a time, so one before a revision that was sent had come to its end.
+# An identity has one open revision at a time, so one before a revision that was sent had come to its end. What was
+# refused had too: the later revision holds what it asked for, and nobody may write it off any more.
 CLOSE_BELOW = (
     update(delivery)
     .where(
         delivery.c.identity == bindparam("of"),
         delivery.c.revision < bindparam("up_to"),
-        _WAITING,
+        or_(_WAITING, delivery.c.state == State.REFUSED),
     )
     .values(state=State.SUPERSEDED, settled_at=_NOW, reason=bindparam("note"))
 )

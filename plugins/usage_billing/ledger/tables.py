@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from usage_billing.records import State, check_aware
 
-SCHEMA_VERSION = "0002"
+SCHEMA_VERSION = "0003"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -107,6 +107,9 @@ extraction = Table(
     Column("rows_quarantined", Integer, nullable=False, server_default="0"),
     Column("reasons", Text, nullable=False, server_default="{}", comment="Quarantined rows by reason, as JSON."),
     Column("quarantine", Text, nullable=False, server_default="", comment="The manifest of the quarantined rows."),
+    Column("validation", Integer, nullable=False, server_default="0", comment="How many outcomes its validation had."),
+    Column("validated", Text, nullable=False, server_default="", comment="The digest of the last of these outcomes."),
+    Column("validated_at", UtcDateTime, comment="When its accounts were last looked up at the site."),
     sqlite_autoincrement=True,
 )
 Index("extraction_by_interval", extraction.c.source, extraction.c.interval_start)
@@ -118,6 +121,7 @@ compared_period = Table(
     Column("period_start", UtcDateTime, primary_key=True),
     Column("period_end", UtcDateTime, primary_key=True),
     Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("validation", Integer, nullable=False, server_default="0"),
 )
 
 _states = ", ".join(f"'{state}'" for state in State)
@@ -140,6 +144,7 @@ delivery = Table(
     Column("period_end", UtcDateTime, nullable=False),
     Column("quantity", Text, nullable=False),
     Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("validation", Integer, nullable=False, server_default="0"),
     Column("state", String(16), nullable=False),
     Column("reason", Text, nullable=False, server_default=""),
     Column("address", Text, nullable=False),

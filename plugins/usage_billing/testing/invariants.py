@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import and_, select
 
-from usage_billing.ledger import Ledger
+from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import compared_period, delivery
 from usage_billing.records import State
 from usage_billing.sandbox import DirectSandbox
@@ -121,7 +121,7 @@ class Watch(ABC):
                 and_(
                     compared_period.c.source == delivery.c.source,
                     compared_period.c.period_start == delivery.c.period_start,
-                    compared_period.c.extraction > delivery.c.extraction,
+                    queries.read_as(compared_period) > queries.read_as(delivery),
                 ),
             )
             .where(delivery.c.token.in_(sorted(tokens)))

@@ -20,7 +20,7 @@ from usage_billing.extract import extract
 from usage_billing.ledger import Ledger
 from usage_billing.plan import plan
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Comparison, Period, Plan, Run, State, Tally
+from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
@@ -194,7 +194,7 @@ class DagRun:
         events = extract([table], source, house.staging, folder)
         ledger.record_read(number, events.rows)
         if not events.rows:
-            ledger.begin_comparison(source.name, number, periods)
+            ledger.begin_comparison(source.name, Reading(number), periods)
             if ledger.has(source.name, window, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
                 raise NeedsDecision("no rows at all, and the ledger has billed some: a person has to say so")
             if not ledger.has(source.name, window, State.RESERVED, State.HELD, State.REFUSED):
@@ -208,12 +208,13 @@ class DagRun:
         periods = source.periods(run.interval)
         events = run.tables["events"]
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
-        ledger.record_quarantine(run.number, found.quarantined.rows, found.reasons, found.quarantined.manifest)
+        aside = found.quarantined
+        reading = ledger.record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest)
         self._check_rows(run, events.rows, found.accepted.rows, found.quarantined.rows)
         site = destination.site
         totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
-        run = run.with_table("totals", totals, rows_quarantined=found.quarantined.rows)
+        run = run.with_table("totals", totals, rows_quarantined=aside.rows, validation=reading.validation)
         planned = self._plan(run, destination, ledger)
         return run.with_table("proposals", planned.proposals)
 
@@ -224,7 +225,7 @@ class DagRun:
         deliver(
             Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1)),
             lambda: self._plan(run, destination, ledger),
-            run.number,
+            run.reading,
             window,
             destination,
             ledger,
@@ -233,7 +234,7 @@ class DagRun:
             means(house.ledger, process, house.around),
         )
         left = ledger.open_items(source.name, window)
-        outdated = [period.start for period in ledger.outdated(source.name, run.number, source.periods(run.interval))]
+        outdated = [period.start for period in ledger.outdated(source.name, run.reading, source.periods(run.interval))]
         unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
         unsettled = unsettled[~unsettled["period_start"].isin(outdated)]
         if not unsettled.empty:
@@ -292,7 +293,7 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
     accepted, periods = tables["accepted"], source.periods(run.interval)
     totals, targets, aside = tables["totals"], tables["targets"], run.rows_quarantined
-    return Comparison(run.number, periods, totals, targets, accepted.rows, aside, accepted)
+    return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted)
 
 
 def _destination(house: House, source: BillingSource, process: Process) -> Destination:
