@@ -379,10 +379,8 @@ class _Work:
         now = self._ledger.now()
         near = [one for one in dated if self._is_over(one, now)]
         try:
-            return {
-                token: InDoubt(f"{PERSON_DECIDES}{doubt}")
-                for token, doubt in overtaken(self._destination, near).items()
-            }
+            late = overtaken(self._destination, near, now)
+            return {token: InDoubt(f"{PERSON_DECIDES}{doubt}") for token, doubt in late.items()}
         except UsageBillingError as failure:
             return {one.token: InDoubt(f"{failure}; whether it was taken in time is not known") for one in near}
 

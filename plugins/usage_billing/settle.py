@@ -83,7 +83,7 @@ class Doubts:
         now = self._ledger.now()
         try:
             answers = {**self._destination.settle(doubts, now)}
-            answers |= overtaken(self._destination, self._found_late(doubts, answers, now))
+            answers |= overtaken(self._destination, self._found_late(doubts, answers, now), now)
         except (NotApplied, InDoubt) as error:
             log.warning("%d doubts stay open: %s", len(doubts), error)
             return
@@ -121,7 +121,7 @@ class Doubts:
         return ended
 
 
-def overtaken(destination: Destination, deliveries: Sequence[Delivery]) -> dict[str, InDoubt]:
+def overtaken(destination: Destination, deliveries: Sequence[Delivery], now: datetime) -> dict[str, InDoubt]:
     """Return, by token, the doubt about what was taken near the end of its billing period, if that has ended by now.
 
     Whether it is billed, no later question will tell; a person looks at the invoice.
@@ -131,7 +131,7 @@ def overtaken(destination: Destination, deliveries: Sequence[Delivery]) -> dict[
     """
     if not deliveries:
         return {}
-    reasons = destination.overtaken(deliveries)
+    reasons = destination.overtaken(deliveries, now)
     words = "it was taken while its billing period ended, so it may never be billed: look at the invoice"
     return {token: InDoubt(f"{words} ({why})") for token, why in reasons.items()}
 

@@ -126,11 +126,11 @@ class Destination(ABC):
         """
         return {}
 
-    def overtaken(self, deliveries: Sequence[Delivery]) -> Mapping[str, str]:
+    def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Return, by token, why what the site has taken may lie in a billing period that had closed by then.
 
         Asked after the reply, of what was sent so near the end of its period that it may have landed after it. What is
-        still open now was open then.
+        still open `now`, by the ledger's time, was open then.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked.

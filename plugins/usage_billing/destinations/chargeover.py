@@ -498,6 +498,9 @@ class ChargeOverUsage(Destination):
         found = {one.token: self._why_not(one, today[str(one.address["account"])]) for one in deliveries}
         return {token: why for token, why in found.items() if why}
 
+    def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        return self.recheck(deliveries, now)
+
     def _why_not(self, delivery: Delivery, target: Target) -> str:
         if target.unknown:
             return target.unknown

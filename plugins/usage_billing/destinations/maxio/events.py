@@ -196,6 +196,10 @@ class MaxioEvents(MaxioDestination):
             )
         return {delivery.token: why for delivery in deliveries if delivery.token not in still}
 
+    def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        still = self._still_open(deliveries)
+        return {one.token: "the period of its events is closed now" for one in deliveries if one.token not in still}
+
     def _replay(self, chunk: Sequence[Delivery]) -> None:
         try:
             self._record(chunk)
