@@ -247,6 +247,7 @@ class ReconcileOperator(StageOperator):
             "missing there": found.missing,
             "different": found.different,
             "unknown here": found.unknown,
+            "on replaced lines": found.moved,
             "held": states.get(State.HELD, 0),
             "refused": refused,
             "owed and unlisted": unsettled,
@@ -256,6 +257,8 @@ class ReconcileOperator(StageOperator):
             self.log.info("  %-17s %20s", label, value)
         if found.note:
             self.log.warning("not tied out: %s", found.note)
+        for warning in found.warnings:
+            self.log.warning("to look at: %s", warning)
         for example in found.examples:
             self.log.warning("difference: %s", example)
         if not found.ties_out or unsettled or refused:

@@ -7,7 +7,7 @@ chunks; what is in them tells the archive.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import cast
 
@@ -22,6 +22,9 @@ from usage_billing.ledger import Ledger
 from usage_billing.records import Period, SiteRecord, SiteTotal, State
 
 _EXAMPLES = 10
+_BATCH = 500
+"""How many records of other runs are looked up at once."""
+_ON_ITS_WAY = (State.SENDING, State.IN_DOUBT)
 _ADD_UP = ("sum", "count")
 """What a metric may compute so that the parts of it can be added up here."""
 
@@ -31,8 +34,9 @@ class Reconciliation:
     """The tie-out of one window.
 
     `matched`, `missing` (accepted here, not there), `unknown` (there, not ours: somebody else also bills this) and
-    `different` count records, or billing periods where the site only counts. `ours` and `theirs` are sums. `note` says
-    why nothing was compared, where nothing can be.
+    `different` count records, or billing periods where the site only counts. `ours` and `theirs` are sums. `moved`
+    counts deliveries that were accepted at an address which was replaced since, so that nobody can say whether they are
+    billed; `warnings` name them. `note` says why nothing was compared, where nothing can be.
     """
 
     matched: int
@@ -43,6 +47,8 @@ class Reconciliation:
     theirs: Decimal
     examples: tuple[str, ...] = ()
     note: str = ""
+    moved: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def ties_out(self) -> bool:
@@ -59,27 +65,33 @@ def reconcile(
 ) -> Reconciliation:
     """Compare the ledger's accepted deliveries of one source in `window` with the billing site.
 
-    What is missing there is looked for again after each of `pauses` (seconds): a site may show late what it has.
+    What does not tie out is looked at again after each of `pauses` (seconds): a site may show late what it has, and
+    what other runs send meanwhile is counted there before it is accepted here.
 
     Raises:
         NotApplied: the site could not be asked.
     """
     found = _look(destination, ledger, window)
     for pause in pauses:
-        if not found.missing:
+        if found.ties_out:
             break
         wait(pause)
         found = _look(destination, ledger, window)
-    return found
+    accepted = ledger.accepted(destination.source.name, window)
+    moved = [] if accepted.empty else list(destination.moved(accepted))
+    warnings = tuple(one.text for one in moved[:_EXAMPLES])
+    return replace(found, moved=sum(one.deliveries for one in moved), warnings=warnings)
 
 
 def _look(destination: Destination, ledger: Ledger, window: Period) -> Reconciliation:
     accepted = ledger.accepted(destination.source.name, window)
     if accepted.empty:
         return Reconciliation(0, 0, 0, 0, Decimal(0), Decimal(0))
-    records = destination.records(accepted)
-    if records is not None:
-        return _by_record(ledger, accepted, records)
+    if destination.records(accepted.head(1)) is not None:
+        records = _Records(ledger)
+        for _, some in accepted.groupby("address"):
+            records.compare(some, destination.records(some) or ())
+        return records.closed()
     if destination.metric not in _ADD_UP:
         why = f"the site computes the {destination.metric} of the events, and no sum of ours can be tied out with that"
         return Reconciliation(0, 0, 0, 0, Decimal(0), Decimal(0), note=why)
@@ -90,41 +102,93 @@ def _look(destination: Destination, ledger: Ledger, window: Period) -> Reconcili
     return _by_total(destination, ledger, sorted(accepted["subscription"].unique()), window)
 
 
-def _by_record(ledger: Ledger, accepted: pd.DataFrame, records: Iterable[SiteRecord]) -> Reconciliation:
-    # A deduction that met the floor is stored as it was sent, or as it counted: sites differ.
-    counted = accepted["applied"].where(accepted["applied"] != "", accepted["quantity"])
-    pairs = zip(map(Decimal, accepted["quantity"]), map(Decimal, counted), strict=True)
-    expected = dict(zip(accepted["token"], pairs, strict=True))
-    ours = sum(map(Decimal, counted), Decimal(0))
-    theirs, matched = Decimal(0), 0
-    different: list[str] = []
-    others: list[SiteRecord] = []
-    ours_by_token = frozenset(expected)
-    for record in records:
-        if record.token not in ours_by_token:
-            others.append(record)
-            continue
-        theirs += record.quantity
+@dataclass
+class _Found:
+    """How many records of one kind there are, and the first of them in words."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, text: str) -> None:
+        self.count += 1
+        if self.count <= _EXAMPLES:
+            self.examples.append(text)
+
+
+class _Records:
+    """The tie-out of single records, address by address: whatever the history, it keeps counts and some examples."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._matched = 0
+        self._ours = self._theirs = Decimal(0)
+        self._different, self._missing = _Found(), _Found()
+        # Those under a token are the more alarming ones.
+        self._unknown_tokens, self._unknown = _Found(), _Found()
+        self._others: list[SiteRecord] = []
+
+    def compare(self, accepted: pd.DataFrame, records: Iterable[SiteRecord]) -> None:
+        """Compare what was accepted for one address with what the site holds there."""
+        # A deduction that met the floor is stored as it was sent, or as it counted: sites differ.
+        counted = accepted["applied"].where(accepted["applied"] != "", accepted["quantity"])
+        pairs = zip(map(Decimal, accepted["quantity"]), map(Decimal, counted), strict=True)
+        expected = dict(zip(accepted["token"], pairs, strict=True))
+        ours_by_token = frozenset(expected)
+        self._ours += sum(map(Decimal, counted), Decimal(0))
+        for record in records:
+            if record.token in ours_by_token:
+                self._one_of_ours(record, expected)
+            else:
+                self._another(record)
+        for token, (sent, _) in expected.items():
+            self._missing.add(f"token {token}: {sent} accepted here, absent there")
+
+    def closed(self) -> Reconciliation:
+        """Return the tie-out of all that was compared."""
+        self._judge_others()
+        kinds = (self._different, self._missing, self._unknown_tokens, self._unknown)
+        examples = [text for kind in kinds for text in kind.examples][:_EXAMPLES]
+        unknown = self._unknown_tokens.count + self._unknown.count
+        return Reconciliation(
+            self._matched,
+            self._missing.count,
+            unknown,
+            self._different.count,
+            self._ours,
+            self._theirs,
+            tuple(examples),
+        )
+
+    def _one_of_ours(self, record: SiteRecord, expected: dict[str, tuple[Decimal, Decimal]]) -> None:
+        self._theirs += record.quantity
         wanted = expected.pop(record.token, None)
         if wanted is None:
-            different.append(f"record {record.record_id}: {record.quantity} there a second time under {record.token}")
-            continue
-        matched += record.quantity in wanted
-        if record.quantity not in wanted:
-            different.append(f"record {record.record_id}: {record.quantity} there, {wanted[0]} here")
-    missing = [f"token {token}: {sent} accepted here, absent there" for token, (sent, _) in expected.items()]
-    # A site that cannot tell usage periods apart also lists what other runs of ours sent.
-    states = ledger.states([record.token for record in others if record.token])
-    unknown = []
-    # Those under a token first: they are the more alarming ones.
-    for record in sorted(others, key=lambda record: not record.token):
-        state = states.get(record.token)
-        if state is None:
-            unknown.append(f"record {record.record_id}: {record.quantity} there, {_whose(record)}")
-        elif state not in {State.ACCEPTED, State.SENDING, State.IN_DOUBT}:
-            different.append(f"record {record.record_id}: {record.quantity} there, {state} here under {record.token}")
-    examples = (different + missing + unknown)[:_EXAMPLES]
-    return Reconciliation(matched, len(missing), len(unknown), len(different), ours, theirs, tuple(examples))
+            text = f"record {record.record_id}: {record.quantity} there a second time under {record.token}"
+            self._different.add(text)
+        elif record.quantity in wanted:
+            self._matched += 1
+        else:
+            self._different.add(f"record {record.record_id}: {record.quantity} there, {wanted[0]} here")
+
+    def _another(self, record: SiteRecord) -> None:
+        if not record.token:
+            self._unknown.add(f"record {record.record_id}: {record.quantity} there, {_whose(record)}")
+            return
+        self._others.append(record)
+        if len(self._others) == _BATCH:
+            self._judge_others()
+
+    def _judge_others(self) -> None:
+        """Look up what other runs of ours sent: a site that cannot tell usage periods apart lists that too."""
+        states = self._ledger.states([record.token for record in self._others])
+        for record in self._others:
+            state = states.get(record.token)
+            text = f"record {record.record_id}: {record.quantity} there, "
+            if state is None:
+                self._unknown_tokens.add(text + _whose(record))
+            elif state not in _ON_ITS_WAY and state is not State.ACCEPTED:
+                self._different.add(text + f"{state} here under {record.token}")
+        self._others.clear()
 
 
 def _whose(record: SiteRecord) -> str:
@@ -139,35 +203,52 @@ def _whose(record: SiteRecord) -> str:
 
 def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], window: Period) -> Reconciliation:
     totals = [total for total in destination.totals(billed) or [] if _touch(total.period, window)]
-    matched = unknown = 0
+    matched = 0
     ours_sum = theirs_sum = Decimal(0)
-    missing = [
-        f"subscription {subscription}: the site gives no total for {window}"
-        for subscription in sorted(set(billed) - {total.subscription for total in totals})
-    ]
-    more: list[str] = []
+    different, missing, unknown = _Found(), _Found(), _Found()
+    for subscription in sorted(set(billed) - {total.subscription for total in totals}):
+        missing.add(f"subscription {subscription}: the site gives no total for {window}")
     for (period, component), some in _grouped(totals).items():
-        sums = _accepted_here(destination, ledger, [total.subscription for total in some], component, period)
+        names = [total.subscription for total in some]
+        sums = _sums_here(destination, ledger, names, component, period, (State.ACCEPTED,))
+        more = [total.subscription for total in some if total.quantity > sums.get(total.subscription, Decimal(0))]
+        under_way = _sums_here(destination, ledger, more, component, period, _ON_ITS_WAY) if more else {}
         for total in some:
             ours = sums.get(total.subscription, Decimal(0))
             ours_sum, theirs_sum = ours_sum + ours, theirs_sum + total.quantity
             text = f"subscription {total.subscription}, {period}: {total.quantity} there, {ours} here"
-            matched += ours == total.quantity
-            # More there than here: somebody else feeds the component too. Less: something of ours is not counted.
-            unknown += total.quantity > ours
-            (missing if total.quantity < ours else more).extend([text] if ours != total.quantity else [])
-    examples = (missing + more)[:_EXAMPLES]
-    return Reconciliation(matched, len(missing), unknown, 0, ours_sum, theirs_sum, tuple(examples))
+            excess = total.quantity - ours
+            if excess == 0:
+                matched += 1
+            elif excess < 0:
+                missing.add(text)  # Something of ours is not counted.
+            elif destination.fed_by_others:
+                unknown.add(f"{text}: others feed the component too, as the source says")
+            elif excess <= under_way.get(total.subscription, Decimal(0)):
+                unknown.add(f"{text}, and what is in doubt or being sent")
+            else:
+                different.add(f"{text}: it was billed twice, or somebody else feeds the component (`fed_by_others`)")
+    examples = tuple((different.examples + missing.examples + unknown.examples)[:_EXAMPLES])
+    return Reconciliation(matched, missing.count, unknown.count, different.count, ours_sum, theirs_sum, examples)
 
 
-def _accepted_here(
-    destination: Destination, ledger: Ledger, subscriptions: Sequence[str], component: str, period: Period
+def _sums_here(
+    destination: Destination,
+    ledger: Ledger,
+    subscriptions: Sequence[str],
+    component: str,
+    period: Period,
+    states: Sequence[State],
 ) -> dict[str, Decimal]:
-    """Return by subscription what should be counted there: from usage totals, and from archived chunks of events."""
-    sums = _sums(ledger.accepted_at(destination.site, subscriptions, component, period))
+    """Return by subscription what deliveries in these states add up to: usage totals, and archived chunks of events."""
+    some = ledger.accepted_at(destination.site, subscriptions, component, period, states)
+    # The renewal cuts a usage period in two, and each of its events lies on one side.
+    cut = some.loc[some["body"] != "", "body"]
+    outside = [row for row, body in cut.items() if not period.start <= destination.counted_at(body) < period.end]
+    sums = _sums(some.drop(index=outside))
     if destination.archive is None:
         return sums
-    for events in _chunks(destination, ledger, component, period):
+    for events in _chunks(destination, ledger, component, period, states):
         inside = pc.and_(
             pc.greater_equal(events.column("time"), pa.scalar(period.start, events.column("time").type)),
             pc.less(events.column("time"), pa.scalar(period.end, events.column("time").type)),
@@ -179,9 +260,15 @@ def _accepted_here(
     return sums
 
 
-def _chunks(destination: Destination, ledger: Ledger, component: str, window: Period) -> Iterator[pa.Table]:
+def _chunks(
+    destination: Destination,
+    ledger: Ledger,
+    component: str,
+    window: Period,
+    states: Sequence[State] = (State.ACCEPTED,),
+) -> Iterator[pa.Table]:
     """Yield the accepted chunks of all sources that feed a component and may hold events of `window`, one at a time."""
-    for address in ledger.chunks_at(destination.site, component, window):
+    for address in ledger.chunks_at(destination.site, component, window, states):
         yield destination.kept().read(Archived.at(address))
 
 

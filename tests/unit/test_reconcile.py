@@ -1,6 +1,8 @@
 """The tie-out where a site only counts: what it does not count is missing, and nothing passes through a float."""
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from types import SimpleNamespace
@@ -9,16 +11,26 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from usage_billing.reconcile import reconcile
-from usage_billing.records import Period, SiteRecord, SiteTotal
+from usage_billing.destinations.base import Moved
+from usage_billing.reconcile import Reconciliation, reconcile
+from usage_billing.records import Period, SiteRecord, SiteTotal, State
 
 MONTH = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC))
 DAY = Period(datetime(2026, 10, 5, tzinfo=UTC), datetime(2026, 10, 6, tzinfo=UTC))
 
 
-def looked(here: dict[str, list[str]], there: list[dict[str, str]]) -> tuple[Any, list[float]]:
+def looked(
+    here: dict[str, list[str]],
+    there: list[dict[str, str]],
+    under_way: Mapping[str, str] | None = None,
+    *,
+    fed_by_others: bool = False,
+) -> tuple[Any, list[float]]:
     """Reconcile what the ledger accepted by subscription with what the site answers at each look."""
-    rows = [{"subscription": name, "quantity": quantity} for name, some in here.items() for quantity in some]
+    rows = [
+        {"subscription": name, "quantity": quantity, "body": ""} for name, some in here.items() for quantity in some
+    ]
+    sent = [{"subscription": name, "quantity": quantity, "body": ""} for name, quantity in (under_way or {}).items()]
     answers = iter(there)
 
     def totals(_: Sequence[str]) -> list[SiteTotal]:
@@ -29,14 +41,18 @@ def looked(here: dict[str, list[str]], there: list[dict[str, str]]) -> tuple[Any
         site="maxio:us:orbit",
         records=lambda _: None,
         totals=totals,
+        moved=lambda _: (),
         metric="sum",
         stream="",
         archive=None,
+        fed_by_others=fed_by_others,
     )
-    book: Any = SimpleNamespace(
-        accepted=lambda *_: pd.DataFrame(rows),
-        accepted_at=lambda _site, names, *_: pd.DataFrame([row for row in rows if row["subscription"] in names]),
-    )
+
+    def accepted_at(_site: str, names: Sequence[str], _component: str, _period: Period, states: Any) -> pd.DataFrame:
+        known = [row for row in (rows if State.ACCEPTED in states else sent) if row["subscription"] in names]
+        return pd.DataFrame(known, columns=["subscription", "quantity", "body"])
+
+    book: Any = SimpleNamespace(accepted=lambda *_: pd.DataFrame(rows), accepted_at=accepted_at)
     waited: list[float] = []
     return reconcile(site, book, DAY, wait=waited.append), waited
 
@@ -56,21 +72,115 @@ def test_what_the_site_shows_late_is_looked_for_again() -> None:
     assert waited == [2.0]
 
 
-@pytest.mark.parametrize(("there", "ties_out", "unknown"), [("7.35", True, 0), ("9", True, 1), ("7.349", False, 0)])
-def test_sources_of_different_decimal_places_add_up_exactly(there: str, ties_out: bool, unknown: int) -> None:
+@pytest.mark.parametrize(("there", "different", "missing"), [("7.35", 0, 0), ("7.351", 1, 0), ("7.349", 0, 1)])
+def test_sources_of_different_decimal_places_add_up_exactly(there: str, different: int, missing: int) -> None:
     """Two sources feed one component, one in tenths and one in hundredths."""
     found, _ = looked({"7": ["7.1", "0.25"]}, [{"7": there}] * 4)
-    assert (found.ties_out, found.unknown, found.ours) == (ties_out, unknown, Decimal("7.35"))
+    assert (found.different, found.missing, found.ours) == (different, missing, Decimal("7.35"))
+    assert found.ties_out is (there == "7.35")
+
+
+def test_more_there_than_here_is_a_difference() -> None:
+    """Something was billed that this ledger does not know: red, and the words name the key that says otherwise."""
+    found, waited = looked({"7": ["3"], "8": ["1"]}, [{"7": "6", "8": "1"}] * 4)
+    assert (found.matched, found.different, found.unknown, found.ties_out) == (1, 1, 0, False)
+    assert "7, 2026-10-01T00:00Z to 2026-11-01T00:00Z: 6 there, 3 here" in found.examples[0]
+    assert "fed_by_others" in found.examples[0]
+    assert waited == [2.0, 4.0, 8.0]
+
+
+def test_more_there_than_here_is_told_and_green_where_others_feed_the_component() -> None:
+    """The source says so; what of ours is not counted is missing all the same."""
+    found, _ = looked({"7": ["3"]}, [{"7": "6"}], fed_by_others=True)
+    assert (found.different, found.unknown, found.ties_out) == (0, 1, True)
+    found, _ = looked({"7": ["3"]}, [{"7": "2"}] * 4, fed_by_others=True)
+    assert (found.missing, found.ties_out) == (1, False)
+
+
+@pytest.mark.parametrize(("sent", "ties_out"), [("3", True), ("2.9", False)])
+def test_what_is_in_the_air_may_be_counted_there_already(sent: str, ties_out: bool) -> None:
+    """A delivery of another run is there before its receipt is here; what exceeds that is a difference."""
+    found, _ = looked({"7": ["3"]}, [{"7": "6"}] * 4, {"7": sent})
+    assert (found.ties_out, found.unknown) == (ties_out, int(ties_out))
+
+
+def test_what_other_runs_send_meanwhile_is_looked_at_again() -> None:
+    """Counted there between two looks: the last one decides."""
+    found, waited = looked({"7": ["3"]}, [{"7": "6"}, {"7": "3"}])
+    assert (found.ties_out, waited) == (True, [2.0])
+
+
+def tied_out(records: Callable[[pd.DataFrame], Iterator[SiteRecord]], addresses: int, states: Any) -> Reconciliation:
+    """Tie out one accepted delivery of each address."""
+    accepted = pd.DataFrame(
+        {
+            "token": [f"{number:064x}" for number in range(addresses)],
+            "quantity": "3",
+            "applied": "",
+            "address": [f'{{"line_item_id":{number}}}' for number in range(addresses)],
+        }
+    )
+    name = SimpleNamespace(name="calls")
+    site: Any = SimpleNamespace(source=name, records=records, moved=lambda _: [Moved(2, "two are there")])
+    book: Any = SimpleNamespace(accepted=lambda *_: accepted, states=states)
+    return reconcile(site, book, DAY, wait=lambda _: None)
+
+
+def test_a_long_history_takes_no_more_memory_than_a_short_one() -> None:
+    """Address by address, and record by record: counts, sums and some examples are kept, and no list of records."""
+    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
+    most = 0
+    looks: list[int] = []
+
+    def records(some: pd.DataFrame) -> Iterator[SiteRecord]:
+        nonlocal most
+        (token,) = some["token"]
+        for number in range(4_000):
+            known = Kept(f"{number + 1_000_000:064x}", str(number), Decimal(1))
+            alive.add(known)
+            most = max(most, len(alive))
+            yield known
+            del known
+        yield SiteRecord("", "by hand", Decimal(5))
+        yield SiteRecord(token, "ours", Decimal(3))
+
+    def states(tokens: Sequence[str]) -> dict[str, State]:
+        looks.append(len(tokens))
+        return dict.fromkeys(tokens, State.ACCEPTED)
+
+    found = tied_out(records, 5, states)
+
+    assert (found.matched, found.unknown, found.ours, found.theirs) == (5, 5, Decimal(15), Decimal(15))
+    assert (sum(looks), max(looks)) == (20_000, 500)
+    assert most <= 501
+    assert (found.moved, found.warnings, found.ties_out) == (2, ("two are there",), True)
+
+
+@dataclass(frozen=True)
+class Kept(SiteRecord):
+    """A record whose end can be seen."""
+
+    __slots__ = ("__weakref__",)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def test_many_differences_are_counted_and_a_few_are_named() -> None:
+    """A thousand records that differ are a thousand, and ten examples."""
+    found = tied_out(lambda some: (SiteRecord(token, token, Decimal(4)) for token in some["token"]), 30, lambda _: {})
+    assert (found.different, len(found.examples), found.ties_out) == (30, 10, False)
 
 
 def test_a_token_that_the_ledger_never_wrote_down_is_the_sign_of_another_ledger() -> None:
     """It is told before what somebody typed in by hand, with the mend; neither breaks the tie-out."""
     ours, theirs = "a" * 64, "b" * 64
-    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": ""}])
+    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": "", "address": "{}"}])
     there = [
         SiteRecord("", "1", Decimal(50)), SiteRecord(theirs, "2", Decimal(4)), SiteRecord(ours, "3", Decimal(3)),
     ]  # fmt: skip
-    site: Any = SimpleNamespace(source=SimpleNamespace(name="calls"), records=lambda _: iter(there))
+    name = SimpleNamespace(name="calls")
+    site: Any = SimpleNamespace(source=name, records=lambda _: iter(there), moved=lambda _: ())
     book: Any = SimpleNamespace(accepted=lambda *_: accepted, states=lambda _: {})
     found = reconcile(site, book, DAY)
     assert (found.matched, found.unknown, found.ties_out) == (1, 2, True)

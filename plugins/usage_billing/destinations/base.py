@@ -7,6 +7,7 @@ through this class alone, and the contract suite in ``tests/contract`` holds eac
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, cast
 
@@ -22,6 +23,14 @@ from usage_billing.sources import BillingSource, DestinationSettings
 
 Answer = Receipt | Refused | InDoubt | None
 """What a site says of one delivery in doubt; see `Destination.settle`."""
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Accepted deliveries whose address is no longer today's: how many, and what to tell a person of them."""
+
+    deliveries: int
+    text: str
 
 
 class Destination(ABC):
@@ -48,6 +57,8 @@ class Destination(ABC):
     """How many events a chunk of the `stream` holds at most: as many as the API takes in a request."""
     metric: str = "sum"
     """What the site computes of what it was sent; only a sum or a count can be tied out."""
+    fed_by_others: bool = False
+    """Whether others feed what `totals` counts, as the source says: then more there than here is no difference."""
     archive: Archive | None = None
     """Where chunks of events are kept; whoever makes a destination with a `stream` hands one in."""
 
@@ -198,6 +209,20 @@ class Destination(ABC):
         `deliveries` has ``token``, ``subscription``, ``component``, ``address`` (JSON text), ``record_id``,
         ``period_start``, ``period_end`` of accepted deliveries. None where the API cannot list records singly.
         """
+
+    def counted_at(self, body: str) -> datetime:
+        """Return the moment by which the site assigns a record, the text of a delivery, to a billing period."""
+        raise NotImplementedError(f"{self.name} is tied out record by record")
+
+    def moved(self, accepted: pd.DataFrame) -> Iterable[Moved]:
+        """Yield what was accepted in a billing period that is still open, at an address that was replaced since.
+
+        `accepted` has the columns of `records`. Asks the site once for each account; nothing where addresses stay.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked.
+        """
+        return ()
 
     def elsewhere(self, span: Period) -> Iterable[SiteRecord]:
         """Yield what the site holds over a span at addresses that lead there no more; nothing where none is replaced.

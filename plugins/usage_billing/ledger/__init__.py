@@ -24,6 +24,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    or_,
     select,
     tuple_,
     update,
@@ -528,17 +529,30 @@ class Ledger:
                 found.update({row.token: State(row.state) for row in rows})
         return found
 
-    def accepted_at(self, site: str, subscriptions: Sequence[str], component: str, window: Period) -> pd.DataFrame:
-        """Return what all sources had accepted for one component of a site: subscription, period_start, quantity."""
+    def accepted_at(
+        self,
+        site: str,
+        subscriptions: Sequence[str],
+        component: str,
+        window: Period,
+        states: Sequence[State] = (State.ACCEPTED,),
+    ) -> pd.DataFrame:
+        """Return what all sources had accepted for one component of a site: subscription, period_start, quantity, body.
+
+        A usage period that `window` cuts in two is there with its `body`, which tells where it was billed; others have
+        an empty one. `states` are those to look for instead.
+        """
+        cut = or_(delivery.c.period_start < window.start, delivery.c.period_end > window.end)
+        body = case((cut, delivery.c.body), else_="").label("body")
         parts = [
             self._frame(
-                select(delivery.c.subscription, delivery.c.period_start, queries.COUNTED.label("quantity")).where(
+                select(delivery.c.subscription, delivery.c.period_start, queries.COUNTED.label("quantity"), body).where(
                     delivery.c.site == site,
                     delivery.c.component == component,
                     delivery.c.subscription.in_(some),
-                    delivery.c.period_start >= window.start,
                     delivery.c.period_start < window.end,
-                    delivery.c.state == State.ACCEPTED,
+                    delivery.c.period_end > window.start,
+                    delivery.c.state.in_(states),
                 )
             )
             for some in _batches(sorted(set(subscriptions)))
@@ -546,18 +560,23 @@ class Ledger:
         return (
             pd.concat(parts, ignore_index=True)
             if parts
-            else pd.DataFrame(columns=["subscription", "period_start", "quantity"])
+            else pd.DataFrame(columns=["subscription", "period_start", "quantity", "body"])
         )
 
-    def chunks_at(self, site: str, component: str, window: Period) -> list[dict[str, Any]]:
-        """Return the address of every chunk of raw events that was accepted for a component and touches `window`."""
+    def chunks_at(
+        self, site: str, component: str, window: Period, states: Sequence[State] = (State.ACCEPTED,)
+    ) -> list[dict[str, Any]]:
+        """Return the address of every chunk of raw events that was accepted for a component and touches `window`.
+
+        `states` are those to look for instead.
+        """
         statement = select(delivery.c.address).where(
             delivery.c.site == site,
             delivery.c.component == component,
             delivery.c.subscription == "",
             delivery.c.period_start < window.end,
             delivery.c.period_end > window.start,
-            delivery.c.state == State.ACCEPTED,
+            delivery.c.state.in_(states),
         )
         with self._reading() as connection:
             found = connection.execute(statement.order_by(delivery.c.token)).scalars()

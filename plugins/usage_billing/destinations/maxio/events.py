@@ -35,10 +35,11 @@ class MaxioEventsSettings(DestinationSettings):
     name of a property whose value is the subscription's reference. `property` holds the quantity. `mode` says what an
     event is: ``totals`` for one usage total, whose correction is a signed difference, or ``events`` for one row of
     ``usage.sql``, as it is. `metric` says what the metric behind `component` computes of the events; totals need a sum.
-    No API tells the metric's formula, so nobody but you can check that.
+    No API tells the metric's formula, so nobody but you can check that. `fed_by_others` says that somebody else feeds
+    the component too: then it is no fault that the site counts more than was sent from here.
     """
 
-    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"metric"}
+    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"metric", "fed_by_others"}
 
     name: Literal["maxio_events"]
     stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -47,6 +48,7 @@ class MaxioEventsSettings(DestinationSettings):
     property: str = Field(min_length=1)
     mode: Literal["totals", "events"] = "totals"
     metric: Literal["sum", "count", "maximum", "minimum", "average", "unique", "percentile"] = "sum"
+    fed_by_others: bool = False
 
     @model_validator(mode="after")
     def _totals_are_sums(self) -> Self:
@@ -81,6 +83,7 @@ class MaxioEvents(MaxioDestination):
 
     def __init__(self, source: BillingSource, client: MaxioSite) -> None:
         super().__init__(source, client)
+        self.fed_by_others = self.settings.fed_by_others
         if self.settings.mode == "events":
             self.stream, self.metric = self.settings.stream, self.settings.metric
             self.chunk_size = self.retry_chunk_size = 1
@@ -180,10 +183,13 @@ class MaxioEvents(MaxioDestination):
     def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
         """Return the time of each account's earliest event."""
         if not self.stream:
-            event = json.loads(delivery.body)["chargify"]
-            return {str(delivery.address["account"]): datetime.fromisoformat(event["timestamp"])}
+            return {str(delivery.address["account"]): self.counted_at(delivery.body)}
         first = self._chunk(delivery).group_by("account").aggregate([("time", "min")])
         return dict(zip(first.column("account").to_pylist(), first.column("time_min").to_pylist(), strict=True))
+
+    def counted_at(self, body: str) -> datetime:
+        """Return the time of an event."""
+        return datetime.fromisoformat(json.loads(body)["chargify"]["timestamp"])
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a billing period that has closed since it was planned."""
