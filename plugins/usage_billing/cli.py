@@ -100,11 +100,11 @@ _OUTCOMES = {
 
 def _ledger_decide(options: argparse.Namespace) -> str:
     from usage_billing.installation import ledger  # noqa: PLC0415
-    from usage_billing.records import State  # noqa: PLC0415
+    from usage_billing.records import DECIDED, State  # noqa: PLC0415
 
     states = {"write-off": State.WRITTEN_OFF, "accepted": State.ACCEPTED, "absent": State.RESERVED}
     book = ledger()
-    by = f"decided on {book.now():%Y-%m-%d} by {getpass.getuser()}: {options.because}"
+    by = f"{DECIDED}{book.now():%Y-%m-%d} by {getpass.getuser()}: {options.because}"
     book.decide(options.token, states[options.outcome], by, options.counted)
     return f"{options.token}: {options.outcome}; {by}"
 

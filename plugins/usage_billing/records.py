@@ -54,6 +54,14 @@ PERSON_DECIDES = "a person decides: "
 """How the reason of a doubt begins that no waiting will end."""
 
 
+ABSENT = "the site does not have it"
+"""The reason of a delivery that was in doubt, and goes again because the site turned out not to have it."""
+
+
+DECIDED = "decided on "
+"""How the reason of a delivery begins that a person has decided about."""
+
+
 class State(StrEnum):
     """Where a delivery stands; the ledger alone moves it."""
 

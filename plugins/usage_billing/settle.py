@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from usage_billing.destinations.base import Answer, Destination
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.ledger import Ledger
-from usage_billing.records import PERSON_DECIDES, Delivery, Period, Receipt, State
+from usage_billing.records import ABSENT, PERSON_DECIDES, Delivery, Period, Receipt, State
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +106,7 @@ class Doubts:
             self._ledger.settle_doubt(doubt, State.IN_DOUBT, reason=f"{PERSON_DECIDES}{answer}")
             log.warning("in doubt until a person decides: %s", answer)
         elif answer is None:
-            reason = "the site does not have it"
-            self.settled.absent += self._written(doubt, State.RESERVED, reason=reason)
+            self.settled.absent += self._written(doubt, State.RESERVED, reason=ABSENT)
         else:
             found = self._written(doubt, State.ACCEPTED, answer)
             self.settled.found += found

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pandas as pd
 import pytest
@@ -21,7 +22,7 @@ from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
 from usage_billing.destinations.settings import Timeouts
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.hooks import ChargeOverHook, MaxioHook
-from usage_billing.records import Delivery, Receipt, Target
+from usage_billing.records import ABSENT, DECIDED, PERSON_DECIDES, Delivery, Receipt, Target
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, SourceSettings
 from usage_billing.uniqueness import identity, uniqueness_token
@@ -168,6 +169,8 @@ SWITCHES = [
     (BULK, {"bulk_atomicity": "stop_at_first_error", "duplicate_external_key": "accept", "bulk_reply": "result_true"}),
     (BULK, {"bulk_atomicity": "skip_bad_silently", "duplicate_external_key": "overwrite", "times_out": "iso"}),
     (BULK, {"negative_usage": "refuse", "usage_on_bad_line": "accept", "limit_above_max": "refuse"}),
+    (SINGLE, {"precise_usage": "round", "times_out": "iso_honolulu"}),
+    (BATCH, {"precise_usage": "refuse", "usage_of_replaced_line": "dropped"}),
 ]
 EVERY_SETTING = pytest.mark.parametrize(
     ("case", "switches"),
@@ -817,6 +820,86 @@ def test_one_bad_record_does_not_hold_up_its_batch(sandbox: Sandbox) -> None:
     with pytest.raises(Refused):
         destination.send([chosen[1]])
     assert billed(sandbox, BATCH) == chosen[0].quantity + chosen[2].quantity
+
+
+@pytest.mark.parametrize("case", [SINGLE, BATCH, BULK], ids=lambda case: case.label)
+@pytest.mark.parametrize("precise", ["exact", "round"])
+def test_more_decimals_than_an_account_may_keep_are_accepted_once_they_were_read_back(
+    case: Case, precise: str, sandbox: Sandbox
+) -> None:
+    """A receipt says nothing of rounding: what was stored otherwise than sent is a person's, and is told by name."""
+    sandbox.switch(case.site, precise_usage=precise)
+    destination = case.made(sandbox)
+    chosen = ready(case, destination, ["1.00005", "0.5000000", "2.0625"])
+    took, doubted = [], []
+    for chunk in [[one] for one in chosen] if case is SINGLE else [chosen]:
+        try:
+            took += destination.send(chunk)
+        except InDoubt as doubt:
+            took += doubt.receipts
+            doubted.append(str(doubt))
+
+    sound = chosen[1:] if precise == "round" else chosen
+    assert [receipt.token for receipt in took] == [one.token for one in sound]
+    assert len(doubted) == (precise == "round")
+    assert all("1.0001, and 1.00005 was sent" in words for words in doubted)
+    answer = destination.settle(chosen, now())[chosen[0].token]
+    assert isinstance(answer, Refused if precise == "round" else Receipt)
+    assert billed(sandbox, case) == (Decimal("3.5626") if precise == "round" else Decimal("3.56255"))
+
+
+@pytest.mark.parametrize("shown", ["naive", "iso", "iso_honolulu"])
+def test_the_open_cycle_is_the_same_however_the_account_shows_times(shown: str, sandbox: Sandbox) -> None:
+    """The last of the month in Honolulu is the first one in Chicago: a day read there would open an invoiced cycle."""
+    sandbox.switch(BATCH.site, times_out=shown)
+    (target,) = BATCH.made(sandbox).resolve(["pkg-001"])
+
+    chicago = ZoneInfo("America/Chicago")
+    assert target.open_from == datetime(2026, 10, 1, tzinfo=chicago)
+    assert target.open_until == datetime(2026, 11, 1, tzinfo=chicago)
+
+
+@pytest.mark.parametrize("case", [SINGLE, BATCH], ids=lambda case: case.label)
+def test_a_refusal_of_what_came_back_from_a_doubt_is_none_while_reads_lag(case: Case, sandbox: Sandbox) -> None:
+    """The refusal may be for its own first request, which is billed: it is a doubt, and ends by itself once seen."""
+    sandbox.switch(case.site, usage_read_delay_seconds=600, error_texts="generic")
+    destination = case.made(sandbox)
+    (first,) = ready(replace(case, accounts=("pkg-001",)), destination)
+    sandbox.fault(case.site, "lost_reply")
+    with pytest.raises(InDoubt):
+        destination.send([first])
+    assert destination.settle([first], now()) == {first.token: None}
+
+    with pytest.raises(InDoubt, match="perhaps because its first request arrived after all") as doubt:
+        destination.send([replace(first, reason=ABSENT)])
+    again = replace(first, sends=2, reason=str(doubt.value))
+    asked = destination.settle([again], now())[first.token]
+    assert isinstance(asked, Refused), "asked in vain: to send it again could go round for ever"
+    sandbox.move_clock(advance_seconds=601)
+    seen = destination.settle([replace(again, reason=f"{PERSON_DECIDES}{asked}")], now())[first.token]
+
+    assert isinstance(seen, Receipt)
+    assert billed(sandbox, case) == first.quantity
+
+
+@pytest.mark.parametrize("case", [SINGLE, BATCH], ids=lambda case: case.label)
+def test_a_refusal_in_earnest_after_a_doubt_ends_with_a_person(case: Case, sandbox: Sandbox) -> None:
+    """Lost, absent, and then refused for its own sake: asked once more, then told; a person's no makes it refused."""
+    destination = case.made(sandbox)
+    (lost,) = ready(replace(case, accounts=("pkg-002",)), destination)
+    upgrade(sandbox, 714, lost.address["line_item_id"])
+    with pytest.raises(InDoubt) as doubt:
+        destination.send([replace(lost, reason=ABSENT)])
+
+    reason = str(doubt.value)
+    for _ in range(3):
+        asked = destination.settle([replace(lost, sends=2, reason=reason)], now())[lost.token]
+        assert isinstance(asked, Refused)
+        reason = f"{PERSON_DECIDES}{asked}"
+    assert str(asked).count("has not shown it since") == 1, "the words do not grow with each question"
+    with pytest.raises(Refused):
+        destination.send([replace(lost, sends=3, reason=f"{DECIDED}2026-10-20 by somebody: not there")])
+    assert billed(sandbox, case) == 0
 
 
 def with_value(delivery: Delivery, value: int) -> Delivery:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, timedelta
+from decimal import Decimal
 from itertools import islice
 from typing import Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
@@ -21,7 +22,7 @@ import pandas as pd
 from pydantic import Field
 from requests.adapters import BaseAdapter
 
-from usage_billing.destinations.base import Answer, Destination, by_value, joined, negative
+from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, negative
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
@@ -32,7 +33,7 @@ from usage_billing.destinations.http import (
 from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.periods import local_midnight
-from usage_billing.records import Delivery, Period, Receipt, SiteRecord, Target
+from usage_billing.records import ABSENT, DECIDED, PERSON_DECIDES, Delivery, Period, Receipt, SiteRecord, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,9 @@ _MISSES = 3
 """How many questions in a row may go without an answer before no more are asked."""
 _STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
 """Package states that are not billed: usage sent there would be lost, so it is quarantined."""
+_KEPT_DECIMALS = 4
+"""How many decimal places an account is trusted to keep: what has more was not stored before it was read back."""
+_REFUSED_AGAIN = "refused when it was sent again, perhaps because its first request arrived after all"
 _INVOICED = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
 _DAYS = {"dly": 1, "1wk": 7, "2wk": 14, "4wk": 28, "30d": 30, "8wk": 56, "12w": 84}
 _MONTHS = {"mon": 1, "2mn": 2, "qtr": 3, "six": 6, "yrl": 12, "2yr": 24, "3yr": 36, "4yr": 48, "5yr": 60, "10y": 120}
@@ -169,8 +173,21 @@ class ChargeOverSite:
 
     def package_by_external_key(self, key: str) -> Json | None:
         """Return the package with an external key, with its line items, or None."""
+        return next(iter(self.packages_by_external_key(key)), None)
+
+    def packages_by_external_key(self, key: str) -> list[Json]:
+        """Return the packages with an external key, with their line items: none, one, or a reason to worry."""
         found = self.packages([("external_key", "EQUALS", key)])
-        return next((package for package in found if package.get("external_key") == key), None)
+        return [package for package in found if self.key_of("package", package) == key]
+
+    def packages_of_customer(self, customer: Json) -> list[Json]:
+        """Return all packages of a customer, with their line items."""
+        number = record_number(customer.get("customer_id"))
+        found = list(self.packages([("customer_id", "EQUALS", str(number))]))
+        if any(record_number(package.get("customer_id")) != number for package in found):
+            # The filter was not obeyed, and to bill somebody else's package would be worse than to bill none.
+            raise NotApplied(f"{self.settings.site}: query package: a row is of another customer than {number}")
+        return found
 
     def packages(self, where: Iterable[tuple[str, str, str]] = ()) -> Iterator[Json]:
         """Yield packages with their line items, by id."""
@@ -179,7 +196,14 @@ class ChargeOverSite:
     def customer_by_external_key(self, key: str) -> Json | None:
         """Return the customer with an external key, or None."""
         found = self._query("customer", "customer_id", [("external_key", "EQUALS", key)])
-        return next((customer for customer in found if customer.get("external_key") == key), None)
+        return next((customer for customer in found if self.key_of("customer", customer) == key), None)
+
+    def key_of(self, kind: str, row: Json, name: str = "external_key") -> str:
+        """Return the external key of a row, which may be a number; empty where it has none."""
+        key = row.get(name)
+        if key is not None and (isinstance(key, bool) or not isinstance(key, str | int)):
+            raise NotApplied(f"{self.settings.site}: query {kind}: a row has an {name} that is no text")
+        return "" if key is None else str(key)
 
     def item_by_external_key(self, key: str) -> Json | None:
         """Return the product with an external key and its `service_data`, or None."""
@@ -375,9 +399,22 @@ class ChargeOverUsage(Destination):
         item = self.client.item_by_external_key(self.settings.item)
         if item is None:
             yield f"destination.item: {self.site} has no item with external key {self.settings.item!r}"
-        elif not _is_true((item.get("service_data") or {}).get("is_usage", True)):
+        elif not self._is_metered(item):
             mend = "say in ChargeOver that you upload metered data for it"
             yield f"destination.item: {self.settings.item!r} is not metered; {mend}"
+
+    def _is_metered(self, item: Json) -> bool:
+        details = item.get("service_data") or {}
+        if not isinstance(details, dict):
+            raise NotApplied(f"{self.site}: read item {self.settings.item!r}: its service_data is no object")
+        return self._flag(details, "is_usage")
+
+    def _flag(self, row: Json, name: str) -> bool:
+        """Return a flag that comes as a boolean, a number or text; true where the site leaves it out."""
+        text = str(row.get(name, True)).lower()
+        if text not in _FLAGS:
+            raise NotApplied(f"{self.site}: {name} is neither true nor false")
+        return _FLAGS[text]
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Return today's line item of each account; one that is not one billed line of the item is `unknown`."""
@@ -394,43 +431,40 @@ class ChargeOverUsage(Destination):
         found: dict[str, list[Json] | None] = {}
         if len(wanted) > _FEW:
             for package in islice(self.client.packages(), _LIMIT * (len(wanted) // 4)):
-                if (key := package.get("external_key")) in wanted:
+                if (key := self.client.key_of("package", package)) in wanted:
                     found.setdefault(key, []).append(package)  # type: ignore[union-attr]
         return found | {key: self._packages_of(key) for key in sorted(wanted - found.keys())}
 
     def _packages_of(self, key: str) -> list[Json] | None:
-        found = self.client.packages([("external_key", "EQUALS", key)]) if key else iter(())
-        return [package for package in found if package.get("external_key") == key] or None
+        return (self.client.packages_by_external_key(key) or None) if key else None
 
     def _packages_by_customer(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
         return {key: self._packages_of_customer(key) for key in sorted(set(accounts))}
 
     def _packages_of_customer(self, key: str) -> list[Json] | None:
         customer = self.client.customer_by_external_key(key) if key else None
-        if customer is None:
-            return None
-        return list(self.client.packages([("customer_id", "EQUALS", str(customer["customer_id"]))]))
+        return None if customer is None else self.client.packages_of_customer(customer)
 
     def _target(self, account: str, packages: list[Json] | None) -> Target:
         holder = "package" if self.settings.package_by == "external_key" else "customer"
         if packages is None:
             return Target(account, unknown=f"{holder} {account!r} is unknown to {self.site}")
-        billed = [package for package in packages if package.get("package_status_state") not in _STATES]
+        billed = [package for package in packages if self._state(package) not in _STATES]
         if not billed:
-            states = {_STATES[package["package_status_state"]] for package in packages}
+            states = {_STATES[self._state(package)] for package in packages}
             said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
             return Target(account, unknown=f"{holder} {account!r} {said}: its usage would not be billed")
-        lines = [line for package in billed for line in package.get("line_items") or () if self._is_ours(line)]
+        lines = [line for package in billed for line in self._lines(package) if self._is_ours(line)]
         if len(lines) != 1:
             count = "no line" if not lines else f"{len(lines)} lines, so it is ambiguous which one to bill,"
             return Target(account, unknown=f"{holder} {account!r} has {count} of item {self.settings.item!r}")
-        if not _is_true(lines[0].get("item_is_usage", True)):
+        if not self._flag(lines[0], "item_is_usage"):
             return Target(
                 account, unknown=f"{holder} {account!r}: its line of item {self.settings.item!r} is not metered"
             )
         if (line := whole_number(lines[0].get("line_item_id"), 1)) is None:
             raise NotApplied(f"{self.site}: query package: the line of {holder} {account!r} has no line_item_id")
-        package = next(package for package in billed if lines[0] in (package.get("line_items") or ()))
+        package = next(package for package in billed if lines[0] in self._lines(package))
         return Target(
             account=account,
             subscription=f"{holder}:{account}",
@@ -439,6 +473,18 @@ class ChargeOverUsage(Destination):
             open_from=self._open_from(package),
             open_until=self._next_invoice(package),
         )
+
+    def _state(self, package: Json) -> str:
+        if not isinstance(state := package.get("package_status_state"), str):
+            raise NotApplied(f"{self.site}: query package: package {package['package_id']} has no readable state")
+        return state
+
+    def _lines(self, package: Json) -> list[Json]:
+        """Return the lines of a package; what is no list of objects says nothing, least of all that it has none."""
+        lines = package.get("line_items")
+        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+            raise NotApplied(f"{self.site}: query package: package {package['package_id']} has no list of line items")
+        return lines
 
     def _open_from(self, package: Json) -> datetime | None:
         """Return when the package's open billing cycle began: one cycle before its next invoice, where that is known.
@@ -465,17 +511,22 @@ class ChargeOverUsage(Destination):
         return None if day is None else local_midnight(day, self.client.settings.zone)
 
     def _invoice_day(self, package: Json) -> date | None:
-        text = str(package.get("next_invoice_datetime") or "")
-        if not text:
+        """Return the day of the package's next invoice, in the account's zone; a text without an offset is in it."""
+        text = package.get("next_invoice_datetime")
+        if text is None or text == "":  # So it is on a cancelled package.
             return None
         try:
-            return datetime.fromisoformat(text[: len("2026-10-01")]).date()
-        except ValueError:
+            moment = datetime.fromisoformat(str(text))
+            return (moment if moment.tzinfo is None else moment.astimezone(self.client.settings.zone)).date()
+        except (ValueError, OverflowError):
             words = f"package {package['package_id']} has no readable next_invoice_datetime"
             raise NotApplied(f"{self.site}: query package: {words}") from None
 
     def _is_ours(self, line: Json) -> bool:
-        return bool(line.get("item_external_key") == self.settings.item and not line.get("cancel_datetime"))
+        cancelled = line.get("cancel_datetime")
+        if cancelled is not None and not isinstance(cancelled, str):
+            raise NotApplied(f"{self.site}: query package: a line has a cancel_datetime that is no time")
+        return self.client.key_of("package", line, "item_external_key") == self.settings.item and not cancelled
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold negative differences unless the connection allows them, and what belongs to an invoiced cycle."""
@@ -525,18 +576,39 @@ class ChargeOverUsage(Destination):
         """Store the chunk: singly, as a batch whose records are each answered, or as a bulk that is read back."""
         if self.settings.mode == "single" or (self.settings.mode == "bulk" and len(chunk) == 1):
             (delivery,) = chunk
-            return [self._send_one(delivery)]
+            return self._as_sent(chunk, [self._send_one(delivery)])
         if self.settings.mode == "bulk":
             return self._send_bulk(chunk)
         answers = self.client.create_usage_batch([delivery.body for delivery in chunk])
-        return self._read_answers(chunk, answers)
+        return self._as_sent(chunk, self._read_answers(chunk, answers))
+
+    def _as_sent(self, chunk: Sequence[Delivery], receipts: list[Receipt]) -> list[Receipt]:
+        """Return the receipts, once those of very precise quantities are proven: an account may round what it stores.
+
+        Raises:
+            InDoubt: one of them cannot be read back as it was sent; it holds the receipts of the others.
+        """
+        taken = {receipt.token for receipt in receipts}
+        precise = [one for one in chunk if one.token in taken and _places(one.quantity) > _KEPT_DECIMALS]
+        if not precise:
+            return receipts
+        found = self._read_back(precise)
+        unproven = {one.token for one in precise if not isinstance(found.get(one.token), Receipt)}
+        if not unproven:
+            return receipts
+        different = [str(answer) for answer in found.values() if isinstance(answer, Refused)]
+        words = f"{self.site}: {len(unproven)} of more than {_KEPT_DECIMALS} decimals cannot be read back as sent"
+        proven = [receipt for receipt in receipts if receipt.token not in unproven]
+        raise InDoubt("; ".join([words, *different[:_FEW]]), receipts=proven, taken=True)
 
     def _send_one(self, delivery: Delivery) -> Receipt:
         try:
             made = self.client.create_usage(delivery.body)
-        except Refused:
+        except Refused as refusal:
             if (found := self._already_there(delivery)) is not None:
                 return found
+            if _may_be_there(delivery):
+                raise InDoubt(f"{refusal}; {_REFUSED_AGAIN}") from refusal
             raise
         return Receipt(delivery.token, made["id"])
 
@@ -619,9 +691,10 @@ class ChargeOverUsage(Destination):
         if code not in _REFUSALS:
             return InDoubt(words)
         try:
-            return self._already_there(delivery) or Refused(words)
+            found = self._already_there(delivery)
         except InDoubt as doubt:
             return doubt
+        return found or (InDoubt(f"{words}; {_REFUSED_AGAIN}") if _may_be_there(delivery) else Refused(words))
 
     def _already_there(self, delivery: Delivery) -> Receipt | None:
         """Return the receipt of a record that was refused because an earlier try had succeeded, or None.
@@ -657,9 +730,18 @@ class ChargeOverUsage(Destination):
     def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
         """Ask for each token as an external key; what is not there after `settle_after` was not applied.
 
-        Of many, most are found in the list of usage, with fewer questions; only the single one tells of an absence.
+        Of many, most are found in the list of usage, with fewer questions; only the single one tells of an absence. One
+        that was refused when it came again, and is still not there, would be refused for ever: a person decides.
         """
-        answers: dict[str, Receipt | Refused | None] = {}
+        answers = self._settled(doubts)
+        for doubt in doubts:
+            if _REFUSED_AGAIN in doubt.reason and answers.get(doubt.token, doubt) is None:
+                why = doubt.reason.removeprefix(PERSON_DECIDES).removesuffix(_NOT_SHOWN)
+                answers[doubt.token] = Refused(why + _NOT_SHOWN)
+        return answers
+
+    def _settled(self, doubts: Sequence[Delivery]) -> dict[str, Answer]:
+        answers: dict[str, Answer] = {}
         if len(doubts) > _FEW:
             answers.update(self._read_back(doubts))
         misses = 0
@@ -689,12 +771,30 @@ class ChargeOverUsage(Destination):
 
     def _records(self, equal: Mapping[str, object], span: Period) -> Iterator[SiteRecord]:
         for usage in self.client.usages(equal, span.start, span.end - timedelta(seconds=1)):
-            key = str(usage.get("external_key") or "")
+            key = self.client.key_of("usage", usage)
             token = key if _TOKEN.fullmatch(key) else ""
             if (value := exact_number(usage.get("usage_value"))) is None:
                 raise NotApplied(f"{self.site}: query usage: usage {usage['usage_history_id']} has no readable value")
             shown = f"{usage.get('from')} to {usage.get('to')}"
             yield SiteRecord(token, str(usage["usage_history_id"]), value, shown)
+
+    def moved(self, accepted: pd.DataFrame) -> Iterator[Moved]:
+        """Yield what is stored on a line that an upgrade has replaced since, in a cycle that is not invoiced yet."""
+        stored = {address: json.loads(address) for address in accepted["address"].unique()}
+        accounts = sorted({str(address["account"]) for address in stored.values()})
+        today = {target.account: target for target in self.resolve(accounts) if not target.unknown}
+        for text, some in accepted.groupby("address"):
+            address = stored[str(text)]
+            target = today.get(str(address["account"]))
+            if target is None or target.address["line_item_id"] == address["line_item_id"]:
+                continue
+            is_open = some["period_start"] >= target.open_from if target.open_from else some["period_start"].notna()
+            if count := int(is_open.sum()):
+                yield Moved(
+                    count,
+                    f"account {target.account}: {count} deliveries are stored on line {address['line_item_id']}, which "
+                    f"was replaced by {target.address['line_item_id']}; no document says that they are billed",
+                )
 
 
 _CHUNK_SIZES = {"single": 1, "batch": _LARGEST_BATCH, "bulk": _LARGEST_BULK}
@@ -706,6 +806,19 @@ def _some(words: Iterable[str]) -> str:
     return "; ".join(sorted(set(words)))[:_LIMIT]
 
 
-def _is_true(value: object) -> bool:
-    """Read a flag that comes as a boolean, a number or text."""
-    return str(value).lower() in ("true", "1")
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+_NOT_SHOWN = "; the account has not shown it since"
+
+
+def _places(quantity: Decimal) -> int:
+    """Return how many decimal places a quantity needs."""
+    return len(f"{quantity:f}".partition(".")[2].rstrip("0"))
+
+
+def _may_be_there(delivery: Delivery) -> bool:
+    """Say of a delivery that is refused now whether an earlier request of it may have been carried out unseen.
+
+    One earlier request that the account did not carry out is no reason to think so; of several only the last is known.
+    Where a person has looked there and said no, the refusal is the last word.
+    """
+    return delivery.reason == ABSENT or (delivery.sends > 1 and not delivery.reason.startswith(DECIDED))

@@ -122,7 +122,11 @@ CHARGEOVER = {
     "cycle_by": Switch("from", ("from", "to"), "which end of a record assigns it to a cycle"),
     "missing_times": Switch("now", ("now", "today", "refuse"), "usage without from or to"),
     "offset_in_times": Switch("honoured", ("honoured", "ignored"), "from and to with an offset"),
-    "times_out": Switch("naive", ("naive", "iso"), "times in replies, in the account's zone"),
+    "times_out": Switch(
+        "naive",
+        ("naive", "iso", "iso_honolulu"),
+        "times in replies: naive or with an offset, in the account's zone; or, with an offset, in Honolulu's",
+    ),
     "undefined_types": Switch(
         "refuse", ("refuse", "as_add", "never_billed"), "the usage types pia, pas and dlt, which nothing explains"
     ),

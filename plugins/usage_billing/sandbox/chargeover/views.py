@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
+from zoneinfo import ZoneInfo
 
 from usage_billing.sandbox.billing import Account
 from usage_billing.sandbox.clock import from_micros
@@ -12,9 +13,12 @@ from usage_billing.sandbox.world import ChargeOverWorld, Customer, Item
 
 Json = dict[str, Any]
 
+_ELSEWHERE = {"iso_honolulu": ZoneInfo("Pacific/Honolulu")}
+"""Zones other than the account's own in which it may be set to show times."""
+
 
 class Views:
-    """Renders the objects of one account; times in the account's zone, naive or with offset as a switch says."""
+    """Renders the objects of one account; times naive or with offset, and in which zone, as a switch says."""
 
     def __init__(self, world: ChargeOverWorld, switches: SwitchBoard) -> None:
         self.world = world
@@ -27,10 +31,9 @@ class Views:
         """Return an instant as the account shows times."""
         if instant is None:
             return None
-        moment = from_micros(instant, self.world.zone)
-        if self.switches["times_out"] == "iso":
-            return moment.isoformat(timespec="seconds")
-        return moment.strftime("%Y-%m-%d %H:%M:%S")
+        shown = self.switches["times_out"]
+        moment = from_micros(instant, _ELSEWHERE.get(shown, self.world.zone))
+        return moment.strftime("%Y-%m-%d %H:%M:%S") if shown == "naive" else moment.isoformat(timespec="seconds")
 
     def day(self, instant: int) -> str:
         """Return the local date of an instant."""
