@@ -17,6 +17,7 @@ from usage_billing.deliver import Delivered, Manners, deliver
 from usage_billing.destinations import destination_class, destination_settings
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
+from usage_billing.destinations.http import Transport
 from usage_billing.destinations.maxio import MaxioEvents, MaxioMetered, MaxioSettings, MaxioSite
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
@@ -35,6 +36,9 @@ SITES = {"api_calls": "maxio:us:acme", "platform_events": "maxio:us:orbit", "voi
 
 KEY_SUFFIX = ""
 """What is added to every key: a test that revokes the keys sets it."""
+
+HASTY = Transport(patience_seconds=0.2)
+"""The network, where a question that is not answered is asked once more."""
 
 GENTLE = Manners(threads=4, lease_lasts=timedelta(seconds=3), patience=timedelta(seconds=20))
 
@@ -64,6 +68,8 @@ class Event:
 class House:
     """A sandbox, a ledger and staging, and everything that happens between them."""
 
+    transport = HASTY
+
     def __init__(self, sandbox: Sandbox, folder: Path) -> None:
         self.sandbox = sandbox
         self.ledger_url = f"sqlite:///{folder}/ledger.sqlite"
@@ -86,7 +92,8 @@ class House:
                         private_key=f"sandboxtelcoprivatekey0000000000{KEY_SUFFIX}",
                         timezone="America/Chicago",
                         settle_after_seconds=1,
-                    )
+                    ),
+                    self.transport,
                 ),
             )
         subdomain = "acme" if kind is MaxioMetered else "orbit"
@@ -98,7 +105,7 @@ class House:
             events_url=self.sandbox.events_url,
             settle_after_seconds=1,
         )
-        found = kind(source, MaxioSite(settings))
+        found = kind(source, MaxioSite(settings, self.transport))
         found.archive = self.archive
         return found
 

@@ -18,6 +18,7 @@ import requests
 from usage_billing.destinations import destination_class
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite
+from usage_billing.destinations.http import Transport
 from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
 from usage_billing.destinations.settings import Timeouts
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
@@ -30,6 +31,7 @@ from usage_billing.uniqueness import identity, uniqueness_token
 WORLDS = Path(__file__).parents[2] / "include" / "sandbox" / "worlds"
 DAY = datetime(2026, 10, 5, 5, tzinfo=UTC)
 HOUR_AGO = timedelta(hours=1)
+ONCE = Transport(patience_seconds=0)
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class Case:
                 "base_url": sandbox.maxio_url(name),
                 "events_url": sandbox.events_url,
             }
-            return MaxioSite(MaxioSettings(**{"subdomain": name, **key, **shared}))
+            return MaxioSite(MaxioSettings(**{"subdomain": name, **key, **shared}), ONCE)
         key = {"public_key": "sandboxtelcopublickey00000000000", "private_key": "sandboxtelcoprivatekey0000000000"}
         return ChargeOverSite(
-            ChargeOverSettings(**{"instance": name, "base_url": sandbox.chargeover_url(name), **key, **shared})
+            ChargeOverSettings(**{"instance": name, "base_url": sandbox.chargeover_url(name), **key, **shared}), ONCE
         )
 
     def source(self, **changes: Any) -> BillingSource:

@@ -39,7 +39,7 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 from usage_billing.destinations import http, maxio
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
-from usage_billing.destinations.http import Effect, HttpClient
+from usage_billing.destinations.http import Effect, HttpClient, Transport
 from usage_billing.destinations.maxio import MaxioEvents, MaxioMetered, MaxioSettings, MaxioSite
 from usage_billing.destinations.settings import Timeouts
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
@@ -117,16 +117,21 @@ class Site(BaseAdapter):
         """Close nothing."""
 
 
+def impatient(adapter: Callable[[], BaseAdapter] | None) -> Transport:
+    """Return a network on which nothing is asked twice."""
+    return Transport(adapter, patience_seconds=0)
+
+
 def maxio_site(url: str, adapter: Callable[[], BaseAdapter] | None, waits: Timeouts) -> MaxioSite:
     """Return a client of a Maxio site."""
     keys: Any = {"base_url": url, "events_url": url} if url else {}
-    return MaxioSite(MaxioSettings(subdomain="acme", api_key=KEY, timeouts=waits, **keys), adapter)
+    return MaxioSite(MaxioSettings(subdomain="acme", api_key=KEY, timeouts=waits, **keys), impatient(adapter))
 
 
 def chargeover_site(url: str, adapter: Callable[[], BaseAdapter] | None, waits: Timeouts) -> ChargeOverSite:
     """Return a client of a ChargeOver account."""
     keys = {"public_key": PUBLIC, "private_key": PRIVATE, "base_url": url}
-    return ChargeOverSite(ChargeOverSettings(instance="telco", timeouts=waits, **keys), adapter)  # type: ignore[arg-type]
+    return ChargeOverSite(ChargeOverSettings(instance="telco", timeouts=waits, **keys), impatient(adapter))  # type: ignore[arg-type]
 
 
 def destination(kind: type[Destination], client: Any, **keys: str) -> Any:
@@ -299,7 +304,7 @@ def test_a_failure_means_what_its_status_says_whatever_the_body(call: Call) -> N
 def test_every_status_there_is(effect: Effect) -> None:
     """From 100 to 999, named or not; nothing is left to chance."""
     site = Site()
-    client = HttpClient("maxio:us:acme", "https://billing.example.com", (KEY, "x"), adapter=lambda: site)
+    client = HttpClient("maxio:us:acme", "https://billing.example.com", (KEY, "x"), transport=impatient(lambda: site))
     expected, found = {}, {}
     for status in range(100, 1000):
         site.read = site.write = (status, b"{}")
@@ -674,7 +679,7 @@ def test_a_question_after_a_write_never_undoes_it(name: str, status: int, body: 
 def test_odd_headers_hide_no_reply(given: str, expected: float | None, status: int) -> None:
     """A wait without end is cut to a day, and a time that is none is none; so is the site's own clock."""
     site = Site(read=(status, b""), headers={"Retry-After": given, "Date": given})
-    client = HttpClient("maxio:us:acme", "https://billing.example.com", (KEY, "x"), adapter=lambda: site)
+    client = HttpClient("maxio:us:acme", "https://billing.example.com", (KEY, "x"), transport=impatient(lambda: site))
 
     with pytest.raises(NotApplied) as told:
         client.read("ask", "/")

@@ -15,8 +15,9 @@ import duckdb
 import pytest
 from airflow.sdk.exceptions import AirflowSkipException
 
-from stories import CHECKOUT, SITES, WORLDS
+from stories import CHECKOUT, HASTY, SITES, WORLDS
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
+from usage_billing.hooks import MaxioHook
 from usage_billing.sandbox import Sandbox
 
 pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns about itself in a dozen places.
@@ -199,9 +200,10 @@ def test_operators_hand_over_plain_json_and_bill(installation: SimpleNamespace) 
     ],
 )
 def test_a_site_that_cannot_be_used_gives_one_clear_error_and_nothing_is_sent(
-    installation: SimpleNamespace, change: dict[str, str], words: tuple[str, ...]
+    installation: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], words: tuple[str, ...]
 ) -> None:
     """A wrong key and an unreachable site stop before anything is sent, and the key is in no text."""
+    monkeypatch.setattr(MaxioHook, "transport", HASTY)
     installation.connect(**change)
     with pytest.raises((Misconfigured, NotApplied)) as error:
         run_tasks()

@@ -13,8 +13,9 @@ import pytest
 from airflow.sdk import DAG, BaseNotifier
 from sqlalchemy import create_engine, select, update
 
-from stories import CHECKOUT, SITES, Event, House, a_day, a_house, shipped
+from stories import CHECKOUT, HASTY, SITES, Event, House, a_day, a_house, shipped
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied
+from usage_billing.hooks import MaxioHook
 from usage_billing.ledger import Ledger, marker
 from usage_billing.ledger.tables import delivery
 from usage_billing.sources import BillingSource
@@ -229,6 +230,7 @@ def test_a_source_that_cannot_be_read_is_told_of_only_where_something_of_it_is_o
 
 def test_a_site_out_of_reach_leaves_its_doubts_listed(house: SweptHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     """What could not be asked stays in doubt, is no fault of the source, and is asked again."""
+    monkeypatch.setattr(MaxioHook, "transport", HASTY)
     source = shipped("api_calls")
     house.leave_in_doubt(source)
     break_connection(house, monkeypatch, "MAXIO_ACME", host="http://127.0.0.1:9")

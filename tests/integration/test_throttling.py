@@ -1,8 +1,9 @@
-"""Manners toward a site, by the sandbox's own measure: how much came at once, and what a throttled delivery ends as."""
+"""Manners toward a site, by the sandbox's own measure: how much came at once, and what a throttled run ends as."""
 
 import logging
 import re
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from stories import SITES, WORLDS, Event, House, a_day, shipped
 from usage_billing.deliver import Delivered, Manners, deliver
 from usage_billing.destinations.base import Destination
+from usage_billing.destinations.http import Transport
 from usage_billing.errors import NotApplied
 from usage_billing.records import Comparison, Period, Plan
 from usage_billing.sandbox import Sandbox
@@ -95,7 +97,7 @@ class Billing:
 
 @contextmanager
 def a_slow_house(
-    folder: Path, *, in_process: int = 4, queued: int = 100, hold_seconds: float = 0.03
+    folder: Path, *, in_process: int = 4, queued: int = 100, hold_seconds: float = 0.03, kind: type[House] = House
 ) -> Iterator[House]:
     """A house whose Maxio sites take their time, so that requests overlap, and bear as much as they are given."""
     limits = f"limits: {{in_process: {in_process}, queued: {queued}, hold_seconds: {hold_seconds}}}"
@@ -104,7 +106,7 @@ def a_slow_house(
         worlds.append(folder / world.name)
         worlds[-1].write_text(re.sub(r"(?m)^limits: \{in_process: 4.*\}$", limits, world.read_text()))
     with Sandbox(worlds) as sandbox:
-        house = House(sandbox, folder)
+        house = kind(sandbox, folder)
         yield house
         house.ledger.close()
 
@@ -232,3 +234,35 @@ def test_the_events_host_is_told_apart_and_kept_to_the_same_number(tmp_path: Pat
         assert counts["most_in_process_events"] in range(3, 5)
         assert counts["most_in_process"] <= 1
         assert billing.billed() == billing.expected
+
+
+class PatientHouse(House):
+    """A house where reads have all the patience there is, and hardly wait."""
+
+    transport = Transport(wait=lambda seconds: time.sleep(min(seconds, 0.02)))
+
+
+ACCOUNTS = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
+
+
+@pytest.mark.parametrize("fault", ["throttle", "server_error", "reset", "truncated_body"])
+@pytest.mark.parametrize("name", ACCOUNTS)
+def test_a_run_whose_questions_go_unanswered_for_a_while_ends_well(tmp_path: Path, name: str, fault: str) -> None:
+    """The look-ups of validate and the tie-out ask again; no task fails, and each unit is billed once."""
+    source, site = shipped(name), SITES[name]
+    day = a_day(source, 5)
+    noon, dimensions = day.start + timedelta(hours=12), ("eu", "premium")[: len(source.settings.dimensions)]
+    with a_slow_house(tmp_path, hold_seconds=0, kind=PatientHouse) as house:
+        house.sandbox.fault(site, fault, reads=True, count=4)
+        comparison, folder = house.totals(source, day, [Event("one", ACCOUNTS[name], "3", noon, dimensions)])
+        looked_up = house.sandbox.requests(site)
+        assert looked_up["writing"] == 0
+        house.deliver(source, comparison, folder)
+        house.sandbox.fault(site, fault, reads=True, count=4)
+        assert house.reconcile(source, day).ties_out
+
+        counts = house.sandbox.requests(site)
+        assert house.billed(source) == {ACCOUNTS[name]: Decimal(3)}
+        assert counts["writing"] == 1
+        if fault == "throttle":
+            assert (looked_up["throttled"], counts["throttled"]) == (4, 8)

@@ -50,7 +50,7 @@ def tied_out(history: History) -> Reconciliation:
     found: list[Reconciliation] = []
 
     def body(own: Process) -> None:
-        destination = history.scene.destination(source, history.sandbox, history.network.adapter(own))
+        destination = history.scene.destination(source, history.sandbox, history.network.transport(own))
         units = history.scene.units
         found.append(reconcile(destination, history.ledger, Period(units[0], units[-1]), pauses=()))
 

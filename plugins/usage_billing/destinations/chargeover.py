@@ -8,7 +8,7 @@ Paths, limits and the meaning of replies follow ChargeOver's public REST documen
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -20,12 +20,12 @@ from zoneinfo import ZoneInfo, available_timezones
 import numpy as np
 import pandas as pd
 from pydantic import Field
-from requests.adapters import BaseAdapter
 
 from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, negative
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
+    Transport,
     exact_number,
     record_number,
     segment,
@@ -152,7 +152,8 @@ class ChargeOverSite:
     Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
     """
 
-    def __init__(self, settings: ChargeOverSettings, adapter: Callable[[], BaseAdapter] | None = None) -> None:
+    def __init__(self, settings: ChargeOverSettings, transport: Transport = Transport()) -> None:  # noqa: B008 - frozen.
+        """Prepare; `transport` stands for network and time."""
         self.settings = settings
         self._http = HttpClient(
             settings.site,
@@ -160,7 +161,7 @@ class ChargeOverSite:
             (settings.public_key, settings.private_key),
             timeouts=settings.timeouts,
             concurrency=settings.concurrency,
-            adapter=adapter,
+            transport=transport,
         )
 
     def read_account(self) -> None:

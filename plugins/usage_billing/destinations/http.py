@@ -8,9 +8,12 @@ nothing, a write whose reply was lost may have been carried out.
 import codecs
 import email.utils
 import json
+import logging
+import random
 import re
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,10 +32,14 @@ from usage_billing import __version__
 from usage_billing.destinations.settings import Timeouts, is_loopback, url_faults
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 
+log = logging.getLogger(__name__)
+
 _WORDS_LENGTH = 300
 _LONGEST_CHAIN = 30
 _LONGEST_PAUSE = 86_400.0
 """No site means longer than a day; a number without end would be no time to wait at all."""
+_FIRST_WAIT, _LONGEST_WAIT, _MOST_DOUBLINGS = 0.5, 30.0, 6
+"""How long to wait, in seconds, before a question is asked again: twice as long each time, but for chance."""
 
 
 class Effect(StrEnum):
@@ -90,6 +97,22 @@ _TAKEN = (requests.codes.ok, requests.codes.created, requests.codes.accepted, re
 
 _NO_TLS = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
 """OpenSSL's reasons for a handshake with something that speaks no TLS."""
+
+
+@dataclass(frozen=True)
+class Transport:
+    """What stands for network and time: the real ones, or those of a simulation.
+
+    `adapter` makes what takes the place of the network, once for each session. A question that the site could not be
+    asked is asked again for `patience_seconds`; `wait` lets so many seconds pass, `clock` tells how many have passed,
+    and `chance` gives numbers in ``[0, 1)`` that keep those who wait out of step.
+    """
+
+    adapter: Callable[[], BaseAdapter] | None = None
+    wait: Callable[[float], object] = time.sleep
+    clock: Callable[[], float] = time.monotonic
+    chance: Callable[[], float] = random.random  # noqa: S311
+    patience_seconds: float = 60.0
 
 
 class _NoReply(Exception):
@@ -168,11 +191,9 @@ class HttpClient:
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen.
         outcomes: Collection[Outcome] = (),
         concurrency: int = 4,
-        adapter: Callable[[], BaseAdapter] | None = None,
+        transport: Transport = Transport(),
     ) -> None:
         """Prepare; nothing is opened before the first request. `outcomes` are asked before the general ones.
-
-        `adapter` makes what stands in for the network, once for each session.
 
         Raises:
             Misconfigured: the address is none to which credentials may go.
@@ -188,7 +209,9 @@ class HttpClient:
         self._timeouts = timeouts
         self._outcomes = (*outcomes, *OUTCOMES)
         self._threads = threading.local()
-        self._adapter = adapter or _Network
+        self._transport = transport
+        self._waited_in_vain = False
+        self._adapter = transport.adapter or _Network
         # An Airflow pool keeps the site's limit across machines; this keeps one process from exceeding it by itself.
         self._slots = threading.BoundedSemaphore(concurrency)
         pair = b64encode(":".join(credentials).encode()).decode()
@@ -200,10 +223,40 @@ class HttpClient:
     def read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:
         """Return the JSON of a read, or None if the site definitely has no such thing (404).
 
+        A read changes nothing, so it is tried again as long as the transport has patience: after a growing pause, and
+        not before the site wants to be asked again. Patience is with the site, not with each question: once it has
+        ended, questions are asked once, until one is answered.
+
         Raises:
             Misconfigured: the site or our question is not what it has to be.
-            NotApplied: the site could not be asked, or its answer cannot be read.
+            NotApplied: the site could not be asked, or its answer cannot be read; the error is that of the last try.
         """
+        transport, pauses = self._transport, 0
+        until = transport.clock() + (0.0 if self._waited_in_vain else transport.patience_seconds)
+        while True:
+            try:
+                found = self._ask(call, path, params)
+            except NotApplied as error:
+                pause = self._pause(error, pauses, until - transport.clock())
+                if pause is None:
+                    self._waited_in_vain = True
+                    raise
+                log.warning("%s; it is asked again in %.1f s", error, pause)
+            else:
+                self._waited_in_vain = False
+                return found
+            transport.wait(pause)
+            pauses += 1
+
+    def _pause(self, error: NotApplied, pauses: int, left: float) -> float | None:
+        """Return how long to wait before a question is asked again, None where patience does not last so long."""
+        asked_for = error.retry_after_seconds or 0.0
+        if left <= 0 or asked_for > left:
+            return None
+        longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(pauses, _MOST_DOUBLINGS))
+        return max(asked_for, min(left, longest * (1 + self._transport.chance()) / 2))
+
+    def _ask(self, call: str, path: str, params: Mapping[str, Any] | None) -> Any:
         reply = self._send("GET", call, path, Effect.READ, params=params)
         if reply.status_code == requests.codes.not_found:
             return None

@@ -16,9 +16,10 @@ import urllib3
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
+from usage_billing.destinations.http import Transport
 from usage_billing.sandbox import ConnectionBroken, DirectReply, DirectSandbox, NoWholeReply, ReplyCutShort
 from usage_billing.testing.clockwork import Clockwork, Process
-from usage_billing.testing.effects import Surroundings
+from usage_billing.testing.effects import Surroundings, VirtualStop
 
 Json = dict[str, Any]
 
@@ -83,9 +84,18 @@ class Network:
         """The clock that the sandbox follows."""
         return self.around.clockwork
 
-    def adapter(self, process: Process) -> Callable[[], BaseAdapter]:
-        """Return what makes the adapter of one process."""
-        return lambda: _Adapter(self, process)
+    def transport(self, process: Process) -> Transport:
+        """Return what stands for network and time in one process: it waits where anything can happen to it."""
+
+        def clock() -> float:
+            return self.clockwork.now.timestamp()
+
+        return Transport(
+            adapter=lambda: _Adapter(self, process),
+            wait=VirtualStop(process, self.around).wait,
+            clock=clock,
+            chance=self.around.chance.stream(f"asks again:{process.name}"),
+        )
 
     def ask(self, flight: Flight) -> DirectReply:
         """Carry a request out at the site, now."""

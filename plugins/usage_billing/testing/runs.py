@@ -297,7 +297,7 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
 
 
 def _destination(house: House, source: BillingSource, process: Process) -> Destination:
-    found = house.scene.destination(source, house.network.sandbox, house.network.adapter(process))
+    found = house.scene.destination(source, house.network.sandbox, house.network.transport(process))
     found.archive = house.archive
     return found
 

@@ -3,17 +3,15 @@
 A user's own source makes a scene of its own: its component, stream or item stands on a site that was made for it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from requests.adapters import BaseAdapter
-
 from usage_billing.destinations import destination_class, destination_settings
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite
+from usage_billing.destinations.http import Transport
 from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
 from usage_billing.errors import Misconfigured
 from usage_billing.sandbox import DirectSandbox
@@ -103,16 +101,14 @@ class Scene:
         """
         return timedelta(seconds=300 if self.kind == "chargeover_usage" else 120)
 
-    def destination(
-        self, source: BillingSource, sandbox: DirectSandbox, adapter: Callable[[], BaseAdapter]
-    ) -> Destination:
-        """Return a source's destination, all of whose requests go through `adapter`."""
+    def destination(self, source: BillingSource, sandbox: DirectSandbox, transport: Transport) -> Destination:
+        """Return a source's destination, all of whose requests go through `transport`."""
         found = destination_class(source.destination.name)
         if found is None:
             raise Misconfigured(f"{source.destination.name!r} is no destination of this package")
         if isinstance(self.world, MaxioWorld):
-            return found(source, MaxioSite(self._maxio_settings(sandbox), adapter=adapter))
-        return found(source, ChargeOverSite(self._chargeover_settings(sandbox), adapter=adapter))
+            return found(source, MaxioSite(self._maxio_settings(sandbox), transport))
+        return found(source, ChargeOverSite(self._chargeover_settings(sandbox), transport))
 
     # Settings are checked at each birth, which takes longer than most simulated tasks; so they are born once.
 

@@ -10,11 +10,13 @@ import pytest
 
 from unit.destinations.scripted import Script, reply, server
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
+from usage_billing.destinations.http import Transport
 from usage_billing.destinations.maxio import MaxioMetered, MaxioSettings, MaxioSite
 from usage_billing.errors import InDoubt, NotApplied, Refused, UsageBillingError
 from usage_billing.records import Delivery
 from usage_billing.sources import BillingSource
 
+ONCE = Transport(patience_seconds=0)
 TOKENS = [letter * 64 for letter in "abc"]
 OK = {"code": 201, "status": "OK", "message": "", "response": {"id": 7}}
 ERROR = {"code": 400, "status": "Error", "message": "Missing or invalid parameter.", "response": False}
@@ -27,12 +29,12 @@ def envelope(response: object, **changes: object) -> Script:
 
 def maxio(url: str) -> MaxioSite:
     """Return a client of a scripted Maxio site."""
-    return MaxioSite(MaxioSettings(subdomain="acme", api_key="a-key", base_url=url, events_url=url))
+    return MaxioSite(MaxioSettings(subdomain="acme", api_key="a-key", base_url=url, events_url=url), ONCE)
 
 
 def chargeover(url: str) -> ChargeOverSite:
     """Return a client of a scripted ChargeOver account."""
-    return ChargeOverSite(ChargeOverSettings(instance="telco", public_key="p", private_key="q-key", base_url=url))
+    return ChargeOverSite(ChargeOverSettings(instance="telco", public_key="p", private_key="q-key", base_url=url), ONCE)
 
 
 def deliveries() -> list[Delivery]:

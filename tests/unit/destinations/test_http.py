@@ -1,6 +1,7 @@
 """What replies and broken connections mean: the table of outcomes row by row, and real sockets that misbehave."""
 
 import ipaddress
+import logging
 import re
 import socket
 import ssl
@@ -17,7 +18,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from unit.destinations.scripted import Script, hang_up, reply, reset, server, silence
-from usage_billing.destinations.http import Effect, HttpClient, Outcome, segment
+from usage_billing.destinations.http import Effect, HttpClient, Outcome, Transport, segment
 from usage_billing.destinations.settings import Timeouts, is_loopback, url_faults
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 
@@ -25,10 +26,38 @@ KEY = "a-key-that-nobody-may-see"
 READ, WRITE, BULK = Effect.READ, Effect.WRITE, Effect.BULK
 
 
-def client(url: str, *outcomes: Outcome, wait: float = 10) -> HttpClient:
-    """Return a client of a site at `url` that gives up after `wait` seconds."""
-    waits = Timeouts(connect=10, read=wait, write=wait)
-    return HttpClient("maxio:us:acme", url, (KEY, "x"), timeouts=waits, outcomes=outcomes)
+ONCE = Transport(patience_seconds=0)
+"""The network, where nothing is asked twice."""
+
+
+def client(
+    url: str, *outcomes: Outcome, wait: float = 10, connect: float = 10, transport: Transport = ONCE, most: int = 4
+) -> HttpClient:
+    """Return a client of a site at `url` that gives up after `wait` seconds, with `most` connections."""
+    waits = Timeouts(connect=connect, read=wait, write=wait)
+    more = {"timeouts": waits, "outcomes": outcomes, "concurrency": most, "transport": transport}
+    return HttpClient("maxio:us:acme", url, (KEY, "x"), **more)  # type: ignore[arg-type]
+
+
+def cut_short(connection: socket.socket) -> None:
+    """Promise fifty bytes, send one and hang up."""
+    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\n{")
+
+
+class Clock:
+    """Time that passes only where somebody waits; `pauses` are the waits, in seconds."""
+
+    def __init__(self, patience: float = 60.0, chance: float = 1.0) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self.transport = Transport(
+            wait=self.wait, clock=lambda: self.now, chance=lambda: chance, patience_seconds=patience
+        )
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+        self.pauses.append(seconds)
 
 
 def call(made: HttpClient, effect: Effect) -> object:
@@ -144,13 +173,95 @@ def test_nothing_is_tried_twice_and_no_redirect_is_followed() -> None:
     assert played == ["once"]
 
 
-def test_a_question_is_not_repeated_in_silence() -> None:
-    """Whoever asks decides how often and how fast: the second script is for the second call."""
-    with server(hang_up, reply(200, "{}")) as url:
-        made = client(url)
-        with pytest.raises(NotApplied):
-            made.read("ask", "/path")
+def test_a_question_is_asked_again_after_pauses_that_grow(caplog: pytest.LogCaptureFixture) -> None:
+    """A read changes nothing: throttled, failed, reset or cut short, it is asked again, and the log says for what."""
+    clock = Clock()
+    caplog.set_level(logging.WARNING)
+    with server(reply(429, "slow down"), reset, reply(503), cut_short, hang_up, reply(200, "{}")) as url:
+        assert client(url, transport=clock.transport).read("ask", "/path") == {}
+
+    assert clock.pauses == [0.5, 1.0, 2.0, 4.0, 8.0]
+    assert len(caplog.messages) == 5
+    assert caplog.messages[0] == "maxio:us:acme: ask: HTTP 429: slow down; it is asked again in 0.5 s"
+    assert KEY not in caplog.text
+
+
+def test_those_who_wait_do_not_ask_in_step() -> None:
+    """Chance takes up to half of each pause away."""
+    clock = Clock(chance=0.5)
+    with server(reply(429), reply(429), reply(200, "{}")) as url:
+        client(url, transport=clock.transport).read("ask", "/path")
+
+    assert clock.pauses == [0.375, 0.75]
+
+
+def test_patience_ends_with_the_words_of_the_last_try() -> None:
+    """The last pause is as long as what is left, and no pause is longer than thirty seconds."""
+    clock = Clock(patience=100)
+    tries = [reply(429, f"try {number}") for number in range(10)]
+    with server(*tries) as url, pytest.raises(NotApplied, match="HTTP 429: try 9") as told:
+        client(url, transport=clock.transport).read("ask", "/path")
+
+    assert told.value.throttled
+    assert clock.pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 8.5]
+
+
+def test_a_site_is_not_asked_before_it_wants_to_be() -> None:
+    """Retry-After is the least to wait; a wait that is longer than what is left ends it at once."""
+    clock = Clock()
+    script = [reply(429, "", "Retry-After: 20"), reply(503, "", "Retry-After: 0"), reply(429, "", "Retry-After: 40")]
+    with server(*script) as url, pytest.raises(NotApplied) as told:
+        client(url, transport=clock.transport).read("ask", "/path")
+
+    assert clock.pauses == [20.0, 1.0]
+    assert told.value.retry_after_seconds == 40.0
+
+
+def test_time_that_the_site_takes_counts_for_patience_too() -> None:
+    """A question that hangs for all of it is not asked again."""
+    with server(silence) as url, pytest.raises(NotApplied, match="no reply in time"):
+        client(url, wait=0.3, transport=Transport(patience_seconds=0.2)).read("ask", "/path")
+
+
+def test_patience_is_with_the_site_and_not_with_each_question() -> None:
+    """A thousand questions to a site that is away take a minute, not a thousand; one answer, and there is patience."""
+    clock = Clock(patience=0.75)
+    away = [reply(503)] * 5
+    with server(*away, reply(200, "{}"), reply(503), reply(200, "{}")) as url:
+        made = client(url, transport=clock.transport)
+        for _ in range(3):
+            with pytest.raises(NotApplied):
+                made.read("ask", "/path")
+        assert clock.pauses == [0.5, 0.25]
         assert made.read("ask", "/path") == {}
+        assert made.read("ask", "/path") == {}
+    assert clock.pauses == [0.5, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(("status", "means"), [(401, Misconfigured), (422, Misconfigured), (404, None)])
+def test_what_waiting_cannot_mend_is_told_at_once(status: int, means: type[Exception] | None) -> None:
+    """Credentials, a question that the site does not take, and a definite no are no reasons to ask again."""
+    clock = Clock()
+    with server(reply(status)) as url:
+        ended: object = None
+        try:
+            ended = client(url, transport=clock.transport).read("ask", "/path")
+        except UsageBillingError as error:
+            ended = type(error)
+    assert ended is means
+    assert clock.pauses == []
+
+
+@pytest.mark.parametrize("script", [reply(429), reply(503), hang_up])
+def test_a_write_is_never_repeated(script: Script) -> None:
+    """Whatever patience there is, the second script is for the second call."""
+    clock = Clock()
+    with server(script, reply(201, '{"id": 1}')) as url:
+        made = client(url, transport=clock.transport)
+        with pytest.raises((NotApplied, InDoubt)):
+            made.write("create usage", "/path", "{}")
+        assert made.write("create usage", "/path", "{}") == {"id": 1}
+    assert clock.pauses == []
 
 
 NEVER_LEFT = [

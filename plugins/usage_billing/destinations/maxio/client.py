@@ -5,15 +5,13 @@ Paths, limits and the meaning of replies follow Maxio's public API reference: "S
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from requests.adapters import BaseAdapter
-
-from usage_billing.destinations.http import Effect, HttpClient, Outcome, record_number, segment
+from usage_billing.destinations.http import Effect, HttpClient, Outcome, Transport, record_number, segment
 from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied
 
@@ -112,11 +110,11 @@ class MaxioSite:
     Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
     """
 
-    def __init__(self, settings: MaxioSettings, adapter: Callable[[], BaseAdapter] | None = None) -> None:
-        """Prepare; `adapter` takes the place of the network, see `HttpClient`."""
+    def __init__(self, settings: MaxioSettings, transport: Transport = Transport()) -> None:  # noqa: B008 - frozen.
+        """Prepare; `transport` stands for network and time."""
         self.settings = settings
         key = (settings.api_key, "x")
-        shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "adapter": adapter}
+        shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "transport": transport}
         self._main = HttpClient(settings.site, settings.base_url, key, outcomes=(*_SITE_WIDE, _CONFLICT), **shared)
         events_url = f"{settings.events_url}/{settings.subdomain}"
         self._events = HttpClient(settings.site, events_url, key, outcomes=(*_SITE_WIDE, _NO_STREAM), **shared)
