@@ -338,7 +338,8 @@ class _Work:
             log.warning("in doubt: %d deliveries; %s", len(left), error)
             if not error.taken:
                 # The site or the way to it is not well: the next request need not follow at once.
-                self._setback = NotApplied(f"{len(left)} deliveries are in doubt")
+                why = f"{len(left)} deliveries are in doubt: {error}"
+                self._setback = NotApplied(why, retry_after_seconds=error.retry_after_seconds)
         except Exception as error:
             # A fault of ours, but the request may have left: the site will be asked.
             self._land(ours, State.IN_DOUBT, error)

@@ -55,13 +55,26 @@ class InDoubt(UsageBillingError):
 
     `receipts` (of `records.Receipt`) are for those deliveries of the chunk that the site has all the same, as it was
     seen to; the others are in doubt. `taken` says that the site took them, and that only the proof of how much counted
-    is not there yet.
+    is not there yet. `refused` says that the site said no to several at once, and that only what became of each is
+    unknown; `throttled` and `retry_after_seconds` that it wants to be asked later, as with `NotApplied`.
     """
 
-    def __init__(self, message: str = "", *, receipts: Sequence[Any] = (), taken: bool = False) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        receipts: Sequence[Any] = (),
+        taken: bool = False,
+        refused: bool = False,
+        throttled: bool = False,
+        retry_after_seconds: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.receipts = tuple(receipts)
         self.taken = taken
+        self.refused = refused
+        self.throttled = throttled
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Stale(UsageBillingError):

@@ -284,13 +284,13 @@ class HttpClient:
         self._raise_for_failure(reply, call, effect)
         return self._json(reply, call, effect)
 
-    def write_blind(self, call: str, path: str, body: str) -> None:
+    def write_blind(self, call: str, path: str, body: str, effect: Effect = Effect.WRITE) -> None:
         """Post a JSON text where success has no documented body; errors as for `write`.
 
         A page, a reply that was cut short, and one that speaks of errors are still no success.
         """
-        reply = self._send("POST", call, path, Effect.WRITE, body=body)
-        self._raise_for_failure(reply, call, Effect.WRITE)
+        reply = self._send("POST", call, path, effect, body=body)
+        self._raise_for_failure(reply, call, effect)
         if odd := _oddity(reply):
             raise InDoubt(self._text(call, reply.status_code, odd))
 
@@ -366,9 +366,14 @@ class HttpClient:
         words = self.shown("; ".join(_sayings(reply)))
         row = next(row for row in self._outcomes if row.fits(status, effect, words))
         text = self._text(call, status, words, row.mend)
+        throttled = status == requests.codes.too_many_requests
         if row.means is NotApplied:
-            throttled = status == requests.codes.too_many_requests
             raise NotApplied(text, retry_after_seconds=_retry_after(reply), throttled=throttled)
+        if row.means is InDoubt:
+            # What the same reply would say of one record alone: of several it says so much, and not of which.
+            alone = next(row for row in self._outcomes if row.fits(status, Effect.WRITE, words))
+            refused = alone.means is Refused
+            raise InDoubt(text, refused=refused, throttled=throttled, retry_after_seconds=_retry_after(reply))
         raise row.means(text)
 
     def _json(self, reply: requests.Response, call: str, effect: Effect) -> Any:
