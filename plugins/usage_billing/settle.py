@@ -44,6 +44,7 @@ class Doubts:
         self._window = window
         self._decided_by_people: set[str] = set()
         self._asked_in_vain = 0
+        self._not_before = ledger.now()
 
     def open(self) -> list[Delivery]:
         """Return what is in doubt, the longest waiting first, without what only a person can decide.
@@ -60,36 +61,55 @@ class Doubts:
         Raises:
             Misconfigured: the site turned the credentials or the question down.
         """
-        settle_after, now = self._destination.settle_after, self._ledger.now()
-        due = [doubt for doubt in doubts if doubt.sent_at is not None and now - doubt.sent_at >= settle_after]
+        ask_after, now = self._destination.ask_after, self._ledger.now()
+        due = [doubt for doubt in doubts if doubt.sent_at is not None and now - doubt.sent_at >= ask_after]
         before = self.settled.ended
-        for chunk in _chunks(due, self._destination.chunk_size):
-            self._ask(chunk)
+        for chunk in _chunks(due if now >= self._not_before else [], self._destination.chunk_size):
+            if not self._ask(chunk):
+                break
         ended = self.settled.ended - before
         self._asked_in_vain = 0 if ended else self._asked_in_vain + bool(due)
         return ended
 
     def seconds_until_due(self, doubts: Sequence[Delivery]) -> float:
         """Return how long to wait before asking is worth it again."""
-        now, settle_after = self._ledger.now(), self._destination.settle_after
-        waits = [(doubt.sent_at + settle_after - now).total_seconds() for doubt in doubts if doubt.sent_at]
+        now, ask_after = self._ledger.now(), self._destination.ask_after
+        if now < self._not_before:
+            return (self._not_before - now).total_seconds()
+        waits = [(doubt.sent_at + ask_after - now).total_seconds() for doubt in doubts if doubt.sent_at]
         pending = [wait for wait in waits if wait > 0]
         # Nothing newly due: a worker elsewhere is sending, or the site could not tell yet. Look again in a while, and
         # not so soon when it could not tell for long.
         again = min(2.0 * 2 ** min(self._asked_in_vain, _MOST_DOUBLINGS), _LONGEST_PAUSE)
         return float(min([again, *pending]))
 
-    def _ask(self, doubts: Sequence[Delivery]) -> None:
+    def _ask(self, doubts: Sequence[Delivery]) -> bool:
+        """Ask about one chunk; return whether the site bears the next question at once."""
         now = self._ledger.now()
+        answers: dict[str, Answer] = {}
+        failure: NotApplied | InDoubt | None = None
         try:
-            answers = {**self._destination.settle(doubts, now)}
-            answers |= overtaken(self._destination, self._found_late(doubts, answers, now), now)
+            answers |= self._destination.settle(doubts, now)
+        except NotApplied as error:
+            failure = error
+        except InDoubt as error:
+            answers, failure = {receipt.token: receipt for receipt in error.receipts}, error
+        late = self._found_late(doubts, answers, now)
+        try:
+            answers |= overtaken(self._destination, late, now)
         except (NotApplied, InDoubt) as error:
-            log.warning("%d doubts stay open: %s", len(doubts), error)
-            return
+            failure = error
+            for doubt in late:
+                del answers[doubt.token]
         for doubt in doubts:
             if doubt.token in answers:
                 self._end(doubt, answers[doubt.token])
+        if failure is None:
+            return True
+        log.warning("%d doubts stay open: %s", len(doubts) - len(answers), failure)
+        if failure.retry_after_seconds:
+            self._not_before = self._ledger.now() + timedelta(seconds=failure.retry_after_seconds)
+        return not failure.throttled and not failure.retry_after_seconds
 
     def _found_late(self, doubts: Sequence[Delivery], answers: Mapping[str, Answer], now: datetime) -> list[Delivery]:
         """Return what the site has, and may have taken after its billing period: by a replay now, or by the request."""

@@ -190,18 +190,21 @@ class Call:
 
 
 NO_STREAM = {404: M}  # The events host knows no such stream, which is no fault of any record.
+NO_ROOM = {**NO_STREAM, 413: R}  # What is too large is turned away by its size, before any of it is stored.
 NO_LIST = {404: M}  # A query is answered by a list: a 404 is not the account's.
 NONE = {404: A}  # The definite word that there is no such subscription or component.
 CALLS = [
     Call("Maxio create usage", WRITE, maxio_site, lambda site: site.create_usage(7, 61001, "{}")),
     Call("Maxio list usages", READ, maxio_site, lambda site: list(site.usages(7, 61001) or ()), NONE),
     Call("Maxio record an event", WRITE, maxio_site, lambda site: site.record_event("s", "{}"), NO_STREAM),
-    Call("Maxio record events", WRITE, maxio_site, lambda site: site.record_events("s", ["{}"]), NO_STREAM),
+    Call("Maxio record events", BULK, maxio_site, lambda site: site.record_events("s", ["{}", "{}"]), NO_ROOM),
+    Call("Maxio record one of events", WRITE, maxio_site, lambda site: site.record_events("s", ["{}"]), NO_STREAM),
     Call("Maxio metered, send", WRITE, maxio_site, lambda site: metered(site).send([DELIVERY])),
     Call("Maxio metered, send a deduction", WRITE, maxio_site, lambda site: metered(site).send([DEDUCTION])),
     Call("Maxio metered, settle", READ, maxio_site, lambda site: metered(site).settle([DELIVERY], NOW), NONE),
     Call("Maxio metered, list records", READ, maxio_site, lambda site: list(metered(site).records(ACCEPTED)), NONE),
-    Call("Maxio events, send", WRITE, maxio_site, lambda site: events(site).send(TWO), NO_STREAM),
+    Call("Maxio events, send", BULK, maxio_site, lambda site: events(site).send(TWO), NO_ROOM),
+    Call("Maxio events, send one", WRITE, maxio_site, lambda site: events(site).send([DELIVERY]), NO_STREAM),
     Call("ChargeOver store usage", WRITE, chargeover_site, lambda site: site.create_usage("{}")),
     Call("ChargeOver batch", BULK, chargeover_site, lambda site: site.create_usage_batch(["{}"])),
     Call("ChargeOver bulk", BULK, chargeover_site, lambda site: site.upload_usage(["{}"])),
@@ -763,7 +766,7 @@ BROKEN_REPLIES: dict[str, tuple[Script, tuple[object, ...]]] = {
     "closed without a word": (hang_up, (N, D, D)),
     "a status cut short": (raw(b"HTTP/1."), (N, D, D)),
     # The status is whole, and all that the events host has to say; see `BLIND`.
-    "headers cut short": (raw(OK + b"Content-Le"), (N, (D, A), D)),
+    "headers cut short": (raw(OK + b"Content-Le"), (N, (D, A), (D, A))),
     "no HTTP": (raw(b"220 mail.example.com ESMTP\r\n"), (N, D, D)),
     "a status that is no number": (raw(b"HTTP/1.1 abc OK\r\n\r\n"), (N, D, D)),
     "a status below 100": (raw(b"HTTP/1.1 007 OK\r\n\r\n"), (N, D, D)),

@@ -81,6 +81,11 @@ class Destination(ABC):
         wait: timedelta = self.client.settings.settle_after
         return wait
 
+    @property
+    def ask_after(self) -> timedelta:
+        """How long after a request was sent `settle` may be asked about it: no sooner than its answer holds."""
+        return self.settle_after
+
     def check(self) -> None:
         """Ask the site whether this source can be billed at all: credentials, component, kind, decimals.
 
@@ -191,7 +196,7 @@ class Destination(ABC):
 
     @abstractmethod
     def settle(self, doubts: Sequence[Delivery], now: datetime) -> Mapping[str, Answer]:
-        """Settle deliveries in doubt, all of them sent longer than `settle_after` before `now`, the ledger's time.
+        """Settle deliveries in doubt, all of them sent longer than `ask_after` before `now`, the ledger's time.
 
         By token: a receipt says that the site has it with the same quantity; ``None`` that it definitely has it not; a
         `Refused` that it has it with another one, and an `InDoubt` that no waiting will tell: with these a person
@@ -199,7 +204,7 @@ class Destination(ABC):
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked; all stay in doubt.
-            InDoubt: all stay in doubt.
+            InDoubt: all stay in doubt, but those of its `receipts`.
         """
 
     @abstractmethod

@@ -89,7 +89,11 @@ MAXIO = {
     "omitted_price_point": Switch("default", ("default", "locked_in"), "price point of a usage that names none"),
     "memo_limit": Switch("none", ("none", "255"), "longest memo, in characters"),
     "long_memo": Switch("refuse", ("refuse", "truncate"), "a memo over the limit"),
-    "bulk_with_bad_event": Switch("refuse_all", ("refuse_all", "store_valid"), "a malformed event in a bulk request"),
+    "bulk_with_bad_event": Switch(
+        "refuse_all",
+        ("refuse_all", "store_valid", "store_valid_and_refuse"),
+        "a malformed event in a bulk request: nothing is stored, or the sound ones, with 201 or with 422",
+    ),
     "empty_bulk": Switch("201", ("201", "422"), "a bulk request without events"),
     "bulk_without_array": Switch("422", ("422", "400"), "a bulk request whose body is no array"),
     "long_event_token": Switch("refuse", ("refuse", "truncate"), "event token over 64 characters"),

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from usage_billing.destinations.http import Effect, HttpClient, Outcome, Transport, record_number, segment
 from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults, whole_number
-from usage_billing.errors import InDoubt, Misconfigured, NotApplied
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 
 Json = dict[str, Any]
 
@@ -30,7 +30,11 @@ _SITE_WIDE = tuple(
     Outcome((422,), Misconfigured, words=words, mend="this concerns the whole site, not this request")
     for words in ("account has been canceled", "trial has ended", "Site data clearing", "site has been deleted")
 )
-_NO_STREAM = Outcome((404,), Misconfigured, (Effect.WRITE,), mend="the events host knows no such stream or site")
+_NO_STREAM = Outcome(
+    (404,), Misconfigured, (Effect.WRITE, Effect.BULK), mend="the events host knows no such stream or site"
+)
+# By its size alone, before anybody looks into it.
+_TOO_LARGE = Outcome((413,), Refused, (Effect.BULK,))
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -117,7 +121,8 @@ class MaxioSite:
         shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "transport": transport}
         self._main = HttpClient(settings.site, settings.base_url, key, outcomes=(*_SITE_WIDE, _CONFLICT), **shared)
         events_url = f"{settings.events_url}/{settings.subdomain}"
-        self._events = HttpClient(settings.site, events_url, key, outcomes=(*_SITE_WIDE, _NO_STREAM), **shared)
+        of_events = (*_SITE_WIDE, _NO_STREAM, _TOO_LARGE)
+        self._events = HttpClient(settings.site, events_url, key, outcomes=of_events, **shared)
 
     def read_site(self) -> Json:
         """Return the site's own settings; the cheapest proof that address and key are right."""
@@ -254,8 +259,8 @@ class MaxioSite:
             params["max_id"] = min(row["id"] for row in rows) - 1
 
     def time(self) -> datetime | None:
-        """Return the site's own time, as its last answer to this thread said; None before the first one."""
-        return self._main.server_time
+        """Return the site's own time, as its last answers to this thread said; None before the first one."""
+        return max(filter(None, (self._main.server_time, self._events.server_time)), default=None)
 
     def record_event(self, stream: str, body: str) -> None:
         """Record one event, the JSON text of an object, in a stream.
@@ -265,9 +270,13 @@ class MaxioSite:
         self._events.write_blind(f"record an event in stream {stream!r}", f"/events/{segment(stream)}.json", body)
 
     def record_events(self, stream: str, bodies: Sequence[str]) -> None:
-        """Record up to 1,000 events, JSON texts of objects, in one request; as `record_event`."""
+        """Record up to 1,000 events, JSON texts of objects, in one request; as `record_event`.
+
+        A refusal of several is `InDoubt`: no document says whether the stream has taken the sound ones among them.
+        """
         call = f"record {len(bodies)} events in stream {stream!r}"
-        self._events.write_blind(call, f"/events/{segment(stream)}/bulk.json", f"[{','.join(bodies)}]")
+        effect = Effect.BULK if len(bodies) > 1 else Effect.WRITE
+        self._events.write_blind(call, f"/events/{segment(stream)}/bulk.json", f"[{','.join(bodies)}]", effect)
 
     def _pages(self, call: str, path: str, key: str, params: Mapping[str, Any]) -> Iterator[Json]:
         """Yield the rows of a numbered list, each id once, until a page brings nothing new."""

@@ -4,8 +4,10 @@ Limits and the meaning of replies follow Maxio's public API reference: "Events-B
 """
 
 import json
+import logging
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar, Literal, Self
@@ -20,12 +22,20 @@ from usage_billing.archive import Archived
 from usage_billing.destinations.base import Answer, by_value, joined
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination
-from usage_billing.errors import InDoubt, Refused
+from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.records import Delivery, Period, Receipt, SiteTotal
 from usage_billing.sources import BillingSource, DestinationSettings
 
+log = logging.getLogger(__name__)
+
 _CHARGIFY_FIELDS = ("subscription_id", "subscription_reference")
 """Identifiers that stand inside an event's ``chargify`` object; any other is a property of the event."""
+_NEVER = datetime.max.replace(tzinfo=UTC)
+_SHARE_AFTER_REFUSAL = 10
+_MOST_REPLAYS = 200
+"""How many requests one question about a chunk makes at most: enough to tell a handful of bad events in a thousand."""
+_NAMED = 20
+"""How many refused events of a chunk are named."""
 
 
 class MaxioEventsSettings(DestinationSettings):
@@ -131,20 +141,23 @@ class MaxioEvents(MaxioDestination):
             return f',"subscription_reference":{json.dumps(account)}}}'
         return f"}},{json.dumps(by)}:{json.dumps(account)}"
 
+    @property
+    def ask_after(self) -> timedelta:
+        """Nothing: a replay under the same tokens is harmless whatever becomes of the first request."""
+        return timedelta(0)
+
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
         """Record the chunk in one bulk request, whose success tells nothing of its single events."""
-        self._record(chunk)
+        (stream,) = {delivery.address["stream"] for delivery in chunk}
+        self.client.record_events(stream, [body for delivery in chunk for body in self._events(delivery).values()])
         return [Receipt(delivery.token) for delivery in chunk]
 
-    def _record(self, chunk: Sequence[Delivery]) -> None:
-        (stream,) = {delivery.address["stream"] for delivery in chunk}
-        self.client.record_events(stream, [body for delivery in chunk for body in self._bodies(delivery)])
-
-    def _bodies(self, delivery: Delivery) -> list[str]:
+    def _events(self, delivery: Delivery) -> dict[str, str]:
+        """Return the events of a delivery, each under what a person knows it by: its event id, or its token."""
         if not self.stream:
-            return [delivery.body]
-        bodies: list[str] = self._chunk(delivery).column("body").to_pylist()
-        return bodies
+            return {delivery.token: delivery.body}
+        chunk = self._chunk(delivery)
+        return dict(zip(chunk.column("event_id").to_pylist(), chunk.column("body").to_pylist(), strict=True))
 
     def _chunk(self, delivery: Delivery) -> pa.Table:
         return self.kept().read(Archived.at(delivery.address))
@@ -154,31 +167,60 @@ class MaxioEvents(MaxioDestination):
 
         What was sent before the replay window stays in doubt, since a replay could bill twice. So does what belongs to
         a billing period that has closed since: if the first request was lost, its replay would be taken and not billed.
+        What could land after the end of its billing period is not replayed either, and is looked at again once that has
+        closed. Where several are refused together, ever smaller parts go, at last each event alone: one that is refused
+        alone is for a person, since the first request may have brought it all the same.
         """
         fresh = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at <= self.replay_window]
-        still = self._still_open(fresh)
-        replayable = [doubt for doubt in fresh if doubt.token in still]
-        for stream in sorted({doubt.address["stream"] for doubt in replayable}):
-            of_stream = [doubt for doubt in replayable if doubt.address["stream"] == stream]
-            for first in range(0, len(of_stream), self.chunk_size):
-                self._replay(of_stream[first : first + self.chunk_size])
+        leave_by, clock = self._leave_by(fresh), _Clock(self.client, now)
+        in_time = [doubt for doubt in fresh if doubt.token in leave_by and clock.now() < leave_by[doubt.token]]
+        if waiting := len(leave_by) - len(in_time):
+            log.info("%d doubts wait: their billing period ends, and a replay could land after it", waiting)
         too_old = f"sent more than {self.replay_window.days} days ago: a replay could bill it twice; compare the totals"
         closed = "its billing period has closed: a replay would be taken and never billed; compare the totals"
         answers: dict[str, Answer] = {doubt.token: InDoubt(too_old) for doubt in doubts}
         answers |= {doubt.token: InDoubt(closed) for doubt in fresh}
-        note = "replayed; the stream ignores what it holds"
-        return answers | {doubt.token: Receipt(doubt.token, note=note) for doubt in replayable}
+        answers = {token: answer for token, answer in answers.items() if token not in leave_by}
+        for stream in sorted({doubt.address["stream"] for doubt in in_time}):
+            of_stream = [doubt for doubt in in_time if doubt.address["stream"] == stream]
+            for first in range(0, len(of_stream), self.chunk_size):
+                chunk = of_stream[first : first + self.chunk_size]
+                replay = _Replay(self.client, stream, clock, min(leave_by[doubt.token] for doubt in chunk))
+                answers |= self._replayed(chunk, replay)
+        return answers
 
-    def _still_open(self, deliveries: Sequence[Delivery]) -> set[str]:
-        """Return the tokens of those all of whose billing periods are open on the site right now."""
+    def _replayed(self, chunk: Sequence[Delivery], replay: "_Replay") -> dict[str, Answer]:
+        """Send a chunk again; return what became of those deliveries of which every event came to an end.
+
+        Raises:
+            InDoubt: the site did not take it up; its receipts are of those deliveries that it took before.
+        """
+        names = {delivery.token: self._events(delivery) for delivery in chunk}
+        replay.send({name: body for events in names.values() for name, body in events.items()})
+        answers = {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
+        if failure := replay.failure:
+            raise InDoubt(
+                str(failure),
+                receipts=[answer for answer in answers.values() if isinstance(answer, Receipt)],
+                throttled=failure.throttled,
+                retry_after_seconds=failure.retry_after_seconds,
+            ) from failure
+        return dict(answers)
+
+    def _leave_by(self, deliveries: Sequence[Delivery]) -> dict[str, datetime]:
+        """Return, by token, until when a request may leave so that it lands before its billing periods end.
+
+        Those of which a billing period is not open on the site right now have no entry.
+        """
         earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
         targets = self.resolve(sorted({account for moments in earliest.values() for account in moments}))
-        opened = {target.account: target.open_from for target in targets if target.open_from is not None}
-        return {
-            token
-            for token, moments in earliest.items()
-            if all(account in opened and moment >= opened[account] for account, moment in moments.items())
-        }
+        opened = {target.account: (target.open_from, target.open_until) for target in targets}
+        found: dict[str, datetime] = {}
+        for token, moments in earliest.items():
+            spans = [(moment, *opened[account]) for account, moment in moments.items()]
+            if all(start is not None and moment >= start for moment, start, _ in spans):
+                found[token] = min((end for *_, end in spans if end is not None), default=_NEVER) - self.settle_after
+        return found
 
     def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
         """Return the time of each account's earliest event."""
@@ -192,28 +234,23 @@ class MaxioEvents(MaxioDestination):
         return datetime.fromisoformat(json.loads(body)["chargify"]["timestamp"])
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        """Hold what belongs to a billing period that has closed since it was planned."""
-        still = self._still_open(deliveries)
+        """Hold what belongs to a billing period that has closed since it was planned, or could land after its end."""
+        leave_by = self._leave_by(deliveries)
+        at = _Clock(self.client, now).now()
         why = "its billing period closed before it was sent: the site would take the event and never bill it"
         if self.stream:
             why = (
                 "the billing period of some of its events closed before it was sent, and the site would never bill "
                 "those: clear the run from validate on, and the others go"
             )
-        return {delivery.token: why for delivery in deliveries if delivery.token not in still}
+        ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
+        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by}
+        return held | {token: ends for token, moment in leave_by.items() if moment <= at}
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        still = self._still_open(deliveries)
-        return {one.token: "the period of its events is closed now" for one in deliveries if one.token not in still}
-
-    def _replay(self, chunk: Sequence[Delivery]) -> None:
-        try:
-            self._record(chunk)
-        except Refused as refusal:
-            # Refused now says nothing about then: the same request may have been taken while its reply was lost.
-            raise InDoubt(
-                f"{refusal}; a replay was refused, so what became of the first request stays open"
-            ) from refusal
+        still_open = self._leave_by(deliveries)
+        why = "the billing period of its events is closed now"
+        return {delivery.token: why for delivery in deliveries if delivery.token not in still_open}
 
     def records(self, deliveries: pd.DataFrame) -> None:
         """Return None: no endpoint returns recorded events."""
@@ -255,6 +292,86 @@ class MaxioEvents(MaxioDestination):
         for name in (name for name, count in names.items() if count > 1):
             where = "dimensions, property, subscription_by"
             yield f"{where}: {name!r} would stand twice in an event; rename one in usage.sql"
+
+
+class _Clock:
+    """The site's own clock, for by it the site renews; from the ledger's `now` on where the site tells none."""
+
+    def __init__(self, client: MaxioSite, now: datetime) -> None:
+        self._client = client
+        self._first = client.time() or now
+        self._started = time.monotonic()
+
+    def now(self) -> datetime:
+        """Return the time: what the site said last, or what has passed since it first said one."""
+        passed = self._first + timedelta(seconds=time.monotonic() - self._started)
+        return max(passed, self._client.time() or passed)
+
+
+class _Replay:
+    """Events that are sent again under their own tokens, in smaller parts wherever the stream refuses several."""
+
+    def __init__(self, client: MaxioSite, stream: str, clock: _Clock, leave_by: datetime) -> None:
+        """Prepare; no request leaves at `leave_by` or later."""
+        self.failure: NotApplied | InDoubt | None = None
+        self._client = client
+        self._stream = stream
+        self._clock = clock
+        self._leave_by = leave_by
+        self._taken: set[str] = set()
+        self._refused: dict[str, str] = {}
+        self._gave_up = False
+
+    def send(self, events: Mapping[str, str]) -> None:
+        """Send events (body by name); a `failure` of the site ends it, and so does the time."""
+        waiting = [list(events.items())]
+        for _ in range(_MOST_REPLAYS):
+            if not waiting or self._clock.now() >= self._leave_by:
+                return
+            some = waiting.pop()
+            try:
+                refusal = self._refusal([body for _, body in some])
+            except (NotApplied, InDoubt) as failure:
+                self.failure = failure
+                return
+            if not refusal:
+                self._taken.update(name for name, _ in some)
+            elif len(some) == 1:
+                self._refused[some[0][0]] = refusal
+            else:
+                share = -(-len(some) // _SHARE_AFTER_REFUSAL)
+                waiting += [some[first : first + share] for first in range(0, len(some), share)]
+        if waiting and not self._taken:
+            # Nothing of it lies in single events: the stream wants none of them, now.
+            self.failure = InDoubt(f"{_MOST_REPLAYS} replays in a row were refused: {refusal}")
+        self._gave_up = bool(waiting)
+
+    def _refusal(self, bodies: Sequence[str]) -> str:
+        """Send some events; return with which words the stream refused them, or an empty text."""
+        try:
+            self._client.record_events(self._stream, bodies)
+        except Refused as refusal:
+            return str(refusal)
+        except InDoubt as doubt:
+            if not doubt.refused:
+                raise
+            return str(doubt)
+        return ""
+
+    def answer(self, token: str, names: Collection[str]) -> Receipt | InDoubt | None:
+        """Return what became of the delivery `token`, which has the events `names`; None where that is still open."""
+        refused = [name for name in names if name in self._refused]
+        open_ones = [name for name in names if name not in self._taken and name not in self._refused]
+        if not refused and not open_ones:
+            return Receipt(token, note="replayed; the stream ignores what it holds")
+        if not refused or (open_ones and not self._gave_up):
+            return None
+        shown = ", ".join(refused[:_NAMED]) + (", ..." if len(refused) > _NAMED else "")
+        untried = f", and {len(open_ones)} more were not tried" if open_ones else ""
+        return InDoubt(
+            f"{len(refused)} of its {len(names)} events are refused alone ({shown}){untried}: an earlier request may "
+            f"have brought them all the same; compare the totals; {self._refused[refused[0]]}"
+        )
 
 
 def _moments(times: pd.Series) -> pd.Series:

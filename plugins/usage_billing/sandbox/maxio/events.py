@@ -116,13 +116,17 @@ class MaxioEvents(MaxioHost):
             raise BadEvent(f"A maximum of {LARGEST_BULK} events can be published in a single request.")
         known: dict[str, Account | None] = {}
         checked = []
+        refusal: BadEvent | None = None
         for event in events:
             try:
                 checked.append(self._check(stream, event, known))
-            except BadEvent:
+            except BadEvent as fault:
                 if self.switches["bulk_with_bad_event"] == "refuse_all":
                     raise
+                refusal = fault
         self._store(stream, checked)
+        if refusal is not None and self.switches["bulk_with_bad_event"] == "store_valid_and_refuse":
+            return errors(refusal.status, str(refusal))
         return Response(status_code=201)
 
     def _check(self, stream: str, event: object, known: dict[str, Account | None]) -> Incoming:

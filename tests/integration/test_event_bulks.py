@@ -1,0 +1,235 @@
+"""Bulks of events that the site refuses, throttles or stores in part: each event is billed once, or listed by name."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
+from usage_billing.destinations.maxio import MaxioEvents
+from usage_billing.errors import InDoubt, NotApplied
+from usage_billing.ledger import Ledger
+from usage_billing.records import Delivery, Period
+from usage_billing.settle import Doubts
+from usage_billing.sources import BillingSource
+
+SITE = SITES["platform_events"]
+HASTY = replace(GENTLE, patience=timedelta(milliseconds=300))
+ACCOUNTS = tuple(f"orbit-{number:02d}" for number in range(1, 5))
+TOTALS = shipped("platform_events")
+RAW = replace(TOTALS, destination=TOTALS.destination.model_copy(update={"mode": "events"}))
+DAY, LAST_DAY = a_day(TOTALS, 19), a_day(TOTALS, 30)
+BOTH = pytest.mark.parametrize("source", [TOTALS, RAW], ids=["totals", "raw"])
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    """A house with the shipped worlds."""
+    with a_house(tmp_path) as opened:
+        yield opened
+
+
+@pytest.fixture
+def on_time(house: House, tmp_path: Path) -> House:
+    """The same, whose ledger lives on the sandbox's time."""
+    house.ledger.close()
+    house.ledger = Ledger.connect(f"sqlite:///{tmp_path}/ledger.sqlite", clock=house.sandbox.now)
+    return house
+
+
+def events(quantity: str, interval: Period = DAY, accounts: Sequence[str] = ACCOUNTS) -> list[Event]:
+    """Return an event of each account in the same hour."""
+    at = interval.start + timedelta(hours=5)
+    return [
+        Event(f"e-{number}", account, quantity, at + timedelta(seconds=number), ("eu", "premium"))
+        for number, account in enumerate(accounts)
+    ]
+
+
+def listed(house: House, source: BillingSource, interval: Period) -> list[tuple[str, str]]:
+    """Return the state and the reason of what is open."""
+    left = house.ledger.open_items(source.name, Period.around(source.periods(interval)))
+    return list(zip(left["state"], left["reason"], strict=True))
+
+
+def mark(monkeypatch: pytest.MonkeyPatch, account: str) -> None:
+    """Let the events of one account name a subscription that there is not."""
+    rightly = MaxioEvents._subscriber
+
+    def wrongly(self: MaxioEvents, address: str) -> str:
+        return rightly(self, address).replace(f'"{account}"', '"nobody"')
+
+    monkeypatch.setattr(MaxioEvents, "_subscriber", wrongly)
+
+
+@pytest.mark.parametrize("status", [422, 429])
+def test_a_refused_bulk_that_was_stored_in_part_is_not_billed_twice_when_its_totals_change(
+    house: House, status: int
+) -> None:
+    """What half of the bulk brought counts once, though the totals grew before anything could be sent again."""
+    house.sandbox.fault(SITE, "partial_bulk", status=status)
+    house.sandbox.fault(SITE, "throttle", count=1000, after=1)
+    with pytest.raises(NotApplied):
+        house.run(TOTALS, DAY, events("5"), HASTY)
+    assert house.states(TOTALS, DAY) == {"in_doubt": 4}
+    assert sum(house.billed(TOTALS).values()) == Decimal(10), "nothing was stored in part, so this proved nothing"
+
+    house.sandbox.clear_faults()
+    house.run(TOTALS, DAY, events("7"))
+
+    assert house.billed(TOTALS) == dict.fromkeys(ACCOUNTS, Decimal(7))
+    assert house.states(TOTALS, DAY) == {"accepted": 8}
+    assert house.reconcile(TOTALS, DAY).ties_out
+
+
+@pytest.mark.parametrize("status", [422, 429])
+def test_rows_that_change_after_a_bulk_was_stored_in_part_are_listed_and_not_sent_again(
+    house: House, status: int
+) -> None:
+    """The chunk is replayed as it was; what differs from it since is for a person to see."""
+    source = replace(RAW, settings=RAW.settings.model_copy(update={"max_withdraw_share": 1.0}))
+    house.sandbox.fault(SITE, "partial_bulk", status=status)
+    house.run(source, DAY, events("5"))
+    assert house.states(source, DAY) == {"accepted": 1}
+    house.run(source, DAY, events("7"))
+    assert house.billed(source) == dict.fromkeys(ACCOUNTS, Decimal(5))
+    assert house.states(source, DAY) == {"accepted": 1, "held": 1}
+
+
+@pytest.mark.parametrize("stores", ["refuse_all", "store_valid_and_refuse"])
+def test_an_event_that_spoils_its_bulk_is_named_and_the_others_are_billed_once(
+    house: House, monkeypatch: pytest.MonkeyPatch, stores: str
+) -> None:
+    """The bulk is refused, whatever was stored of it: its events go alone, and the bad one waits for a person."""
+    mark(monkeypatch, "orbit-02")
+    house.sandbox.switch(SITE, bulk_with_bad_event=stores, unknown_subscription_in_event="refuse")
+
+    house.run(TOTALS, DAY, events("5"))
+
+    assert house.billed(TOTALS) == {account: Decimal(5) for account in ACCOUNTS if account != "orbit-02"}
+    assert house.states(TOTALS, DAY) == {"accepted": 3, "in_doubt": 1}
+    ((_, reason),) = listed(house, TOTALS, DAY)
+    assert reason.startswith("a person decides: ")
+    assert "names no subscription: 'nobody'" in reason
+
+
+@pytest.mark.parametrize("stores", ["refuse_all", "store_valid_and_refuse"])
+def test_a_chunk_with_a_bad_event_waits_for_a_person_who_is_told_which(
+    house: House, monkeypatch: pytest.MonkeyPatch, stores: str
+) -> None:
+    """Its sound events are billed once; the reason has the event id of the bad one, and how many there are."""
+    mark(monkeypatch, "orbit-02")
+    house.sandbox.switch(SITE, bulk_with_bad_event=stores, unknown_subscription_in_event="refuse")
+    rows = events("5", accounts=[*ACCOUNTS, *["orbit-01"] * 96])
+
+    house.run(RAW, DAY, rows)
+
+    assert house.states(RAW, DAY) == {"in_doubt": 1}
+    ((_, reason),) = listed(house, RAW, DAY)
+    assert reason.startswith("a person decides: 1 of its 100 events are refused alone (e-1): ")
+    assert len(house.sandbox.records(SITE)) == 99
+    assert house.writing_requests(RAW) <= 25, "the culprit is found by tenths"
+
+
+def test_a_stream_that_refuses_everything_is_not_asked_for_every_event(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing at all is taken the fault is no event's: the doubt stays open, after a bounded number of tries."""
+    monkeypatch.setattr("usage_billing.destinations.maxio.events._MOST_REPLAYS", 20)
+    mark(monkeypatch, "orbit-02")
+    house.sandbox.switch(SITE, unknown_subscription_in_event="refuse")
+    comparison, folder = house.totals(RAW, DAY, events("1", accounts=["orbit-02"] * 500))
+    destination = house.destination(RAW)
+    house.sandbox.fault(SITE, "lost_reply", carried_out=False)
+    with pytest.raises(NotApplied):
+        house.deliver(RAW, comparison, folder, manners=replace(HASTY, patience=timedelta(0)))
+    house.sandbox.reset_requests()
+
+    doubts = Doubts(destination, house.ledger)
+    assert doubts.ask(doubts.open()) == 0
+
+    assert house.writing_requests(RAW) == 20
+    assert len(doubts.open()) == 1
+
+
+@BOTH
+def test_a_replay_that_could_land_after_the_renewal_is_not_sent(on_time: House, source: BillingSource) -> None:
+    """Seconds before its billing period ends a doubt waits; after the renewal it is a person's, and nothing is lost."""
+    comparison, folder = on_time.totals(source, LAST_DAY, events("7", LAST_DAY, ["orbit-01"]))
+    (target,) = on_time.destination(source).resolve(["orbit-01"])
+    assert target.open_until is not None
+    on_time.sandbox.fault(SITE, "reset")
+    with pytest.raises(NotApplied):
+        on_time.deliver(source, comparison, folder, manners=replace(HASTY, patience=timedelta(0)))
+    doubts = Doubts(on_time.destination(source), on_time.ledger)
+    on_time.sandbox.move_clock(target.open_until - timedelta(milliseconds=900))
+    on_time.sandbox.reset_requests()
+
+    assert doubts.ask(doubts.open()) == 0
+    assert on_time.writing_requests(source) == 0
+    assert [state for state, _ in listed(on_time, source, LAST_DAY)] == ["in_doubt"]
+
+    on_time.sandbox.move_clock(target.open_until + timedelta(hours=1))
+    doubts.ask(doubts.open())
+    ((state, reason),) = listed(on_time, source, LAST_DAY)
+    assert state == "in_doubt"
+    assert "its billing period has closed" in reason
+    assert on_time.writing_requests(source) == 0
+
+
+@BOTH
+def test_what_could_land_after_the_renewal_is_held_when_it_is_looked_at_again(
+    on_time: House, source: BillingSource
+) -> None:
+    """It was right when it was planned; a second before the end nothing of it may leave any more."""
+    comparison, folder = on_time.totals(source, LAST_DAY, events("7", LAST_DAY, ["orbit-01"]))
+    (target,) = on_time.destination(source).resolve(["orbit-01"])
+    assert target.open_until is not None
+    on_time.sandbox.move_clock(target.open_until - timedelta(milliseconds=900))
+    on_time.sandbox.reset_requests()
+    on_time.deliver(source, comparison, folder)
+    ((state, reason),) = listed(on_time, source, LAST_DAY)
+    assert state == "held"
+    assert "its billing period ends" in reason
+    assert on_time.writing_requests(source) == 0
+
+
+def test_a_throttled_replay_is_not_repeated_before_the_site_wants_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One chunk is told to wait: the next one does not try its luck, and nothing is asked until the time is over."""
+    comparison, folder = house.totals(TOTALS, DAY, events("5"))
+    house.sandbox.fault(SITE, "reset")
+    with pytest.raises(NotApplied):
+        house.deliver(TOTALS, comparison, folder, manners=replace(HASTY, patience=timedelta(0)))
+    destination = house.destination(TOTALS)
+    destination.chunk_size = 2
+    asked: list[int] = []
+
+    def throttled(doubts: Sequence[Delivery], _now: datetime) -> dict[str, None]:
+        asked.append(len(doubts))
+        raise InDoubt("HTTP 429", throttled=True, retry_after_seconds=40.0)
+
+    monkeypatch.setattr(destination, "settle", throttled)
+    doubts = Doubts(destination, house.ledger)
+    for _ in range(3):
+        assert doubts.ask(doubts.open()) == 0
+    assert asked == [2]
+    assert 30 < doubts.seconds_until_due(doubts.open()) <= 40
+
+
+def test_a_throttled_bulk_slows_the_deliver_down_as_the_site_asks(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The chunk is in doubt, and the next request waits for as long as the site said."""
+    house.sandbox.switch(SITE, throttle_reply="json_retry_after")
+    house.sandbox.fault(SITE, "throttle")
+    started = datetime.now(UTC)
+    done = house.run(TOTALS, DAY, events("5"))
+    assert (done.doubted, done.settled) == (4, 4)
+    assert datetime.now(UTC) - started >= timedelta(seconds=1)
+    assert "in doubt: 4 deliveries" in caplog.text
+    assert house.billed(TOTALS) == dict.fromkeys(ACCOUNTS, Decimal(5))
