@@ -411,7 +411,23 @@ def test_a_success_that_does_not_say_so_is_none(call: Call) -> None:
 
 
 @pytest.mark.parametrize("name", BLIND)
-@pytest.mark.parametrize("body", [b"", b"ok", b"{}", b"[]", b"null", b'{"accepted":2}'])
+def test_a_body_that_speaks_of_trouble_is_no_success(name: str) -> None:
+    """201 has no documented body; whatever tells of a failure, however deep, makes a doubt: a replay is harmless."""
+    bodies = [
+        b'{"success":false,"message":"stream is paused"}', b'{"status":"error"}', b'"error"', b"Service Unavailable",
+        b'{"errors":null,"failed":2}', b'[{"error":"bad event"}]', b'{"response":{"errors":["x"]}}',
+        b'{"result":{"success":false}}', b'{"errors":{"0":{"token":["too long"]}}}', b'{"ok":false}',
+    ]  # fmt: skip
+    wrong = [
+        (status, body) for status, body in product((200, 201, 202), bodies) if ends(CALL[name], status, body) is not D
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("name", BLIND)
+@pytest.mark.parametrize(
+    "body", [b"", b"ok", b"{}", b"[]", b"null", b'{"accepted":2}', b'{"errors":[],"failed":0,"success":true}']
+)
 @pytest.mark.parametrize(
     ("status", "expected"), [(200, A), (201, A), (202, A), (204, A), (203, D), (205, D), (206, D), (207, D), (226, D)]
 )

@@ -95,6 +95,12 @@ _ANSWERS = (requests.codes.ok,)
 _TAKEN = (requests.codes.ok, requests.codes.created, requests.codes.accepted, requests.codes.no_content)
 """What says that a body was taken, where success has no documented body."""
 
+_TROUBLE = re.compile(r"error|fail|refus|reject|invalid|denied|unavailable|exception|not accepted")
+_WELL = re.compile(r"success|ok|accepted|valid")
+_NOTHING = ("false", "0", "none", "no")
+"""What says, under a name that speaks of errors, that there were none."""
+_MOST_LEAVES = 10_000
+
 _NO_TLS = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOCOL", "HTTP_REQUEST")
 """OpenSSL's reasons for a handshake with something that speaks no TLS."""
 
@@ -525,14 +531,28 @@ def _oddity(reply: requests.Response) -> str:
     text = reply.content.removeprefix(codecs.BOM_UTF8).lstrip()
     if text.startswith(b"<"):
         return "answered with a page of HTML" if _is_html(reply) else "answered with markup"
-    if not text.startswith((b"{", b"[")):
-        return ""
     try:
         said = exact_json(text)
     except ValueError:
-        return "the reply was cut short"
-    errors = isinstance(said, dict) and (said.get("errors") or said.get("error"))
-    return "success, but an error inside" if errors else ""
+        if text.startswith((b"{", b"[")):
+            return "the reply was cut short"
+        said = text.decode("utf-8", "replace")
+    return "success, but an error inside" if _speaks_of_errors(said) else ""
+
+
+def _speaks_of_errors(said: object) -> bool:
+    """Say whether anything in a body, however deep, tells of a failure: a name that is not empty, a word, a no."""
+    try:
+        leaves = list(islice(_leaves(said), _MOST_LEAVES))
+    except RecursionError:
+        return True
+    for leaf in leaves:
+        *names, value = leaf.lower().split(": ", 1)
+        if any(_TROUBLE.search(name) for name in names) and value not in _NOTHING:
+            return True
+        if _TROUBLE.search(value) or (value == "false" and any(_WELL.search(name) for name in names)):
+            return True
+    return False
 
 
 def _retry_after(reply: requests.Response) -> float | None:
