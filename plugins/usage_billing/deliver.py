@@ -300,6 +300,7 @@ class _Work:
     def _send_chunk(self, chunk: Sequence[Delivery]) -> None:
         if self._worker.stopped or self._setback is not None:
             return
+        self._destination.prepare(chunk)
         if self._was_judged_too_early(chunk):
             why = "a billing period ends: what is left of it is judged once more"
             self._setback = NotApplied(why, retry_after_seconds=0.01)

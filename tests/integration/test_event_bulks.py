@@ -5,11 +5,13 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
-from usage_billing.destinations.maxio import MaxioEvents
+from usage_billing.archive import Archive
+from usage_billing.destinations.maxio import MaxioEvents, MaxioSite
 from usage_billing.errors import InDoubt, NotApplied
 from usage_billing.ledger import Ledger
 from usage_billing.records import Delivery, Period
@@ -153,6 +155,35 @@ def test_a_stream_that_refuses_everything_is_not_asked_for_every_event(
 
     assert house.writing_requests(RAW) == 20
     assert len(doubts.open()) == 1
+
+
+def test_a_chunk_is_read_before_it_is_claimed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An archive may lie far away: nothing is read from it between the claim and the request."""
+    comparison, folder = house.totals(RAW, DAY, events("5"))
+    first = house.plan(RAW, comparison, folder)
+    told: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        real = getattr(kind, name)
+
+        def call(*args: Any, **keys: Any) -> Any:
+            told.append(name)
+            return real(*args, **keys)
+
+        monkeypatch.setattr(kind, name, call)
+
+    for kind, name in (
+        (Archive, "read"),
+        (Ledger, "begin_sending"),
+        (Ledger, "may_send"),
+        (MaxioSite, "record_events"),
+    ):
+        noted(kind, name)
+    house.deliver(RAW, comparison, folder, first=first)
+
+    assert told.count("begin_sending") == 1
+    assert told[told.index("begin_sending") - 1 :] == ["read", "begin_sending", "may_send", "record_events"]
+    assert house.billed(RAW) == dict.fromkeys(ACCOUNTS, Decimal(5))
 
 
 @BOTH

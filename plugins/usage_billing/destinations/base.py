@@ -181,6 +181,13 @@ class Destination(ABC):
             raise Misconfigured(f"billing source {self.source.name!r}: sends raw events, and was given no archive")
         return self.archive
 
+    def prepare(self, chunk: Sequence[Delivery]) -> None:  # noqa: B027 - most need nothing.
+        """Fetch what `send` will need of this chunk, in this thread; asked before the claim, which then ages no more.
+
+        Raises:
+            Misconfigured: it cannot be had; nothing was claimed.
+        """
+
     @abstractmethod
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
         """Send one chunk in one request and return a receipt for each delivery that the site took.

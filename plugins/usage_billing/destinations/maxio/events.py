@@ -5,6 +5,7 @@ Limits and the meaning of replies follow Maxio's public API reference: "Events-B
 
 import json
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -94,6 +95,8 @@ class MaxioEvents(MaxioDestination):
     def __init__(self, source: BillingSource, client: MaxioSite) -> None:
         super().__init__(source, client)
         self.fed_by_others = self.settings.fed_by_others
+        # What each thread is about to send, and no more: one chunk.
+        self._prepared = threading.local()
         if self.settings.mode == "events":
             self.stream, self.metric = self.settings.stream, self.settings.metric
             self.chunk_size = self.retry_chunk_size = 1
@@ -149,8 +152,19 @@ class MaxioEvents(MaxioDestination):
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
         """Record the chunk in one bulk request, whose success tells nothing of its single events."""
         (stream,) = {delivery.address["stream"] for delivery in chunk}
-        self.client.record_events(stream, [body for delivery in chunk for body in self._events(delivery).values()])
+        bodies = self._prepared.__dict__.pop("bodies", {})
+        if bodies.keys() != {delivery.token for delivery in chunk}:
+            bodies = self._bodies(chunk)
+        self.client.record_events(stream, [body for delivery in chunk for body in bodies[delivery.token]])
         return [Receipt(delivery.token) for delivery in chunk]
+
+    def prepare(self, chunk: Sequence[Delivery]) -> None:
+        """Read an archived chunk, perhaps from far away, while there is no claim yet that would grow old."""
+        if self.stream:
+            self._prepared.bodies = self._bodies(chunk)
+
+    def _bodies(self, chunk: Sequence[Delivery]) -> dict[str, list[str]]:
+        return {delivery.token: list(self._events(delivery).values()) for delivery in chunk}
 
     def _events(self, delivery: Delivery) -> dict[str, str]:
         """Return the events of a delivery, each under what a person knows it by: its event id, or its token."""
