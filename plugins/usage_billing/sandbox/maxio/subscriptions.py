@@ -13,6 +13,7 @@ from usage_billing.sandbox.world import Component
 
 from .billing import PREPAID
 from .lookups import MaxioSite, NotFound, Unprocessable, body_object, is_id, named_price_point, paging
+from .views import customer_id
 
 
 class Subscriptions:
@@ -27,6 +28,8 @@ class Subscriptions:
         self.routes = (
             Route("GET", "/subscriptions/lookup", "lookup_subscription", self.lookup_subscription),
             Route("GET", one, "read_subscription", self.read_subscription),
+            Route("DELETE", one, "cancel_subscription", self.cancel_subscription, writing=True),
+            Route("POST", f"{one}/purge", "purge_subscription", self.purge_subscription, writing=True),
             Route("GET", "/subscriptions", "list_subscriptions", self.list_subscriptions),
             Route("GET", lines, "list_subscription_components", self.list_components),
             Route("GET", line, "read_subscription_component", self.read_component),
@@ -44,6 +47,25 @@ class Subscriptions:
         account = find_by_reference(self.site.books, self.site.world.site, call.param("reference") or "")
         if account is None:
             raise NotFound
+        return json_reply(self.site.views.subscription(account))
+
+    def cancel_subscription(self, call: Call, subscription: str) -> Response:
+        """`DELETE /subscriptions/{id}.json`: ends it at once; what was used and not billed yet is billed no more."""
+        account = self.site.account(subscription)
+        if not account.live:
+            raise Unprocessable("The subscription is already canceled.")
+        self.site.books.write(
+            "UPDATE account SET state = 'canceled', ended_at = ? WHERE site = ? AND id = ?",
+            *(self.site.books.now(), self.site.world.site, account.id),
+        )
+        return json_reply(self.site.views.subscription(self.site.account(subscription)))
+
+    def purge_subscription(self, call: Call, subscription: str) -> Response:
+        """`POST /subscriptions/{id}/purge.json?ack=`, the customer's id: forgets it, as only test sites do."""
+        account = self.site.account(subscription)
+        if call.param("ack") != str(customer_id(account.id)):
+            raise Unprocessable("ack: must be the id of the customer.")
+        self.site.books.write("DELETE FROM account WHERE site = ? AND id = ?", self.site.world.site, account.id)
         return json_reply(self.site.views.subscription(account))
 
     def list_subscriptions(self, call: Call) -> Response:
