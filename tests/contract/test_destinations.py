@@ -553,6 +553,61 @@ def test_a_truncated_fraction_is_never_taken_for_the_whole(sandbox: Sandbox) -> 
 
 
 @pytest.mark.parametrize("order", ["descending", "ascending"])
+@pytest.mark.parametrize("between", [0, 450])
+def test_a_token_that_is_stored_twice_is_reported(order: str, between: int, sandbox: Sandbox) -> None:
+    """Two usages are no receipt but a finding, which names both; also where pages lie between them."""
+    sandbox.switch(METERED.site, uniqueness_token="ignored", usage_list_order=order)
+    destination = METERED.made(sandbox)
+    delivery = ready(METERED, destination)[0]
+    numbers = []
+    for _ in range(2):
+        numbers += [receipt.record_id for receipt in destination.send([delivery])]
+        for _ in range(between):
+            destination.client.create_usage(delivery.address["subscription_id"], 61001, '{"usage":{"quantity":1}}')
+
+    answer = destination.settle([replace(delivery, reserved_at=delivery.sent_at)], now())[delivery.token]
+
+    assert isinstance(answer, Refused)
+    assert all(f"usage {number} (10)" in str(answer) for number in numbers)
+    assert billed(sandbox, METERED) == 20 + 2 * between
+
+
+def test_the_search_for_a_second_usage_ends_with_the_time_in_which_it_can_be(sandbox: Sandbox) -> None:
+    """A thousand usages of the days before are not walked: what was found on the first page is asked about once."""
+    destination = METERED.made(sandbox)
+    (first, *_) = ready(METERED, destination)
+    for _ in range(450):
+        destination.client.create_usage(first.address["subscription_id"], 61001, '{"usage":{"quantity":1}}')
+    sandbox.move_clock(advance_seconds=2 * 86_400)
+    destination.send([first])
+    sandbox.reset_requests()
+
+    found = destination.settle([replace(first, reserved_at=first.sent_at)], now())
+
+    assert isinstance(found[first.token], Receipt)
+    assert sandbox.requests(METERED.site)["by_route"]["list_usages"] == 1
+
+
+def test_a_deduction_that_the_site_never_shows_is_for_a_person_after_a_day(sandbox: Sandbox) -> None:
+    """The usage is in the list and its site event is not: a day later no more waiting helps."""
+    sandbox.switch(METERED.site, events_delay_seconds=10_000_000)
+    destination = METERED.made(sandbox)
+    (target,) = destination.resolve(METERED.accounts[:1])
+    send_all(destination, deliveries(destination, proposals([target], ["9"])))
+    (deduction,) = deliveries(destination, proposals([target], ["-4"], DAY + timedelta(days=1)))
+    with pytest.raises(InDoubt, match="does not show yet"):
+        destination.send([deduction])
+
+    soon = destination.settle([deduction], now())
+    late = destination.settle([deduction], now() + timedelta(days=1))
+
+    assert soon == {}
+    assert isinstance(late[deduction.token], InDoubt)
+    assert "no site event tells" in str(late[deduction.token])
+    assert billed(sandbox, METERED) == 5
+
+
+@pytest.mark.parametrize("order", ["descending", "ascending"])
 def test_a_long_list_is_walked_to_its_end_in_either_order(order: str, sandbox: Sandbox) -> None:
     """Every usage is seen once, over several pages, whichever way the site sorts; so absent means absent."""
     sandbox.switch(METERED.site, usage_list_order=order)

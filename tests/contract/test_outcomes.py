@@ -25,6 +25,7 @@ from functools import cache, partial
 from http import HTTPStatus
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -135,9 +136,10 @@ def chargeover_site(url: str, adapter: Callable[[], BaseAdapter] | None, waits: 
 
 
 def destination(kind: type[Destination], client: Any, **keys: str) -> Any:
-    """Return a destination over a client; none of the calls asks for the rest of the source."""
+    """Return a destination over a client; of the rest of the source, no call asks for more than what is measured."""
     model = kind.settings_model.model_validate({"name": kind.name, "connection": "c", **keys})
-    return kind(BillingSource(None, model, "", ()), client)  # type: ignore[arg-type]
+    source = SimpleNamespace(name="s", meter=SimpleNamespace(function="sum", decimals=0), dimensions=())
+    return kind(BillingSource(source, model, "", ()), client)  # type: ignore[arg-type]
 
 
 def metered(client: Any) -> Any:
@@ -192,6 +194,7 @@ class Call:
 NO_STREAM = {404: M}  # The events host knows no such stream, which is no fault of any record.
 NO_ROOM = {**NO_STREAM, 413: R}  # What is too large is turned away by its size, before any of it is stored.
 NO_LIST = {404: M}  # A query is answered by a list: a 404 is not the account's.
+NO_SITE = {404: M}  # Where the site's own settings are not found either, no subscription is gone.
 NONE = {404: A}  # The definite word that there is no such subscription or component.
 CALLS = [
     Call("Maxio create usage", WRITE, maxio_site, lambda site: site.create_usage(7, 61001, "{}")),
@@ -201,7 +204,7 @@ CALLS = [
     Call("Maxio record one of events", WRITE, maxio_site, lambda site: site.record_events("s", ["{}"]), NO_STREAM),
     Call("Maxio metered, send", WRITE, maxio_site, lambda site: metered(site).send([DELIVERY])),
     Call("Maxio metered, send a deduction", WRITE, maxio_site, lambda site: metered(site).send([DEDUCTION])),
-    Call("Maxio metered, settle", READ, maxio_site, lambda site: metered(site).settle([DELIVERY], NOW), NONE),
+    Call("Maxio metered, settle", READ, maxio_site, lambda site: metered(site).settle([DELIVERY], NOW), NO_SITE),
     Call("Maxio metered, list records", READ, maxio_site, lambda site: list(metered(site).records(ACCEPTED)), NONE),
     Call("Maxio events, send", BULK, maxio_site, lambda site: events(site).send(TWO), NO_ROOM),
     Call("Maxio events, send one", WRITE, maxio_site, lambda site: events(site).send([DELIVERY]), NO_STREAM),
@@ -320,13 +323,7 @@ def test_every_status_there_is(effect: Effect) -> None:
 
 def test_every_row_of_the_clients_table_decides_something() -> None:
     """No row is dead: each is the first that fits some status and effect, or some words of a site."""
-    words = [
-        "",
-        "Your Chargify account has been canceled.",
-        "Your trial has ended",
-        "Site data clearing is in progress.",
-    ]
-    words += ["This site has been deleted."]
+    words = ["", *SITE_WIDE]
     own = (*maxio.client._SITE_WIDE, maxio.client._NO_STREAM, *http.OUTCOMES)
     deciders = [
         next(row for row in rows if row.fits(status, effect, said))
@@ -353,6 +350,21 @@ def test_a_blocked_maxio_site_is_a_persons_business(call: Call, words: str) -> N
 
     assert ends(call, 422, body) is M
     assert ends(call, 400, body) is by_status(400, call.effect)
+
+
+OF_ONE_RECORD = [
+    "Usages cannot be added: the subscription's trial has ended.",
+    "Subscription: its account has been canceled.",
+    "Customer: this site has been deleted.",
+    "Your trial has ended for this product.",
+]
+
+
+@pytest.mark.parametrize("words", OF_ONE_RECORD)
+@pytest.mark.parametrize("name", ["Maxio create usage", "Maxio metered, send", "Maxio events, send"])
+def test_words_about_one_record_block_no_site(name: str, words: str) -> None:
+    """Only the documented sentences, from their start, speak of the whole site."""
+    assert ends(CALL[name], 422, json.dumps({"errors": [words]}).encode()) is R
 
 
 # --- bodies of successes --------------------------------------------------------------------------------------------
@@ -521,6 +533,192 @@ def settles(call: Call, body: bytes) -> object:
     if TOKEN not in answers:
         return OPEN
     return {Receipt: THERE, Refused: ANOTHER}.get(type(answers[TOKEN]), ABSENT)
+
+
+# --- questions about single things --------------------------------------------------------------------------------
+
+STANDING = {
+    "id": 7,
+    "state": "active",
+    "reference": "acct",
+    "current_period_started_at": "2026-10-01T00:00:00-05:00",
+    "current_period_ends_at": "2026-11-01T00:00:00-05:00",
+    "product": {"id": 1, "product_family": {"id": 3}},
+}
+PART = {"id": 61001, "handle": "calls", "kind": "metered_component", "product_family_id": 3}
+STREAMED = {**PART, "kind": "event_based_component"}
+PAST = {
+    "total_usage_quantity": "1.0",
+    "billing_period_starts_at": "2026-09-01T00:00:00-05:00",
+    "billing_period_ends_at": "2026-10-01T00:00:00-05:00",
+}
+LINE = {"id": 70, "component_id": 61001, "unit_balance": "5.0", "historic_usages": [PAST]}
+TAKEN = {"id": 5, "quantity": -1, "memo": TOKEN, "created_at": "2026-10-05T00:00:00-05:00"}
+NOTED = {"memo": TOKEN, "previous_unit_balance": "5.0", "new_unit_balance": 4}
+SOUND: dict[str, Any] = {
+    "/site.json": {"site": {"id": 1}},
+    "/components.json": [{"component": PART}],
+    "/components/lookup.json": {"component": PART},
+    "/components/61001/price_points.json": [{"price_points": {"id": 4, "handle": "standard"}}],
+    "/subscriptions.json": [{"subscription": STANDING}],
+    "/subscriptions/lookup.json": {"subscription": STANDING},
+    "/subscriptions/7.json": {"subscription": STANDING},
+    "/subscriptions/7/components.json": [{"component": LINE}],
+    "/subscriptions/7/components/61001.json": {"component": LINE},
+    "/subscriptions/7/components/61001/usages.json": [{"usage": TAKEN}],
+    "/subscriptions/7/events.json": [
+        {"event": {"id": 9, "created_at": "2026-10-05T00:00:00-05:00", "event_specific_data": NOTED}}
+    ],
+}
+"""What a site answers to each question when all is well."""
+
+
+class Shelf(Site):
+    """A site with an answer for each path; those in `instead` are spoilt. It takes everything that is written."""
+
+    def __init__(self, instead: Mapping[str, tuple[int, bytes]], shelf: Mapping[str, Any] = SOUND) -> None:
+        super().__init__(write=(201, b""), headers={"Date": "Mon, 05 Oct 2026 12:00:00 GMT"})
+        self.asked: set[str] = set()
+        self._instead, self._shelf = instead, shelf
+
+    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        """Give the answer that belongs to the path; a 404 where there is none."""
+        path = str(request.path_url).partition("?")[0]
+        if request.method == "GET":
+            self.asked.add(path)
+            sound = (200, json.dumps(self._shelf[path]).encode()) if path in self._shelf else (404, b"")
+            self.read = self._instead.get(path, sound)
+        return super().send(request)
+
+
+ONE_PROPOSAL = pd.DataFrame({"quantity": ["-1"], "subscription": ["7"], "component": ["61001"]})
+STREAM_KEYS = {"stream": "s", "component": "handle:calls", "property": "units"}
+EVENT = Delivery(
+    TOKEN, "i", 0, Decimal(1), {"stream": "s", "account": "acct"},
+    '{"chargify":{"timestamp":"2026-10-05T00:00:00Z"}}', NOW - timedelta(hours=1), 1,
+)  # fmt: skip
+
+
+def by_handle(client: Any) -> Any:
+    """Return a metered component that is named by its handle, with a price point, and accounts by reference."""
+    keys = {"component": "handle:calls", "price_point": "handle:standard"}
+    return destination(MaxioMetered, client, subscription_by="reference", **keys)
+
+
+def streamed(client: Any, by: str = "account_id") -> Any:
+    """Return a stream whose component is named by its handle."""
+    return destination(MaxioEvents, client, subscription_by=by, **STREAM_KEYS)
+
+
+ONE, LISTED, BY_REFERENCE = "/subscriptions/7.json", "/subscriptions.json", "/subscriptions/lookup.json"
+CATALOGUE, BY_HANDLE, POINTS = "/components.json", "/components/lookup.json", "/components/61001/price_points.json"
+LINES, LINE_OF_ONE = "/subscriptions/7/components.json", "/subscriptions/7/components/61001.json"
+USAGES, NOTES = "/subscriptions/7/components/61001/usages.json", "/subscriptions/7/events.json"
+QUESTIONS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
+    # what is asked, and the paths that it reads
+    "metered, resolve by id": (lambda site: metered(site).resolve(["7"]), {CATALOGUE, ONE}),
+    "metered, resolve by reference": (
+        lambda site: by_handle(site).resolve(["acct"]),
+        {BY_HANDLE, BY_REFERENCE, POINTS},
+    ),
+    "metered, resolve many": (
+        lambda site: metered(site).resolve([*map(str, range(7, 28))]),
+        {CATALOGUE, LISTED, *(f"/subscriptions/{n}.json" for n in range(8, 28))},
+    ),
+    "metered, judge": (
+        lambda site: metered(site).judge(ONE_PROPOSAL),
+        {ONE, LINE_OF_ONE},
+    ),
+    "metered, recheck": (lambda site: metered(site).recheck([DELIVERY], NOW), {ONE}),
+    "metered, recheck a deduction": (
+        lambda site: metered(site).recheck([DEDUCTION], NOW),
+        {ONE, LINE_OF_ONE},
+    ),
+    "metered, settle a deduction": (lambda site: metered(site).settle([DEDUCTION], NOW), {USAGES, NOTES}),
+    "events, resolve": (lambda site: streamed(site).resolve(["acct"]), {BY_HANDLE, BY_REFERENCE}),
+    "events, resolve by id": (lambda site: streamed(site, "subscription_id").resolve(["7"]), {BY_HANDLE, ONE}),
+    "events, recheck": (lambda site: streamed(site).recheck([EVENT], NOW), {BY_HANDLE, BY_REFERENCE}),
+    "events, settle": (lambda site: streamed(site).settle([EVENT], NOW), {BY_HANDLE, BY_REFERENCE}),
+    "events, totals": (lambda site: streamed(site).totals(["7"]), {BY_HANDLE, ONE, LINES}),
+}
+CHECKS: dict[str, tuple[Callable[[Any], Any], set[str], Any]] = {
+    "metered, check": (lambda site: metered(site).check(), {CATALOGUE}, PART),
+    "metered, check by handle": (lambda site: by_handle(site).check(), {BY_HANDLE, POINTS}, PART),
+    "events, check": (lambda site: streamed(site).check(), {BY_HANDLE}, STREAMED),
+    "the site, read": (lambda site: site.read_site(), {"/site.json"}, PART),
+}
+EVERY_QUESTION = {
+    **{name: (act, paths, SOUND) for name, (act, paths) in QUESTIONS.items()},
+    **{
+        name: (act, paths, {**SOUND, CATALOGUE: [{"component": part}], BY_HANDLE: {"component": part}})
+        for name, (act, paths, part) in CHECKS.items()
+    },
+}
+
+
+def asked(name: str, instead: Mapping[str, tuple[int, bytes]]) -> tuple[object, set[str]]:
+    """Return how a question ends on a site with these spoilt answers, and which paths it read."""
+    act, _, shelf = EVERY_QUESTION[name]
+    site = Shelf(instead, shelf)
+    client = maxio_site("", lambda: site, Timeouts())
+    return outcome(lambda: act(client), SECRETS[maxio_site]), site.asked
+
+
+NUMBERS = (None, True, 1.5, "odd", "", [], {}, [7])
+WORDS = (None, True, 7, [], {})
+MOMENTS = (None, True, 7, "odd", "2026-10-05T00:00:00", "20261005", [], {})
+ODD_FIELDS: dict[str, tuple[object, ...]] = {
+    "id": NUMBERS,
+    "component_id": NUMBERS,
+    "state": WORDS,
+    "kind": WORDS,
+    "current_period_started_at": (*MOMENTS, "2026-12-01T00:00:00-05:00"),
+    "current_period_ends_at": MOMENTS,
+    "product": (True, 7, "odd", [1], {"product_family": 7}, {"product_family": "odd"}),
+    "unit_balance": (True, "odd", "NaN", [], {}),
+    "historic_usages": (7, "odd", {"a": 1}, [7], [{}], *([{**PAST, name: None}] for name in PAST)),
+}
+ANOTHER_ONE: dict[str, dict[str, object]] = {
+    # a sound answer about something else than was asked for
+    ONE: {"id": 8},
+    BY_REFERENCE: {"reference": "Acct"},
+    BY_HANDLE: {"handle": "call"},
+    LINE_OF_ONE: {"component_id": 61002},
+}
+NEED_NO_ID = {LINES, LINE_OF_ONE}
+"""Where a row is named by its component, and its own id means nothing."""
+
+
+def spoilt(path: str, sound: Any) -> Iterator[bytes]:
+    """Yield bodies that are no answer at this path: of another shape, or with one field that is not as it has to be."""
+    yield from NEVER_AN_ANSWER.values()
+    listed = isinstance(sound, list)
+    ((key, one),) = (sound[0] if listed else sound).items()
+    if not listed:
+        shapes = ([], [sound], one, {**sound, "errors": ["odd"]}, {key: None}, {key: []}, {key: "odd"}, {key: {}})
+        yield from (json.dumps(shape).encode() for shape in shapes)
+    fields = [(name, odd) for name, values in ODD_FIELDS.items() if name in one for odd in values]
+    for name, odd in [*fields, *ANOTHER_ONE.get(path, {}).items()]:
+        if name != "id" or path not in NEED_NO_ID:
+            row = {key: {**one, name: odd}}
+            yield json.dumps([row] if listed else row).encode()
+
+
+@pytest.mark.parametrize("name", EVERY_QUESTION)
+def test_an_odd_answer_to_any_question_concludes_nothing(name: str) -> None:
+    """Each answer that a question needs is spoilt in every way: it is never taken for a no, nor for a yes."""
+    _, paths, shelf = EVERY_QUESTION[name]
+    ended, read = asked(name, {})
+    assert (ended, read) == (A, paths)
+
+    wrong = {
+        (path, body): found
+        for path in sorted(paths & shelf.keys())
+        for body in spoilt(path, shelf[path])
+        if (found := asked(name, {path: (200, body)})[0]) is not N
+    }
+
+    assert wrong == {}
 
 
 CREATED = [

@@ -205,7 +205,7 @@ def floor_forgotten() -> Iterator[None]:
     def recheck(_self: object, _deliveries: object, _now: object) -> dict[str, str]:
         return {}
 
-    def counted(_self: object, one: Any) -> Decimal:
+    def counted(_self: object, one: Any, _usage: object) -> Decimal:
         quantity: Decimal = one.quantity
         return quantity
 

@@ -7,11 +7,19 @@ Paths, limits and the meaning of replies follow Maxio's public API reference: "S
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-from usage_billing.destinations.http import Effect, HttpClient, Outcome, Transport, record_number, segment
+from usage_billing.destinations.http import (
+    Effect,
+    HttpClient,
+    Outcome,
+    Transport,
+    exact_number,
+    record_number,
+    segment,
+)
 from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 
@@ -25,10 +33,24 @@ PER_PAGE = 200
 MET_WITHIN_THE_HOUR = "the site has met this token within the hour, and does not say what became of it"
 """What a doubt says that came of a 409: by these words it is known again when it is settled."""
 
+
+class _Sentence(Outcome):
+    """A row that speaks of replies whose text begins with its words: amid a text they may tell of one record."""
+
+    def fits(self, status: int, effect: Effect, text: str) -> bool:
+        """Say whether this row speaks of the reply."""
+        return super().fits(status, effect, text) and text.lower().startswith(self.words.lower())
+
+
 _CONFLICT = Outcome((409,), InDoubt, (Effect.WRITE,), mend=MET_WITHIN_THE_HOUR)
 _SITE_WIDE = tuple(
-    Outcome((422,), Misconfigured, words=words, mend="this concerns the whole site, not this request")
-    for words in ("account has been canceled", "trial has ended", "Site data clearing", "site has been deleted")
+    _Sentence((422,), Misconfigured, words=words, mend="this concerns the whole site, not this request")
+    for words in (
+        "Your Chargify account has been canceled.",
+        "Your trial has ended, please contact sales",
+        "Site data clearing is in progress.",
+        "This site has been deleted.",
+    )
 )
 _NO_STREAM = Outcome(
     (404,), Misconfigured, (Effect.WRITE, Effect.BULK), mend="the events host knows no such stream or site"
@@ -129,7 +151,7 @@ class MaxioSite:
         found = self._main.read("read the site", "/site.json")
         if found is None:
             raise self._no_site("read the site")
-        return unwrapped(found, "site")
+        return self._object("read the site", found, "site")
 
     def _no_site(self, call: str) -> Misconfigured:
         where = self.settings.base_url
@@ -195,21 +217,51 @@ class MaxioSite:
             raise NotApplied(f"{self.settings.site}: {call}: the answer is no list of objects")
         return [unwrapped(row, key) for row in rows]
 
-    def _numbered(self, call: str, found: object, key: str) -> list[Json]:
-        """Return the rows of a list with their ids as numbers: by these a walk knows where it is."""
-        numbers = [(whole_number(row.get("id"), 0), row) for row in self._rows(call, found, key)]
+    def _numbered(self, call: str, found: object, key: str, names: str = "id") -> list[Json]:
+        """Return the rows of a list with what `names` each of them as a number: by these a walk knows where it is."""
+        numbers = [(whole_number(row.get(names), 0), row) for row in self._rows(call, found, key)]
         if any(number is None for number, _ in numbers):
-            raise NotApplied(f"{self.settings.site}: {call}: a row has no id that is a number")
-        return [{**row, "id": number} for number, row in numbers]
+            raise self._unreadable(call, f"a row has no {names} that is a number")
+        return [{**row, names: number} for number, row in numbers]
+
+    def _object(self, call: str, found: object, key: str, names: str = "id", **asked: object) -> Json:
+        """Return the single object that an answer holds under `key`, with what `names` it as a number.
+
+        Only a 404 says that there is none. A 200 that holds errors, no such object, or another one than was `asked`
+        for, says nothing about the one that was.
+
+        Raises:
+            NotApplied: the answer is none.
+        """
+        inner = found.get(key) if isinstance(found, dict) and not found.get("errors") else None
+        number = whole_number(inner.get(names), 0) if isinstance(inner, dict) else None
+        if not isinstance(inner, dict) or number is None:
+            raise self._unreadable(call, f"the answer holds no {key} with an {names} that is a number")
+        one = {**inner, names: number}
+        if others := [name for name, value in asked.items() if one.get(name) != value]:
+            raise self._unreadable(call, f"the answer is about a {key} with another {others[0]}")
+        return one
+
+    def _unreadable(self, call: str, why: str) -> NotApplied:
+        return NotApplied(f"{self.settings.site}: {call}: {why}")
 
     def component_by_handle(self, handle: str) -> Json | None:
         """Return the component with a handle, or None."""
-        found = self._main.read(f"look up component {handle!r}", "/components/lookup.json", {"handle": handle})
-        return None if found is None else unwrapped(found, "component")
+        call = f"look up component {handle!r}"
+        found = self._main.read(call, "/components/lookup.json", {"handle": handle})
+        return None if found is None else self._kind_told(call, self._object(call, found, "component", handle=handle))
 
     def components(self) -> Iterator[Json]:
         """Yield the components of the site, archived ones too."""
-        return self._pages("list components", "/components.json", "component", {"include_archived": "true"})
+        call = "list components"
+        rows = self._pages(call, "/components.json", "component", {"include_archived": "true"})
+        return (self._kind_told(call, row) for row in rows)
+
+    def _kind_told(self, call: str, component: Json) -> Json:
+        """Return a component that says of what kind it is, in a word."""
+        if not isinstance(component.get("kind"), str):
+            raise self._unreadable(call, f"component {component['id']} has no readable kind")
+        return component
 
     def price_points(self, component_id: int) -> Iterator[Json]:
         """Yield the price points of a component."""
@@ -218,32 +270,69 @@ class MaxioSite:
 
     def subscription(self, subscription_id: int) -> Json | None:
         """Return one subscription, or None."""
-        found = self._main.read(f"read subscription {subscription_id}", f"/subscriptions/{int(subscription_id)}.json")
-        return None if found is None else unwrapped(found, "subscription")
+        call = f"read subscription {subscription_id}"
+        found = self._main.read(call, f"/subscriptions/{int(subscription_id)}.json")
+        if found is None:
+            return None
+        return self._standing(call, self._object(call, found, "subscription", id=int(subscription_id)))
 
     def subscription_by_reference(self, reference: str) -> Json | None:
-        """Return the subscription with a reference, or None."""
+        """Return the subscription with a reference, or None.
+
+        A reply about another reference, however alike, is no answer: taking it would bill somebody else, and calling
+        the account unknown would be a guess about how the site compares.
+        """
         call = f"look up subscription {reference!r}"
         found = self._main.read(call, "/subscriptions/lookup.json", {"reference": reference})
-        return None if found is None else unwrapped(found, "subscription")
+        if found is None:
+            return None
+        return self._standing(call, self._object(call, found, "subscription", reference=reference))
 
     def subscriptions(self) -> Iterator[Json]:
         """Yield the subscriptions of the site, oldest first, so that new ones shift no page."""
-        return self._pages("list subscriptions", "/subscriptions.json", "subscription", {"direction": "asc"})
+        call = "list subscriptions"
+        rows = self._pages(call, "/subscriptions.json", "subscription", {"direction": "asc"})
+        return (self._standing(call, row) for row in rows)
+
+    def _standing(self, call: str, subscription: Json) -> Json:
+        """Return a subscription that tells how it stands: its state, its billing period, its family; in what is read.
+
+        A period or a product may be absent, and is never half there or of another type.
+        """
+        product = subscription.get("product") or {}
+        family = product.get("product_family") or {} if isinstance(product, dict) else None
+        bounds = [subscription.get(f"current_period_{edge}_at") for edge in ("started", "ends")]
+        told = isinstance(subscription.get("state"), str) and isinstance(family, dict)
+        if not told or (bounds != [None, None] and not _is_span(*bounds)):
+            raise self._unreadable(call, f"subscription {subscription['id']} does not tell how it stands")
+        return subscription
 
     def subscription_components(self, subscription_id: int) -> list[Json] | None:
         """Return a subscription's components with balances and the last ten periods of events, or None."""
         path = f"/subscriptions/{int(subscription_id)}/components.json"
-        found = self._main.read(
-            f"list components of subscription {subscription_id}", path, {"include": "historic_usages"}
-        )
-        return None if found is None else self._rows("list components", found, "component")
+        call = f"list components of subscription {subscription_id}"
+        found = self._main.read(call, path, {"include": "historic_usages"})
+        if found is None:
+            return None
+        return [self._counted(call, row) for row in self._numbered(call, found, "component", "component_id")]
 
     def subscription_component(self, subscription_id: int, component: int | str) -> Json | None:
         """Return one component of a subscription with its `unit_balance`, or None; there also before its first use."""
         path = f"/subscriptions/{int(subscription_id)}/components/{segment(component)}.json"
-        found = self._main.read(f"read component {component} of subscription {subscription_id}", path)
-        return None if found is None else unwrapped(found, "component")
+        call = f"read component {component} of subscription {subscription_id}"
+        found = self._main.read(call, path)
+        if found is None:
+            return None
+        asked = {"component_id": component} if isinstance(component, int) else {}
+        return self._counted(call, self._object(call, found, "component", "component_id", **asked))
+
+    def _counted(self, call: str, row: Json) -> Json:
+        """Return a subscription's component whose figures are figures, as far as its kind has any."""
+        balance, past = row.get("unit_balance"), row.get("historic_usages") or []
+        sound = balance is None or exact_number(balance) is not None
+        if not sound or not isinstance(past, list) or not all(map(_is_past, past)):
+            raise self._unreadable(call, f"component {row['component_id']} has a figure that is none")
+        return row
 
     def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
         """Yield what the site noted about a subscription, the newest first; a usage shows here with some delay.
@@ -254,9 +343,14 @@ class MaxioSite:
         path = f"/subscriptions/{int(subscription_id)}/events.json"
         params: Json = {"filter": ",".join(kinds), "direction": "desc", "per_page": PER_PAGE}
         call = f"list site events of subscription {subscription_id}"
-        while rows := self._numbered(call, self._main.read(call, path, params) or [], "event"):
+        lowest: int | None = None
+        while (found := self._main.read(call, path, params)) is not None:
+            rows = [row for row in self._numbered(call, found, "event") if lowest is None or row["id"] < lowest]
+            if not rows:
+                return
             yield from rows
-            params["max_id"] = min(row["id"] for row in rows) - 1
+            lowest = min(row["id"] for row in rows)
+            params["max_id"] = lowest - 1
 
     def time(self) -> datetime | None:
         """Return the site's own time, as its last answers to this thread said; None before the first one."""
@@ -298,6 +392,28 @@ def unwrapped(row: Json, key: str) -> Json:
     """Return what a row holds under `key`, or the row itself where the site sends it bare."""
     inner = row.get(key, row)
     return inner if isinstance(inner, dict) else row
+
+
+def instant(text: object) -> datetime | None:
+    """Return a moment that the site tells, or None if it tells none that can be read; one without a zone is none."""
+    try:
+        moment = datetime.fromisoformat(str(text))
+        return moment.astimezone(UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def _is_past(usage: object) -> bool:
+    """Say whether a row tells what was used in a billing period."""
+    if not isinstance(usage, dict) or exact_number(usage.get("total_usage_quantity")) is None:
+        return False
+    return _is_span(usage.get("billing_period_starts_at"), usage.get("billing_period_ends_at"))
+
+
+def _is_span(start: object, end: object) -> bool:
+    """Say whether two texts are the bounds of a period."""
+    first, after = instant(start), instant(end)
+    return first is not None and after is not None and first < after
 
 
 def _usages_path(subscription_id: int, component: int | str) -> str:

@@ -5,7 +5,6 @@ What is asked, and what the answers mean, follows Maxio's public API reference: 
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from functools import cached_property
 from itertools import islice
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from usage_billing.destinations.base import Destination
-from usage_billing.destinations.maxio.client import PER_PAGE, Json, MaxioSite
+from usage_billing.destinations.maxio.client import PER_PAGE, Json, MaxioSite, instant
 from usage_billing.errors import Misconfigured
 from usage_billing.records import Target
 from usage_billing.sources import BillingSource
@@ -71,11 +70,17 @@ class MaxioDestination(Destination):
 
     def _unusable(self, account: str, subscription: Json, component: Json) -> str:
         """Return why usage of this subscription would not be billed, or an empty text."""
-        if subscription.get("state") in ENDED:
-            return f"subscription {account!r} is {subscription['state']}: the site would not bill its usage"
+        if reason := self._unbilled(subscription["state"]):
+            return f"subscription {account!r} {reason}"
         family = ((subscription.get("product") or {}).get("product_family") or {}).get("id")
         if family is not None and family != component.get("product_family_id", family):
             return f"subscription {account!r} belongs to a product family without component {self.settings.component}"
+        return ""
+
+    def _unbilled(self, state: str) -> str:
+        """Return why the site bills no usage of a subscription in this state, or an empty text."""
+        if state in ENDED:
+            return f"is {state}: the site would not bill its usage"
         return ""
 
     @abstractmethod
@@ -152,14 +157,4 @@ class MaxioDestination(Destination):
     def _single(self, account: str) -> Json | None:
         if self._by_id():
             return self.client.subscription(int(account)) if account.isascii() and account.isdigit() else None
-        found = self.client.subscription_by_reference(account) if account else None
-        # A look-up that is not exact would bill somebody else.
-        return found if found is not None and found.get("reference") == account else None
-
-
-def instant(text: object) -> datetime | None:
-    """Return a moment that the site tells, or None if it tells none that can be read."""
-    try:
-        return datetime.fromisoformat(str(text)).astimezone(UTC)
-    except ValueError:
-        return None
+        return self.client.subscription_by_reference(account) if account else None

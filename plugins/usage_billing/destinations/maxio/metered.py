@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import ROUND_DOWN, Decimal
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -20,8 +20,8 @@ from pydantic import AfterValidator
 
 from usage_billing.destinations.base import Answer, by_value, joined, negative
 from usage_billing.destinations.http import exact_number
-from usage_billing.destinations.maxio.client import MET_WITHIN_THE_HOUR, Json, unwrapped
-from usage_billing.destinations.maxio.component import ENDED, IdOrHandle, MaxioDestination, instant
+from usage_billing.destinations.maxio.client import MET_WITHIN_THE_HOUR, Json, instant, unwrapped
+from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.records import Delivery, Receipt, SiteRecord, Target
 from usage_billing.sources import DestinationSettings
@@ -30,6 +30,7 @@ _MEMO_LENGTH = 255
 _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TOKEN_LENGTH = 64
 _TOKEN_HONOURED = timedelta(minutes=61)
+_DAY = timedelta(days=1)
 _NO_BALANCE = "a deduction waits: the open billing period's balance does not take it, and never falls below 0"
 
 
@@ -93,7 +94,7 @@ class MaxioMetered(MaxioDestination):
             if key not in room:
                 added = goes[~minus & (subscriptions == key[0]) & (components == key[1])]
                 room[key] = self._balance(*map(int, key)) + sum(map(Decimal, added), Decimal(0))
-                unfit[key] = self._unfit_for_deductions(int(key[0]))
+                unfit[key] = self._unfit_for_deductions(self._subscription(int(key[0])))
             part = self._measured(min(-Decimal(goes[place]), room[key]))
             why[place] = unfit[key] or ("" if part > 0 else _NO_BALANCE)
             if not why[place]:
@@ -109,21 +110,38 @@ class MaxioMetered(MaxioDestination):
         return f"floor:{self.site}:{where['subscription_id']}:{where['component_id']}"
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        """Hold a deduction that the balance does not take whole, or that a renewal could overtake."""
-        found = {one.token: self._why_no_deduction(one) for one in deliveries if one.quantity < 0}
+        """Hold what the site would take and not bill: usage of a subscription that has ended or is gone meanwhile.
+
+        Also a deduction that the balance does not take whole, or that a renewal could overtake. Each subscription is
+        read once.
+        """
+        read = cache(self._subscription)
+        found = {one.token: self._why_not(one, read(one.address["subscription_id"])) for one in deliveries}
         return {token: why for token, why in found.items() if why}
 
-    def _why_no_deduction(self, delivery: Delivery) -> str:
+    def _subscription(self, number: int) -> Json | None:
+        found = self.client.subscription(number)
+        if found is None:
+            self.client.read_site()  # At a wrong address everything is a 404.
+        return found
+
+    def _why_not(self, delivery: Delivery, subscription: Json | None) -> str:
+        """Return why a delivery may not be sent any more, or an empty text."""
         where = delivery.address
-        if why := self._unfit_for_deductions(where["subscription_id"]):
+        if delivery.quantity > 0:
+            if subscription is None:
+                return f"subscription {where['subscription_id']} is gone from the site since this was planned"
+            reason = self._unbilled(subscription["state"])
+            return f"subscription {where['subscription_id']} {reason}" if reason else ""
+        if why := self._unfit_for_deductions(subscription):
             return why
         balance = self._balance(where["subscription_id"], where["component_id"])
         return "" if balance >= -delivery.quantity else f"{_NO_BALANCE} (it is {balance})"
 
-    def _unfit_for_deductions(self, subscription_id: int) -> str:
-        subscription = self.client.subscription(subscription_id)
-        if subscription is None or subscription.get("state") in ENDED:
-            return "a deduction waits: its subscription has ended, so there is no balance to take it from"
+    def _unfit_for_deductions(self, subscription: Json | None) -> str:
+        reason = "is gone" if subscription is None else self._unbilled(subscription["state"])
+        if subscription is None or reason:
+            return f"a deduction waits: its subscription {reason}; there is no balance to take it from"
         # A balance is reset when the site renews, and it is the site's clock that decides about that.
         ends, now = instant(subscription.get("current_period_ends_at")), self.client.time()
         if ends is None or now is None or now >= ends - self.settle_after:
@@ -187,25 +205,41 @@ class MaxioMetered(MaxioDestination):
         """Look for each token in the usages of its stored address.
 
         The whole list is walked, never a window of dates: with two clocks apart, a window could hide what was billed.
+        Only the search for a second usage with a token that was found ends early; see `_with_token`.
 
         A usage that is not there was not applied, so None, and it may be sent again. Not so soon if the last answer was
         a 409 to the site's 60-minute token, since no document tells whether each try renews the 60 minutes: then it
         stays in doubt for 61 minutes after the last send.
+
+        A person decides where the list is gone, where a token stands twice, and where the site does not show within a
+        day how much of a deduction counted.
         """
         found: dict[str, Answer] = {}
         for (subscription_id, component_id), some in _by_address(doubts).items():
             usages = self.client.usages(subscription_id, component_id)
             if usages is None:
-                continue  # A subscription that is gone answers nothing about what it was billed.
-            held = _first_with_token(usages, set(some))
+                self.client.read_site()  # At a wrong address everything is a 404.
+                gone = f"subscription {subscription_id} or its component is gone, and nothing tells what it was billed"
+                found |= {token: InDoubt(f"{self.site}: {gone}") for token in some}
+                continue
+            held = _with_token(usages, some, self.settle_after)
             for token, doubt in some.items():
                 if token in held:
-                    answer = self._receipt(doubt, held[token], "found in the list of usages")
-                    if answer is not None:
-                        found[token] = answer
+                    found |= self._judged(doubt, held[token], now)
                 elif not _would_meet_its_token(doubt, now):
                     found[token] = None
         return found
+
+    def _judged(self, doubt: Delivery, usages: Sequence[Json], now: datetime) -> dict[str, Answer]:
+        """Return the answer for a doubt whose token these usages bear; nothing while another try may tell more."""
+        if len(usages) > 1:
+            which = " and ".join(f"usage {usage['id']} ({_quantity(usage)})" for usage in usages)
+            return {doubt.token: Refused(f"stored more than once: {which} (token {doubt.token})")}
+        answer: Answer = self._receipt(doubt, usages[0], "found in the list of usages")
+        if answer is None and doubt.sent_at is not None and now >= doubt.sent_at + _DAY:
+            what = f"usage {usages[0]['id']} is stored, and no site event tells how much of the deduction counted"
+            answer = InDoubt(f"{self.site}: {what} (token {doubt.token})")
+        return {} if answer is None else {doubt.token: answer}
 
     def _receipt(self, delivery: Delivery, usage: Json, note: str = "") -> Receipt | Refused | None:
         """Return the receipt of a usage that the site holds, or what is wrong with it; None while it is not proven.
@@ -215,7 +249,7 @@ class MaxioMetered(MaxioDestination):
         number, stored = str(usage["id"]), _quantity(usage)
         if delivery.quantity > 0:
             return Receipt(delivery.token, number, note) if stored == delivery.quantity else _another(delivery, usage)
-        counted = self._counted(delivery)
+        counted = self._counted(delivery, usage)
         if counted is None:
             return None
         if not delivery.quantity <= counted <= 0 or counted != self._measured(counted):
@@ -229,7 +263,7 @@ class MaxioMetered(MaxioDestination):
         """Return a quantity cut to the decimal places of the meter: nothing finer can be billed or taken back."""
         return quantity.quantize(Decimal(1).scaleb(-self.source.settings.meter.decimals), ROUND_DOWN)
 
-    def _counted(self, delivery: Delivery) -> Decimal | None:
+    def _counted(self, delivery: Delivery, usage: Json) -> Decimal | None:
         """Return by how much a deduction moved the balance, 0 or less; None while the site does not show it."""
         for event in self.client.site_events(delivery.address["subscription_id"]):
             data = unwrapped(event, "event_specific_data")
@@ -237,7 +271,9 @@ class MaxioMetered(MaxioDestination):
                 after = exact_number(data.get("new_unit_balance"))
                 before = exact_number(data.get("previous_unit_balance"))
                 return None if after is None or before is None else after - before
-            if _long_before(event, delivery):
+            # What was noted long before the usage was stored cannot be about it, nor can what is older still.
+            noted, stored = instant(event.get("created_at")), instant(usage.get("created_at"))
+            if noted is not None and stored is not None and noted < stored - _DAY:
                 break
         return None
 
@@ -300,15 +336,38 @@ def _token_of(usage: Json) -> str:
     return first if _TOKEN.fullmatch(first) else ""
 
 
-def _first_with_token(usages: Iterator[Json], tokens: set[str]) -> dict[str, Json]:
-    """Return the first usage of each token; the walk ends when all are found."""
-    held: dict[str, Json] = {}
+def _with_token(
+    usages: Iterator[Json], doubts: Mapping[str, Delivery], settle_after: timedelta
+) -> dict[str, list[Json]]:
+    """Return the usages that bear each token, as far as any do.
+
+    The walk ends once all are found and what follows was stored too long before or after them to be of the same sends.
+    How long that is, the ledger's clock tells, and how far two usages are apart, the site's: so it is no matter if the
+    two clocks are apart.
+    """
+    held: dict[str, dict[int, Json]] = {}
     for usage in usages:
-        if (token := _token_of(usage)) in tokens:
-            held.setdefault(token, usage)
-            if len(held) == len(tokens):
-                break
-    return held
+        if (token := _token_of(usage)) in doubts:
+            held.setdefault(token, {})[usage["id"]] = usage
+        elif len(held) == len(doubts) and all(
+            _apart(usage, next(iter(found.values())), _sending(doubts[token], settle_after))
+            for token, found in held.items()
+        ):
+            break
+    return {token: list(found.values()) for token, found in held.items()}
+
+
+def _sending(delivery: Delivery, settle_after: timedelta) -> timedelta:
+    """Return how long there can be between two usages of one delivery, with a day for a clock that was set."""
+    if delivery.sent_at is None or delivery.reserved_at is None:
+        return timedelta.max
+    return delivery.sent_at - delivery.reserved_at + settle_after + _DAY
+
+
+def _apart(usage: Json, other: Json, longest: timedelta) -> bool:
+    """Say whether the site stored two usages longer apart than `longest`, by its own clock."""
+    here, there = instant(usage.get("created_at")), instant(other.get("created_at"))
+    return here is not None and there is not None and abs(here - there) > longest
 
 
 def _by_address(doubts: Sequence[Delivery]) -> dict[tuple[int, int], dict[str, Delivery]]:
@@ -331,9 +390,3 @@ def _another(delivery: Delivery, usage: Json) -> Refused:
         f"stored with another quantity: usage {usage['id']} holds {held}, "
         f"not {delivery.quantity} (token {delivery.token})"
     )
-
-
-def _long_before(event: Json, delivery: Delivery) -> bool:
-    """Say whether an event is so old that those before it cannot be of this delivery, even with clocks apart."""
-    noted, sent = instant(event.get("created_at")), delivery.sent_at
-    return noted is not None and sent is not None and noted < sent - timedelta(days=1)
