@@ -1,4 +1,4 @@
-"""What a site would take and not bill is not sent: usage of a subscription that has ended or is gone.
+"""What a site would take and not bill is not sent: usage of a subscription that has ended, is gone, or is in its trial.
 
 The verdict is the sandbox's count: what it billed, and how many requests could have changed that.
 """
@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import requests
 
-from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
+from stories import GENTLE, SITES, WORLDS, Event, House, a_day, a_house, shipped
 from usage_billing.errors import Misconfigured, NotApplied
 from usage_billing.records import Period, State
+from usage_billing.sandbox import Sandbox
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 
@@ -105,6 +106,81 @@ def test_a_subscription_is_read_once_for_all_that_waits_for_it(house: House) -> 
 
     assert house.sandbox.requests(SITE)["by_route"].get("read_subscription") == 1
     assert house.billed(SOURCE) == {ACCOUNT: Decimal(30)}
+
+
+# --- trials ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["api_calls", "platform_events"])
+def trial(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[House, BillingSource, str]]:
+    """A house, a source, and an account that is in its trial, which ends with the open period."""
+    worlds = tmp_path / "worlds"
+    worlds.mkdir()
+    added = {
+        "acme": "  - {id: 50100070, reference: trying, family: saas, state: trialing}\n",
+        "orbit": "  - {id: 50200070, reference: trying, family: platform, state: trialing, activated: [raw-count, "
+        "platform-units]}\n",
+    }
+    for world in WORLDS:
+        text = world.read_text()
+        if world.stem in added:
+            text = text.replace("\nsubscriptions:\n", f"\nsubscriptions:\n{added[world.stem]}")
+        (worlds / world.name).write_text(text)
+    with Sandbox(sorted(worlds.glob("*.yaml"))) as sandbox:
+        house = House(sandbox, tmp_path)
+        yield house, lenient(shipped(request.param)), "trying"
+        house.ledger.close()
+
+
+@pytest.mark.parametrize("becomes", ["dropped", "first_paid_renewal"])
+def test_usage_of_a_trial_is_quarantined_by_name(trial: tuple[House, BillingSource, str], becomes: str) -> None:
+    """Whether the site would bill it, nobody knows: nothing is sent, and the reason says what to do."""
+    house, source, account = trial
+    day, site = a_day(source, 5), SITES[source.name]
+    house.sandbox.switch(site, trial_usage=becomes)
+
+    comparison, folder = house.totals(source, day, [usage(source, "90", account)])
+    house.deliver(source, comparison, folder)
+
+    (target,) = house.destination(source).resolve([account])
+    assert "in its trial" in target.unknown
+    assert "destination.bill_trials" in target.unknown
+    assert (comparison.rows_accepted, comparison.rows_quarantined) == (0, 1)
+    assert house.writing_requests(source) == 0
+    house.sandbox.move_clock("2026-11-03T12:00:00Z")
+    assert house.billed(source) == {}
+
+
+def test_usage_of_a_trial_is_billed_where_a_person_says_that_the_site_does(
+    trial: tuple[House, BillingSource, str],
+) -> None:
+    """With bill_trials it goes at once, and stands on the first paid invoice."""
+    house, source, account = trial
+    source, day = lenient(source, bill_trials=True), a_day(source, 5)
+
+    house.run(source, day, [usage(source, "90", account)])
+
+    assert house.billed(source) == {account: Decimal(90)}
+    assert house.reconcile(source, day).ties_out
+    house.sandbox.move_clock("2026-12-03T12:00:00Z")
+    assert house.billed(source) == {account: Decimal(90)}
+
+
+def test_what_was_quarantined_in_a_trial_is_billed_once_by_a_run_after_it(
+    trial: tuple[House, BillingSource, str],
+) -> None:
+    """A metered component takes it in the open period; a stream would not bill an event of the trial, so it is held."""
+    house, source, account = trial
+    day = a_day(source, 5)
+    house.run(source, day, [usage(source, "90", account)])
+    house.sandbox.move_clock("2026-11-03T12:00:00Z")
+
+    for _ in range(2):
+        house.run(source, day, [usage(source, "90", account)])
+
+    metered = source.name == "api_calls"
+    assert house.billed(source) == ({account: Decimal(90)} if metered else {})
+    assert house.states(source, day) == ({"accepted": 1} if metered else {"held": 1})
 
 
 # --- answers that are none ------------------------------------------------------------------------------------------

@@ -33,11 +33,13 @@ _FIRST_DAYS = (date(2026, 10, 1), date(2026, 10, 23), date(2026, 3, 26), date(20
 _ZONES = ("UTC", "Europe/Berlin", "America/New_York")
 _LONGEST_UNITS = 4
 _LAST_FIRST = 28
+_AFTERWARDS = timedelta(days=45)
+"""No history goes on for longer after its last usage period."""
 
 _UNTOUCHED = frozenset(
     {
         # What they change makes the source misconfigured as a whole, or concerns calls that nobody makes here.
-        "access", "trial_usage", "events_size_limit", "eu_events_host", "negative_on_prepaid",
+        "access", "events_size_limit", "eu_events_host", "negative_on_prepaid",
         "component_list_delay_seconds", "limit_above_max", "undefined_types", "usage_options", "unknown_stream",
     }
 )  # fmt: skip
@@ -278,7 +280,12 @@ def _maxio(
         component["price_points"][0] |= {"handle": point} if kind else {"id": int(point)}
     activated = [component["handle"]] if streams else []
     live = [{"id": 501 + n, "reference": f"acct-{n}", "family": "plan", "activated": activated} for n in range(count)]
-    ended = {"id": 599, "reference": "ended", "family": "plan", "state": "canceled", "activated": activated}
+    billing = _billing(chance, units, 4)
+    # A trial becomes a paid subscription when its period ends, and nobody else in a history begins to be billed.
+    lasting = billing["billing_period"]["end"] - units[-1].date() > _AFTERWARDS
+    trial = lasting and chance.odds("scene/trial", 0.5)
+    other = {"id": 599, "reference": "trying" if trial else "ended", "family": "plan", "activated": activated}
+    other["state"] = "trialing" if trial else "canceled"
     product = {"id": 420, "handle": "team", "name": "Team", "price": "0"}
     world = MaxioWorld.model_validate(
         {
@@ -288,13 +295,14 @@ def _maxio(
             "product_families": [{"id": 410, "handle": "plan", "name": "Plan", "product": product}],
             "streams": streams,
             "components": [component],
-            "subscriptions": [*live, ended],
-            **_billing(chance, units, 4),
+            "subscriptions": [*live, other],
+            **billing,
         }
     )
     by_id = by in ("id", "subscription_id")
     billed = tuple(str(one["id"]) if by_id else str(one["reference"]) for one in live)
-    return world, billed, ("599" if by_id else "ended", "77" if by_id else "nobody"), str(component["handle"])
+    others = ("599", "77") if by_id else (str(other["reference"]), "nobody")
+    return world, billed, others, str(component["handle"])
 
 
 def _chargeover(

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
@@ -15,9 +15,10 @@ from usage_billing.destinations.base import Destination
 from usage_billing.destinations.maxio.client import PER_PAGE, Json, MaxioSite, instant
 from usage_billing.errors import Misconfigured
 from usage_billing.records import Target
-from usage_billing.sources import BillingSource
+from usage_billing.sources import BillingSource, DestinationSettings
 
 _FEW = 20
+_TRIAL = "trialing"
 ENDED = frozenset({"canceled", "expired", "failed_to_create", "on_hold", "suspended", "trial_ended", "awaiting_signup"})
 """States in which a subscription accrues no charges: what would be sent there is never billed, so it is quarantined."""
 
@@ -28,6 +29,18 @@ def _text(value: object) -> object:
 
 
 IdOrHandle = Annotated[str, BeforeValidator(_text), Field(pattern=r"^(\d+|handle:[a-z0-9][a-z0-9\-_:.]*)$")]
+
+
+class MaxioDestinationSettings(DestinationSettings):
+    """The keys that both Maxio destinations have.
+
+    `bill_trials` says that the site bills what a trial used, at the first paid renewal. No document tells, and no call:
+    so nothing is sent to a subscription in its trial unless a person knows.
+    """
+
+    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"bill_trials"}
+
+    bill_trials: bool = False
 
 
 class MaxioDestination(Destination):
@@ -78,9 +91,11 @@ class MaxioDestination(Destination):
         return ""
 
     def _unbilled(self, state: str) -> str:
-        """Return why the site bills no usage of a subscription in this state, or an empty text."""
+        """Return why the site bills, or may bill, no usage of a subscription in this state, or an empty text."""
         if state in ENDED:
             return f"is {state}: the site would not bill its usage"
+        if state == _TRIAL and not self.settings.bill_trials:
+            return "is in its trial: the site may drop its usage; if it bills it, say so with destination.bill_trials"
         return ""
 
     @abstractmethod

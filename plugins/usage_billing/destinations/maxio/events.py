@@ -22,10 +22,10 @@ from pydantic import Field, model_validator
 from usage_billing.archive import Archived
 from usage_billing.destinations.base import Answer, by_value, joined
 from usage_billing.destinations.maxio.client import Json, MaxioSite
-from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination
+from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.records import Delivery, Period, Receipt, SiteTotal
-from usage_billing.sources import BillingSource, DestinationSettings
+from usage_billing.sources import BillingSource
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _NAMED = 20
 """How many refused events of a chunk are named."""
 
 
-class MaxioEventsSettings(DestinationSettings):
+class MaxioEventsSettings(MaxioDestinationSettings):
     """The keys of a source that is billed as events of a stream.
 
     `subscription_by` is the stream's Subscription Identifier: ``subscription_id``, ``subscription_reference``, or the
@@ -50,7 +50,7 @@ class MaxioEventsSettings(DestinationSettings):
     the component too: then it is no fault that the site counts more than was sent from here.
     """
 
-    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"metric", "fed_by_others"}
+    free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"metric", "fed_by_others"}
 
     name: Literal["maxio_events"]
     stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

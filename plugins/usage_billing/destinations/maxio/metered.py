@@ -21,10 +21,9 @@ from pydantic import AfterValidator
 from usage_billing.destinations.base import Answer, by_value, joined, negative
 from usage_billing.destinations.http import exact_number
 from usage_billing.destinations.maxio.client import MET_WITHIN_THE_HOUR, Json, instant, unwrapped
-from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination
+from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.records import Delivery, Receipt, SiteRecord, Target
-from usage_billing.sources import DestinationSettings
 
 _MEMO_LENGTH = 255
 _TOKEN = re.compile(r"[0-9a-f]{64}")
@@ -41,14 +40,14 @@ def _memo(template: str) -> str:
     return template
 
 
-class MaxioMeteredSettings(DestinationSettings):
+class MaxioMeteredSettings(MaxioDestinationSettings):
     """The keys of a source that is billed to a metered component.
 
     `subscription_by` says what the account column holds; `component` and `price_point` are an id or
     ``handle:<handle>``; `memo` is what the site shows for a usage, after the token.
     """
 
-    free: ClassVar[frozenset[str]] = DestinationSettings.free | {"memo"}
+    free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"memo"}
 
     name: Literal["maxio_metered"]
     subscription_by: Literal["id", "reference"]
