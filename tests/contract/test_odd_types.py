@@ -22,6 +22,7 @@ import urllib3
 from requests.adapters import BaseAdapter, HTTPAdapter
 
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
+from usage_billing.destinations.http import Transport
 from usage_billing.errors import UsageBillingError
 from usage_billing.records import Delivery
 from usage_billing.sources import BillingSource
@@ -98,7 +99,7 @@ def wired() -> tuple[Account, ChargeOverSite]:
     """Return an account, and a client that is connected to it."""
     account = Account()
     settings = ChargeOverSettings(instance="telco", public_key="p", private_key="q-key")
-    return account, ChargeOverSite(settings, lambda: account)
+    return account, ChargeOverSite(settings, Transport(adapter=lambda: account, patience_seconds=0))
 
 
 def resolved(objects: dict[str, Any], package_by: str) -> object:

@@ -6,7 +6,7 @@ A mutation is a context manager that replaces a part of the package in this proc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
 from itertools import count
@@ -35,7 +35,7 @@ def accepted_before_the_send() -> AbstractContextManager[object]:
     """The receipt is written before the request leaves."""
 
     def mutant(self: Any, ours: Any) -> None:
-        self._accept([Receipt(one.token) for one in ours])
+        self._accept(ours, [Receipt(one.token) for one in ours])
         _send_claimed(self, ours)
 
     return patch.object(deliver._Work, "_send_claimed", mutant)
@@ -88,12 +88,12 @@ def lease_forgotten() -> Iterator[None]:
 def events_sent_again_after_a_month() -> Iterator[None]:
     """A doubt about events is replayed when the stream has forgotten their tokens."""
 
-    def still_open(_self: object, deliveries: Any) -> set[str]:
-        return {one.token for one in deliveries}
+    def leave_by(_self: object, deliveries: Any) -> dict[str, datetime]:
+        return {one.token: datetime.max.replace(tzinfo=UTC) for one in deliveries}
 
     with (
         patch.object(maxio.MaxioEvents, "replay_window", timedelta(days=4000)),
-        patch.object(maxio.MaxioEvents, "_still_open", still_open),
+        patch.object(maxio.MaxioEvents, "_leave_by", leave_by),
     ):
         yield
 

@@ -168,14 +168,12 @@ def test_an_answer_that_is_no_list_is_no_empty_list(ask: Callable[[str], object]
 
 
 @pytest.mark.parametrize("reference", ["acct-1", "ACCT-1 ", None])
-def test_a_look_up_that_is_not_exact_finds_nobody(reference: str | None) -> None:
-    """A site that compares references loosely would bill somebody else: only the very reference counts."""
-    component = reply(200, '{"component":{"id":1,"kind":"metered_component"}}')
+def test_a_look_up_that_is_not_exact_concludes_nothing(reference: str | None) -> None:
+    """A site that compares references loosely would bill somebody else, and has not said that there is no such one."""
+    component = reply(200, '{"component":{"id":1,"handle":"calls","kind":"metered_component"}}')
     found = reply(200, json.dumps({"subscription": {"id": 5, "reference": reference, "state": "active"}}))
-    with server(component, found) as url:
-        (target,) = metered(url).resolve(["ACCT-1"])
-
-    assert "unknown" in target.unknown
+    with server(component, found) as url, pytest.raises(NotApplied, match="a subscription with another reference"):
+        metered(url).resolve(["ACCT-1"])
 
 
 def test_a_list_that_breaks_off_is_not_at_its_end() -> None:
