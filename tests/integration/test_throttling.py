@@ -2,14 +2,17 @@
 
 import logging
 import re
+import select
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,6 +20,7 @@ from stories import SITES, WORLDS, Event, House, a_day, shipped
 from usage_billing.deliver import Delivered, Manners, deliver
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.http import Transport
+from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.errors import NotApplied
 from usage_billing.records import Comparison, Period, Plan
 from usage_billing.sandbox import Sandbox
@@ -150,6 +154,87 @@ def test_two_tasks_share_a_site_by_the_slots_of_its_pool(tmp_path: Path, threads
         assert house.sandbox.requests(ACME)["most_in_process"] in most
         for task in tasks:
             assert task.billed() == task.expected
+
+
+class Doorkeeper:
+    """Stands before a server and counts the connections that are open to it at once."""
+
+    def __init__(self, address: tuple[str, int]) -> None:
+        self.open = self.most = 0
+        self._address = address
+        self._lock = threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._let_in, daemon=True).start()
+
+    def close(self) -> None:
+        """Let nobody in any more."""
+        self._listener.close()
+
+    def _let_in(self) -> None:
+        while True:
+            try:
+                visitor, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._attend, args=(visitor,), daemon=True).start()
+
+    def _attend(self, visitor: socket.socket) -> None:
+        self._count(1)
+        with visitor, socket.create_connection(self._address) as inside:
+            other = {visitor: inside, inside: visitor}
+            while all(self._pass_on(one, other[one]) for one in select.select([visitor, inside], [], [])[0]):
+                pass
+        self._count(-1)
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self.open += more
+            self.most = max(self.most, self.open)
+
+    @staticmethod
+    def _pass_on(one: socket.socket, other: socket.socket) -> bool:
+        try:
+            some = one.recv(65536)
+            other.sendall(some)
+        except OSError:
+            return False
+        return bool(some)
+
+
+class WatchedHouse(House):
+    """A house whose Maxio sites are reached through a doorkeeper."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
+        super().__init__(sandbox, folder)
+        self.door = urlsplit(sandbox.url)
+        self.doorkeeper = Doorkeeper((str(self.door.hostname), int(self.door.port or 0)))
+
+    def destination(self, source: BillingSource) -> Destination:
+        """Return the source's destination behind the door, which has made a request already, as every task has."""
+        found = super().destination(source)
+        settings = found.client.settings
+        door = f":{self.doorkeeper.port}"
+        settings = replace(settings, base_url=settings.base_url.replace(f":{self.door.port}", door))
+        watched = type(found)(source, MaxioSite(settings, self.transport))
+        watched.check()
+        return watched
+
+
+@pytest.mark.parametrize(("tasks", "threads"), [((calls,), 16), ((calls, storage), 2)], ids=["one", "two"])
+def test_no_more_connections_are_open_than_requests_may_be_made(
+    tmp_path: Path, tasks: tuple[Callable[[House], Billing], ...], threads: int
+) -> None:
+    """A connection that is kept for the next request counts for the site too: there are never five."""
+    with a_slow_house(tmp_path, kind=WatchedHouse) as house:
+        assert isinstance(house, WatchedHouse)
+        work = [task(house) for task in tasks]
+        house.doorkeeper.most = house.doorkeeper.open
+        together(work, replace(EAGER, threads=threads))
+        assert house.doorkeeper.most in range(3, 5)
+        for task in work:
+            assert task.billed() == task.expected
+        house.doorkeeper.close()
 
 
 def together(tasks: list[Billing], manners: Manners) -> None:

@@ -1,4 +1,4 @@
-"""HTTP toward billing sites: one pooled session per thread, timeouts always, and one table of outcomes.
+"""HTTP toward billing sites: one pool of connections, timeouts always, and one table of outcomes.
 
 The only file that knows what a status code or a broken connection means in general; a destination adds what is special
 to its site as further `Outcome` rows. What a failure means depends on the `Effect` of the call: a read that failed did
@@ -109,7 +109,7 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOCOL", "
 class Transport:
     """What stands for network and time: the real ones, or those of a simulation.
 
-    `adapter` makes what takes the place of the network, once for each session. A question that the site could not be
+    `adapter` makes what takes the place of the network, once for each client. A question that the site could not be
     asked is asked again for `patience_seconds`; `wait` lets so many seconds pass, `clock` tells how many have passed,
     and `chance` gives numbers in ``[0, 1)`` that keep those who wait out of step.
     """
@@ -130,42 +130,67 @@ class _NoReply(Exception):
         self.left = left
 
 
+class _TooLate(Exception):
+    """The connection stood only after the time for it was over."""
+
+
 class _Body:
-    """The body of a request, which knows whether it was asked for.
+    """The body of a request, which knows whether it was asked for, and lets nobody ask after `deadline`.
 
     It is asked for when the connection stands and the headers are out. Until then the site has nothing that it could
     carry out, whatever went wrong. No exception tells this much: urllib3 calls a reset after the request a fault of the
     proxy, where there is one, and plain bytes amid a TLS connection look as they do in its handshake.
     """
 
-    def __init__(self, content: bytes) -> None:
+    def __init__(self, content: bytes, deadline: float) -> None:
         self.left = False
         self._content = content
+        self._deadline = deadline
 
     def __iter__(self) -> Iterator[bytes]:
+        if time.monotonic() > self._deadline:
+            raise _TooLate
         self.left = True
         yield self._content
 
 
 class _Network(HTTPAdapter):
-    """The real network: keeps a connection open, repeats nothing by itself, and tells of a failure what had left."""
+    """The real network, shared by all threads: repeats nothing by itself, and tells of a failure what had left.
 
-    def __init__(self) -> None:
-        super().__init__(max_retries=0, pool_connections=2, pool_maxsize=1)
+    It keeps at most `connections` open, idle ones too: who needs one more waits for it. A write whose connection
+    stands later than `connect` seconds after it was wanted does not leave. The timeout alone would not do: it is for
+    each address of a name, and neither for the look-up of the name nor for the wait.
+    """
+
+    def __init__(self, connections: int, connect: float) -> None:
+        super().__init__(max_retries=0, pool_connections=2, pool_maxsize=connections, pool_block=True)
+        self._connect = connect
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
-        """Send a request.
+        """Send a request and read its reply to the end.
 
         Raises:
-            _NoReply: it failed before the reply's headers were in.
+            _NoReply: it failed before the whole reply was in.
         """
-        body = _Body(request.body) if isinstance(request.body, bytes) else None
+        deadline = time.monotonic() + self._connect
+        body = _Body(request.body, deadline) if isinstance(request.body, bytes) else None
         if body is not None:
             request.body = body  # type: ignore[assignment]  # An iterable is as good; the length is in the headers.
         try:
-            return super().send(request, *args, **kwargs)
+            return _whole(super().send(request, *args, **kwargs))
+        except _TooLate:
+            raise _NoReply(requests.ConnectTimeout(), left=False) from None
         except _FAILURES as failure:
             raise _NoReply(failure, left=None if body is None else body.left) from None
+
+
+def _whole(reply: requests.Response) -> requests.Response:
+    """Read a reply to its end; its connection is free for the next request then, also where the reply is broken."""
+    try:
+        reply.content  # noqa: B018 - it is read here, and kept.
+    finally:
+        reply.close()
+    return reply
 
 
 _FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError)
@@ -217,9 +242,8 @@ class HttpClient:
         self._threads = threading.local()
         self._transport = transport
         self._waited_in_vain = False
-        self._adapter = transport.adapter or _Network
         # An Airflow pool keeps the site's limit across machines; this keeps one process from exceeding it by itself.
-        self._slots = threading.BoundedSemaphore(concurrency)
+        self._adapter = transport.adapter() if transport.adapter else _Network(concurrency, timeouts.connect)
         pair = b64encode(":".join(credentials).encode()).decode()
         # One character, such as Maxio's password "x", is no secret and stands in many a word.
         secrets = (secret for secret in (*credentials, pair) if len(secret) > 1)
@@ -312,16 +336,15 @@ class HttpClient:
     ) -> requests.Response:
         wait = self._timeouts.read if effect is Effect.READ else self._timeouts.write
         try:
-            with self._slots:
-                reply = self._session().request(
-                    method,
-                    self._base_url + path,
-                    params=params,
-                    data=None if body is None else body.encode(),
-                    headers=None if body is None else {"Content-Type": "application/json"},
-                    timeout=(self._timeouts.connect, wait),
-                    allow_redirects=False,
-                )
+            reply = self._session().request(
+                method,
+                self._base_url + path,
+                params=params,
+                data=None if body is None else body.encode(),
+                headers=None if body is None else {"Content-Type": "application/json"},
+                timeout=(self._timeouts.connect, wait),
+                allow_redirects=False,
+            )
         except _NoReply as failure:
             # Without the chain: urllib3's texts hold the whole address, and a proxy's may hold its password.
             raise self._failed(failure.cause, call, effect, left=failure.left) from None
@@ -345,9 +368,8 @@ class HttpClient:
             # toward this very machine, where a proxy could only be in the way. The explicit credentials above keep
             # .netrc out, and no variable of the environment can turn verification off.
             session.trust_env = not is_loopback(self._base_url)
-            adapter = self._adapter()
-            session.mount("https://", adapter)
-            session.mount("http://", adapter)
+            session.mount("https://", self._adapter)
+            session.mount("http://", self._adapter)
             self._threads.session = session
         return session
 

@@ -6,6 +6,9 @@ import re
 import socket
 import ssl
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -262,6 +265,108 @@ def test_a_write_is_never_repeated(script: Script) -> None:
             made.write("create usage", "/path", "{}")
         assert made.write("create usage", "/path", "{}") == {"id": 1}
     assert clock.pauses == []
+
+
+@contextmanager
+def dead_ends(count: int) -> Iterator[list[tuple[str, int]]]:
+    """Give addresses that swallow every packet: listeners whose queue is full."""
+    with ExitStack() as stack:
+        addresses: list[tuple[str, int]] = []
+        for _ in range(count):
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+            addresses.append(listener.getsockname())
+            for _ in range(4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(addresses[-1])
+        yield addresses
+
+
+def lead_to(monkeypatch: pytest.MonkeyPatch, addresses: list[tuple[str, int]], look_up_seconds: float = 0) -> None:
+    """Have every name lead to these addresses, after a while."""
+
+    def found(*_: object, **__: object) -> list[object]:
+        time.sleep(look_up_seconds)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+def port_of(url: str) -> tuple[str, int]:
+    """Return where a server listens."""
+    return "127.0.0.1", int(url.rpartition(":")[2])
+
+
+@pytest.mark.parametrize("effect", [WRITE, BULK])
+def test_a_write_does_not_leave_later_than_it_may_take_to_connect(
+    monkeypatch: pytest.MonkeyPatch, effect: Effect
+) -> None:
+    """Each dead address of a name takes the whole timeout; when the living one is reached, it is too late to send."""
+    got: list[bytes] = []
+    with dead_ends(2) as dead, server(heard(got)) as url:
+        lead_to(monkeypatch, [*dead, port_of(url)])
+        with pytest.raises(NotApplied, match=r"connecting took too long\); nothing was sent"):
+            call(client(url, connect=0.2), effect)
+    assert got == [b""], "the site got a body"
+
+
+def test_a_name_that_is_looked_up_for_long_is_too_late_to_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timeout covers the look-up of a name."""
+    got: list[bytes] = []
+    with server(heard(got)) as url:
+        lead_to(monkeypatch, [port_of(url)], look_up_seconds=0.4)
+        with pytest.raises(NotApplied, match=r"connecting took too long\); nothing was sent"):
+            call(client(url, connect=0.2), WRITE)
+    assert got == [b""], "the site got a body"
+
+
+def test_a_write_that_waits_for_a_connection_for_too_long_does_not_leave() -> None:
+    """All connections are taken by slow requests: when one is free again, the claim is too old."""
+    slow = threading.Event()
+    got: list[bytes] = []
+
+    def hold(connection: socket.socket) -> None:
+        slow.set()
+        time.sleep(0.6)
+        reply(200, "{}")(connection)
+
+    with server(hold, heard(got)) as url:
+        made = client(url, connect=0.2, most=1)
+        other = threading.Thread(target=made.read, args=("ask", "/path"))
+        other.start()
+        assert slow.wait(5)
+        with pytest.raises(NotApplied, match=r"connecting took too long\); nothing was sent"):
+            made.write("create usage", "/path", "{}")
+        other.join()
+    assert got == [b""], "the site got a body"
+
+
+def heard(got: list[bytes]) -> Script:
+    """Return a script that notes what comes after the headers, and hangs up."""
+
+    def play(connection: socket.socket) -> None:
+        got.append(connection.recv(65536))
+
+    return play
+
+
+GZIP = "Content-Encoding: gzip"
+
+
+@pytest.mark.parametrize("effect", Effect)
+@pytest.mark.parametrize(
+    "script",
+    [reply(200, "{" * 100_000, GZIP), cut_short, reset, hang_up],
+    ids=["no gzip", "short", "reset", "closed"],
+)
+def test_a_broken_reply_leaves_its_connection_to_the_next_request(effect: Effect, script: Script) -> None:
+    """Where one connection is all there is, the fourth request still gets it."""
+    with server(script, script, script, reply(200, "{}")) as url:
+        made = client(url, most=1)
+        for _ in range(3):
+            with pytest.raises(UsageBillingError):
+                call(made, effect)
+        assert call(made, effect) == {}
 
 
 NEVER_LEFT = [
