@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
 from usage_billing.archive import Archive
@@ -264,3 +265,67 @@ def test_a_throttled_bulk_slows_the_deliver_down_as_the_site_asks(
     assert datetime.now(UTC) - started >= timedelta(seconds=1)
     assert "in doubt: 4 deliveries" in caplog.text
     assert house.billed(TOTALS) == dict.fromkeys(ACCOUNTS, Decimal(5))
+
+
+def lenient(source: BillingSource, **keys: str) -> BillingSource:
+    """Return the source, with a quarantine that stops nothing and other keys of the destination."""
+    quarantine = source.settings.quarantine.model_copy(update={"max_share": 1.0})
+    settings = source.settings.model_copy(update={"quarantine": quarantine})
+    return replace(source, settings=settings, destination=source.destination.model_copy(update=keys))
+
+
+def turn(house: House, what: str) -> None:
+    """Activate or deactivate the component of the first account."""
+    path = f"/event_based_billing/subscriptions/50200001/components/61101/{what}.json"
+    reply = requests.post(house.sandbox.maxio_url("orbit") + path, auth=("sandbox-orbit-key", "x"), timeout=10)
+    assert reply.ok
+
+
+@BOTH
+def test_events_of_a_component_that_is_not_activated_are_quarantined_by_name(
+    house: House, source: BillingSource
+) -> None:
+    """The stream would take them and the renewal never bill them; once it is activated the same day bills."""
+    source = lenient(source)
+    turn(house, "deactivate")
+    comparison, folder = house.totals(source, DAY, events("5"))
+    assert (comparison.rows_accepted, comparison.rows_quarantined) == (3, 1)
+    house.deliver(source, comparison, folder)
+    assert house.billed(source) == {account: Decimal(5) for account in ACCOUNTS[1:]}
+    assert len(house.sandbox.records(SITE)) == 3
+    (target,) = house.destination(source).resolve(["orbit-01"])
+    assert "not activated for subscription 50200001" in target.unknown
+
+    turn(house, "activate")
+    house.run(source, DAY, events("5"))
+    assert house.billed(source) == dict.fromkeys(ACCOUNTS, Decimal(5))
+
+
+@BOTH
+def test_a_preview_that_hides_what_is_unused_sends_nothing_until_a_person_assumes_activation(
+    house: House, source: BillingSource
+) -> None:
+    """Absent for want of usage or of activation cannot be told apart: nothing is lost, and a key turns it off."""
+    house.sandbox.switch(SITE, preview_shows_unused="no")
+    comparison, _ = house.totals(lenient(source), DAY, events("5"))
+    assert (comparison.rows_accepted, comparison.rows_quarantined) == (0, 4)
+    house.run(lenient(source, activation="assumed"), DAY, events("5"))
+    assert house.billed(source) == dict.fromkeys(ACCOUNTS, Decimal(5))
+    comparison, _ = house.totals(lenient(source), DAY, events("6"))
+    assert comparison.rows_quarantined == 0, "what has usage shows"
+
+
+def test_a_preview_that_cannot_be_read_concludes_nothing(house: House) -> None:
+    """No account becomes unknown, and none is taken for activated: the run ends and is tried again."""
+    house.sandbox.fault(SITE, "server_error", count=100, route="preview_renewal", reads=True)
+    with pytest.raises(NotApplied, match="preview the renewal"):
+        house.totals(TOTALS, DAY, events("5"))
+
+
+def test_a_subscription_is_asked_about_once(house: House) -> None:
+    """The preview is one call for each subscription, however often its account comes up; a doubt asks for none."""
+    destination = house.destination(TOTALS)
+    destination.resolve(["orbit-01"])
+    house.sandbox.fault(SITE, "server_error", count=100, route="preview_renewal", reads=True)
+    (again,) = destination.resolve(["orbit-01"])
+    assert again.subscription == "50200001"

@@ -250,8 +250,10 @@ class HttpClient:
         # One may be a part of another, and must not be cut out of it.
         self._secrets = sorted(secrets, key=len, reverse=True)
 
-    def read(self, call: str, path: str, params: Mapping[str, Any] | None = None) -> Any:
+    def read(self, call: str, path: str, params: Mapping[str, Any] | None = None, body: str | None = None) -> Any:
         """Return the JSON of a read, or None if the site definitely has no such thing (404).
+
+        A `body` is for a question that the site wants posted; it changes nothing there all the same.
 
         A read changes nothing, so it is tried again as long as the transport has patience: after a growing pause, and
         not before the site wants to be asked again. Patience is with the site, not with each question: once it has
@@ -265,7 +267,7 @@ class HttpClient:
         until = transport.clock() + (0.0 if self._waited_in_vain else transport.patience_seconds)
         while True:
             try:
-                found = self._ask(call, path, params)
+                found = self._ask(call, path, params, body)
             except NotApplied as error:
                 pause = self._pause(error, pauses, until - transport.clock())
                 if pause is None:
@@ -286,8 +288,9 @@ class HttpClient:
         longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(pauses, _MOST_DOUBLINGS))
         return max(asked_for, min(left, longest * (1 + self._transport.chance()) / 2))
 
-    def _ask(self, call: str, path: str, params: Mapping[str, Any] | None) -> Any:
-        reply = self._send("GET", call, path, Effect.READ, params=params)
+    def _ask(self, call: str, path: str, params: Mapping[str, Any] | None, body: str | None) -> Any:
+        method = "GET" if body is None else "POST"
+        reply = self._send(method, call, path, Effect.READ, params=params, body=body)
         if reply.status_code == requests.codes.not_found:
             return None
         self._raise_for_failure(reply, call, Effect.READ)

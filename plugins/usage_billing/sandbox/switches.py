@@ -100,6 +100,9 @@ MAXIO = {
     "unknown_stream": Switch("404", ("404", "accept"), "accepted events of an unknown stream are never billed"),
     "unknown_subscription_in_event": Switch("accept", ("accept", "refuse"), "accepted events are never billed"),
     "late_event": Switch("never_billed", ("never_billed", "next_period"), "timestamp in an invoiced period"),
+    "preview_shows_unused": Switch(
+        "yes", ("yes", "no"), "whether the preview of a renewal has a line for an activated component without usage"
+    ),
     "events_delay_seconds": Switch("0", (), "how long new events and site events stay invisible to reads"),
     "component_list_delay_seconds": Switch("0", (), "how far balances in the site-wide component list lag behind"),
     "eu_events_host": Switch(

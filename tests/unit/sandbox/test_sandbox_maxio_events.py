@@ -178,7 +178,7 @@ def test_metric_shows_as_balance_and_in_the_preview(orbit: Any, orbit_main: Any)
     orbit.send(orbit.event(2.5), orbit.event(0.5))
     assert orbit_main.balance(50200001, "handle:platform-units") == 3
     preview = orbit_main.post("subscriptions/50200001/renewals/preview.json").json()["renewal_preview"]
-    assert [row["memo"] for row in preview["line_items"][1:]] == ["Platform units: 3 unit"]
+    assert [row["memo"] for row in preview["line_items"][1:]] == ["Platform units: 3 unit", "Raw events: 0 event"]
 
 
 def test_visibility_lags_by_switch(orbit: Any, orbit_main: Any, bench: Any) -> None:

@@ -334,6 +334,13 @@ class MaxioSite:
             raise self._unreadable(call, f"component {row['component_id']} has a figure that is none")
         return row
 
+    def renewal_components(self, subscription_id: int) -> frozenset[str]:
+        """Return the ids of the components, as text, for which the preview of the next renewal has a line."""
+        call = f"preview the renewal of subscription {subscription_id}"
+        found = self._main.read(call, f"/subscriptions/{int(subscription_id)}/renewals/preview.json", body="{}")
+        preview = unwrapped(found, "renewal_preview") if isinstance(found, dict) else {}
+        return frozenset(str(row.get("component_id")) for row in self._rows(call, preview, "line_items"))
+
     def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
         """Yield what the site noted about a subscription, the newest first; a usage shows here with some delay.
 

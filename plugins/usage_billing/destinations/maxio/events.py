@@ -24,7 +24,7 @@ from usage_billing.destinations.base import Answer, by_value, joined
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
-from usage_billing.records import Delivery, Period, Receipt, SiteTotal
+from usage_billing.records import Delivery, Period, Receipt, SiteTotal, Target
 from usage_billing.sources import BillingSource
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,12 @@ class MaxioEventsSettings(MaxioDestinationSettings):
     event is: ``totals`` for one usage total, whose correction is a signed difference, or ``events`` for one row of
     ``usage.sql``, as it is. `metric` says what the metric behind `component` computes of the events; totals need a sum.
     No API tells the metric's formula, so nobody but you can check that. `fed_by_others` says that somebody else feeds
-    the component too: then it is no fault that the site counts more than was sent from here.
+    the component too: then it is no fault that the site counts more than was sent from here. `activation` says whether
+    the preview of each subscription's renewal has to show the component before its usage is sent; ``assumed`` is for a
+    site whose preview leaves out what has no usage yet.
     """
 
-    free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"metric", "fed_by_others"}
+    free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"metric", "fed_by_others", "activation"}
 
     name: Literal["maxio_events"]
     stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -60,6 +62,7 @@ class MaxioEventsSettings(MaxioDestinationSettings):
     mode: Literal["totals", "events"] = "totals"
     metric: Literal["sum", "count", "maximum", "minimum", "average", "unique", "percentile"] = "sum"
     fed_by_others: bool = False
+    activation: Literal["checked", "assumed"] = "checked"
 
     @model_validator(mode="after")
     def _totals_are_sums(self) -> Self:
@@ -97,9 +100,31 @@ class MaxioEvents(MaxioDestination):
         self.fed_by_others = self.settings.fed_by_others
         # What each thread is about to send, and no more: one chunk.
         self._prepared = threading.local()
+        self._billed: dict[str, bool] = {}
         if self.settings.mode == "events":
             self.stream, self.metric = self.settings.stream, self.settings.metric
             self.chunk_size = self.retry_chunk_size = 1
+
+    def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        """Return the subscription of each account; one whose renewal would not bill the component is `unknown`.
+
+        A stream takes events whatever the activation, and nothing tells of it but the preview of the renewal.
+        """
+        return [self._activated(target) for target in super().resolve(accounts)]
+
+    def _activated(self, target: Target) -> Target:
+        if target.unknown or self.settings.activation == "assumed":
+            return target
+        if target.subscription not in self._billed:
+            shown = self.client.renewal_components(int(target.subscription))
+            self._billed[target.subscription] = target.component in shown
+        if self._billed[target.subscription]:
+            return target
+        return Target(
+            target.account,
+            unknown=f"component {self.settings.component} is not activated for subscription {target.subscription}: the "
+            "preview of its renewal has no line for it, and the site would take the events and never bill them",
+        )
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
@@ -227,7 +252,7 @@ class MaxioEvents(MaxioDestination):
         Those of which a billing period is not open on the site right now have no entry.
         """
         earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
-        targets = self.resolve(sorted({account for moments in earliest.values() for account in moments}))
+        targets = super().resolve(sorted({account for moments in earliest.values() for account in moments}))
         opened = {target.account: (target.open_from, target.open_until) for target in targets}
         found: dict[str, datetime] = {}
         for token, moments in earliest.items():
@@ -296,9 +321,8 @@ class MaxioEvents(MaxioDestination):
         return bool(self.settings.subscription_by == "subscription_id")
 
     def _own_faults(self, component: Json) -> Iterator[str]:
-        # Neither the stream and its Subscription Identifier, nor the metric's formula, nor whether the component is
-        # activated for a subscription can be read through any documented call: a wrong stream shows at the first
-        # request, the others when totals are compared.
+        # Neither the stream and its Subscription Identifier nor the metric's formula can be read through any documented
+        # call: a wrong stream shows at the first request, the others when totals are compared.
         if self.stream and self.source.settings.meter.function == "unique" and self.metric not in {"unique", "count"}:
             yield f"metric: the {self.metric} of a property that holds text is nothing; meter unique sends the values"
         names = Counter([self.settings.property, *self.source.settings.dimensions, "chargify"])

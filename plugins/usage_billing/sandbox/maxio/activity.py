@@ -39,7 +39,9 @@ class Activity:
         if not account.live:
             raise Unprocessable("The subscription is not active.")
         family = self.site.views.family(account.id)
-        lines = self.site.biller.open_lines(account)[account.id]
+        lines = [*self.site.biller.open_lines(account)[account.id]]
+        if self.site.switches["preview_shows_unused"] == "yes":
+            lines += self.site.biller.unused_lines(account, {line.component_id for line in lines})
         ahead = next_period(self.site.world, account)
         past = (account.period_start, account.period_end)
         rows = [

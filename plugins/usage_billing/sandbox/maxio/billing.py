@@ -1,7 +1,7 @@
 """How a Maxio site bills: metered balances with a floor at zero, and metrics over events by their timestamp."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -84,6 +84,15 @@ class MaxioBiller:
         for number, component, quantity, point in self._metrics(_BILLED, account):
             lines[number].append(_line(component, quantity, point))
         return lines
+
+    def unused_lines(self, account: Account, shown: Collection[int]) -> list[InvoiceLine]:
+        """Return a line of nothing for each activated component that is not among those `shown`."""
+        rows = self.books.rows(
+            "SELECT component, price_point FROM activation WHERE site = ? AND subscription = ? AND active",
+            *(self._site, account.id),
+        )
+        unused = [(self.components[row["component"]], row["price_point"]) for row in rows]
+        return [_line(component, ZERO, point) for component, point in unused if component.id not in shown]
 
     def ahead(self) -> Iterable[tuple[int, str, Decimal]]:
         """Return usage of trials, unless it is dropped, and what came between a period's end and its assessment."""
