@@ -338,7 +338,9 @@ class MaxioSite:
         """Return the ids of the components, as text, for which the preview of the next renewal has a line."""
         call = f"preview the renewal of subscription {subscription_id}"
         found = self._main.read(call, f"/subscriptions/{int(subscription_id)}/renewals/preview.json", body="{}")
-        preview = unwrapped(found, "renewal_preview") if isinstance(found, dict) else {}
+        preview = found.get("renewal_preview") if isinstance(found, dict) and not found.get("errors") else None
+        if not isinstance(preview, dict):
+            raise self._unreadable(call, "the answer is no preview")
         return frozenset(str(row.get("component_id")) for row in self._rows(call, preview, "line_items"))
 
     def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
