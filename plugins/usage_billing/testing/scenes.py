@@ -166,6 +166,9 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     if kind == "chargeover_usage":
         shared["negative_usage"] = chance.pick("scene/negative", ("allowed", "hold"))
     switches = _switches(chance, CHARGEOVER if kind == "chargeover_usage" else MAXIO)
+    if kind == "maxio_events" and switches.get("preview_shows_unused") == "no":
+        # There nothing is sent unless somebody vouches for it, which is what the site's people would do.
+        sources = tuple(_with_keys(source, activation="assumed") for source in sources)
     return Scene(kind, world, sources, units, billed, others, component, shared, switches)
 
 
@@ -365,6 +368,10 @@ def simulated(own: BillingSource) -> BillingSource:
     limits = own.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 10_000})
     settings = own.settings.model_copy(update={"max_withdraw_share": 1.0, "quarantine": limits})
     return replace(own, settings=settings, expectations=())
+
+
+def _with_keys(source: BillingSource, **keys: object) -> BillingSource:
+    return replace(source, destination=source.destination.model_copy(update=keys))
 
 
 def with_batches(source: BillingSource, rows: int) -> BillingSource:
