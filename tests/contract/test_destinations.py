@@ -158,21 +158,17 @@ SWITCHES = [
     (METERED, {"quantity_type": "string"}),
     (METERED, {"usage_list_order": "ascending"}),
     (METERED, {"memo_limit": "255", "throttle_reply": "json_retry_after", "not_found_body": "html"}),
-    (METERED, {"token_spent_by_4xx": "no", "not_found_body": "empty"}),
-    (FRACTIONS, {"quantity_type": "string", "fraction_not_allowed": "refuse"}),
-    (EVENTS, {"unknown_subscription_in_event": "refuse", "bulk_with_bad_event": "store_valid"}),
-    (FRACTIONS, {"omitted_price_point": "locked_in", "usage_on_ended_subscription": "accept", "bad_quantity": "zero"}),
-    (EVENTS, {"late_event": "next_period", "unknown_stream": "accept", "long_event_token": "truncate"}),
-    (BATCH, {"duplicate_external_key": "accept"}),
-    (BATCH, {"duplicate_external_key": "overwrite", "times_out": "iso"}),
-    (SINGLE, {"duplicate_external_key": "accept", "throttle_retry_after": "present"}),
-    (BATCH, {"cycle_by": "to", "bulk_atomicity": "stop_at_first_error", "limit_above_max": "refuse"}),
-    (SINGLE, {"negative_usage": "refuse", "usage_on_bad_line": "accept", "late_usage": "next_invoice"}),
-    (BULK, {"bulk_atomicity": "stop_at_first_error", "duplicate_external_key": "accept", "bulk_reply": "result_true"}),
-    (BULK, {"bulk_atomicity": "skip_bad_silently", "duplicate_external_key": "overwrite", "times_out": "iso"}),
-    (BULK, {"negative_usage": "refuse", "usage_on_bad_line": "accept", "limit_above_max": "refuse"}),
+    (METERED, {"not_found_body": "empty", "token_scope": "path"}),
+    (FRACTIONS, {"quantity_type": "string"}),
+    (FRACTIONS, {"omitted_price_point": "locked_in"}),
+    (EVENTS, {"events_size_limit": "64_kb"}),
+    (BATCH, {"times_out": "iso", "details": "absent"}),
+    (SINGLE, {"throttle_retry_after": "present", "throttle_body": "empty"}),
+    (BATCH, {"cycle_by": "to", "limit_above_max": "refuse"}),
+    (BULK, {"bulk_reply": "result_true"}),
+    (BULK, {"times_out": "iso", "external_key_length": "64"}),
     (SINGLE, {"precise_usage": "round", "times_out": "iso_honolulu"}),
-    (BATCH, {"precise_usage": "refuse", "usage_of_replaced_line": "dropped"}),
+    (BATCH, {"precise_usage": "refuse"}),
 ]
 EVERY_SETTING = pytest.mark.parametrize(
     ("case", "switches"),
@@ -370,6 +366,39 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+@pytest.mark.parametrize(("case", "switches"), SWITCHES, ids=lambda value: getattr(value, "label", None) or str(value))
+def test_every_setting_that_is_turned_is_looked_at(case: Case, switches: dict[str, str], sandbox: Sandbox) -> None:
+    """A switch that the site never consults would prove nothing: what is sent through trouble meets each of them."""
+    sandbox.switch(case.site, **switches)
+    destination = case.made(sandbox)
+    assert destination.resolve(["of-nobody" if not case.accounts[0].isdigit() else "99"])[0].unknown
+    expected = Decimal(0)
+    for number, fault in enumerate((None, "lost_reply", "server_error_after_commit", "throttle")):
+        sandbox.clear_faults()
+        targets = destination.resolve(case.accounts)
+        day = DAY + timedelta(days=number)
+        chosen = deliveries(destination, proposals(targets, ["7"] * len(targets), day))
+        if fault:
+            sandbox.fault(case.site, fault)
+        deliver_all(destination, chosen)
+        expected += sum((delivery.quantity for delivery in chosen), Decimal(0))
+    assert billed(sandbox, case) == expected
+    assert switches.keys() - sandbox.consulted(case.site) == set()
+
+
+@pytest.mark.parametrize("case", [BATCH, SINGLE, BULK], ids=lambda case: case.label)
+@pytest.mark.parametrize("fault", ["lost_reply", "server_error", "server_error_after_commit", "throttle"])
+def test_no_key_comes_a_second_time(case: Case, fault: str, sandbox: Sandbox) -> None:
+    """What an account makes of a second record with one key is documented nowhere: none is ever sent to it."""
+    sandbox.switch(case.site, duplicate_external_key="accept")
+    destination = case.made(sandbox)
+    chosen = ready(case, destination)
+    sandbox.fault(case.site, fault)
+    deliver_all(destination, chosen)
+    assert billed(sandbox, case) == sum((delivery.quantity for delivery in chosen), Decimal(0))
+    assert "duplicate_external_key" not in sandbox.consulted(case.site)
 
 
 @EVERY_CASE

@@ -661,6 +661,24 @@ def test_the_operators_bill_the_sample_by_raw_events(house: RawHouse, installed:
     assert house.writing_requests(installed) == before
 
 
+@pytest.mark.parametrize("setting", ["refuse", "ignore"])
+def test_events_that_are_too_old_for_the_site_are_told_either_way(house: RawHouse, setting: str) -> None:
+    """No document limits their age: refused, they are a person's by name; taken and forgotten, the tie-out is red."""
+    source = raw()
+    house.sandbox.switch(SITE, event_age_limit=setting)
+    house.days_pass(40)
+    house.run(source, DAY, events(3))
+    assert house.billed(source) == {}
+    if setting == "ignore":
+        found = house.reconcile(source, DAY)
+        assert (found.ties_out, found.missing) == (False, 3)
+        return
+    ((state, quantity, reason),) = house.listed(source, DAY)
+    assert (state, quantity) == ("in_doubt", "3")
+    assert "too old" in reason
+    assert all(event.event_id in reason for event in events(3))
+
+
 def test_a_chunk_that_a_power_cut_left_torn_is_written_again(house: RawHouse) -> None:
     """Its row waits in the ledger, its file is empty: the run that cuts the same chunk mends it, and bills it once."""
     source = raw()

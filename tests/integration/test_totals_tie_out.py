@@ -11,8 +11,12 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from stories import Event, House, a_day, a_house, shipped
+from stories import WORLDS, Event, House, a_day, a_house, shipped
+from usage_billing.destinations.http import Transport
+from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
+from usage_billing.errors import Misconfigured
 from usage_billing.records import Period
+from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
 
 
@@ -92,3 +96,47 @@ def test_a_usage_period_that_the_renewal_cuts_in_two_is_counted_where_its_event_
     assert house.billed(source) == {"orbit-01": Decimal(16)}
     for day in (before, cut, after):
         assert house.reconcile(source, day).ties_out
+
+
+@pytest.mark.parametrize("setting", ["404", "accept"])
+def test_a_stream_that_does_not_exist_is_never_silent(house: House, setting: str) -> None:
+    """A mistyped stream: where the site says so nothing is sent, where it takes the events the tie-out is red."""
+    source = units(stream="platform-event")
+    house.sandbox.switch("maxio:us:orbit", unknown_stream=setting)
+    day = a_day(source, 5)
+    if setting == "404":
+        with pytest.raises(Misconfigured, match="knows no such stream"):
+            house.run(source, day, used(day, {"orbit-01": "10"}))
+        assert house.states(source, day) == {"reserved": 1}
+        return
+    house.run(source, day, used(day, {"orbit-01": "10"}))
+    found = house.reconcile(source, day)
+    assert house.billed(source) == {}
+    assert (found.ties_out, found.missing) == (False, 1)
+
+
+@pytest.mark.parametrize("setting", ["shared", "separate"])
+def test_events_of_a_european_site_go_where_its_connection_says(tmp_path: Path, setting: str) -> None:
+    """Which host takes them is documented oddly: a wrong one takes nothing, and the right one bills."""
+    world = tmp_path / "orbit.yaml"
+    world.write_text((WORLDS[1]).read_text(encoding="utf-8").replace("maxio:us:", "maxio:eu:"), encoding="utf-8")
+    site = "maxio:eu:orbit"
+    with Sandbox([world]) as sandbox:
+        sandbox.switch(site, eu_events_host=setting)
+        keys: dict[str, Any] = {"subdomain": "orbit", "region": "eu", "api_key": "sandbox-orbit-key"}
+        hosts = {"shared": sandbox.events_url, "separate": sandbox.eu_events_url}
+        for host, url in hosts.items():
+            settings = MaxioSettings(
+                base_url=sandbox.maxio_url("orbit"), events_url=url, settle_after_seconds=1, **keys
+            )
+            client = MaxioSite(settings, Transport(patience_seconds=0))
+            event = json.dumps(
+                {"chargify": {"timestamp": "2026-10-06T12:00:00Z"}, "account_id": "orbit-01", "units": 5}
+            )
+            if host == setting:
+                client.record_event("platform-events", event)
+            else:
+                with pytest.raises(Misconfigured, match="knows no such stream or site"):
+                    client.record_event("platform-events", event)
+        billed = [row.billed for row in sandbox.billed(site) if row.reference == "orbit-01" and row.billed]
+        assert billed == [Decimal(5)]

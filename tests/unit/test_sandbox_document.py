@@ -7,6 +7,7 @@ import pytest
 
 from usage_billing.sandbox.faults import KINDS, Fault
 from usage_billing.sandbox.switches import CHARGEOVER, MAXIO, Switch
+from usage_billing.testing.scenes import UNDRAWN
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "sandbox.md").read_text(encoding="utf-8")
 
@@ -51,3 +52,23 @@ def test_every_fault_is_in_the_table_with_its_habit() -> None:
     for kind, carried_out in told.items():
         if carried_out in ("yes", "no"):
             assert Fault("maxio:us:acme", kind).takes_effect == (carried_out == "yes"), kind
+
+
+NEVER_MET = {
+    "negative_on_prepaid": "nothing is sent to prepaid components",
+    "component_list_delay_seconds": "no balance is taken from the site-wide list",
+    "limit_above_max": "no more than the documented page is asked for",
+    "undefined_types": "these types are not sent",
+    "usage_options": "no options are sent",
+}
+"""Switches that neither a history nor a story of the client turns, and why nothing it does could meet them."""
+
+
+def test_every_switch_is_turned_against_the_client() -> None:
+    """The simulator draws it, or a story turns it; the few that nothing sent could meet are named with the reason."""
+    tests = Path(__file__).parents[1]
+    stories = [path for folder in ("contract", "integration") for path in sorted((tests / folder).glob("test_*.py"))]
+    words = "\n".join(path.read_text(encoding="utf-8") for path in stories if "official_sdk" not in path.name)
+    known = {**MAXIO, **CHARGEOVER}
+    turned = {name for name in known if name not in UNDRAWN or re.search(rf"\b{name}\b", words)}
+    assert known.keys() - turned <= NEVER_MET.keys()

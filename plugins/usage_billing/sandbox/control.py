@@ -40,6 +40,7 @@ class Control:
             Route("GET", "/switches", "switches", self.read_switches),
             Route("POST", "/switches", "switches", self.turn_switches),
             Route("GET", "/switches/known", "switches", self.list_switches),
+            Route("GET", "/switches/consulted", "switches", self.read_consulted),
             Route("GET", "/faults", "faults", self.read_faults),
             Route("POST", "/faults", "faults", self.order_fault),
             Route("DELETE", "/faults", "faults", self.clear_faults),
@@ -96,6 +97,10 @@ class Control:
         """`GET /_sandbox/switches/known`: every switch of each API, with its choices and what it decides."""
         known = {"maxio": MAXIO, "chargeover": CHARGEOVER}
         return json_reply({api: {name: s.as_dict() for name, s in switches.items()} for api, switches in known.items()})
+
+    def read_consulted(self, call: Call) -> Response:
+        """`GET /_sandbox/switches/consulted?site=`: those that the site looked at since they were last turned."""
+        return json_reply({site.world.site: sorted(site.switches.consulted) for site in self._asked(call)})
 
     def turn_switches(self, call: Call) -> Response:
         """`POST /_sandbox/switches`: all of the named ones, or none; they outlive a restart."""

@@ -83,6 +83,10 @@ class Desk(ABC):
         """Turn switches of a site."""
         self.control("POST", "switches", {"site": site, "switches": switches})
 
+    def consulted(self, site: str) -> set[str]:
+        """Return the switches that the site looked at since they were last turned: only these can have mattered."""
+        return set(self.control("GET", f"switches/consulted?site={quote(site)}")[site])
+
     def fault(self, site: str, fault: str, **details: object) -> None:
         """Order a fault with its details; see `faults.Fault`."""
         self.control("POST", "faults", {"site": site, "fault": fault, **details})

@@ -99,6 +99,11 @@ MAXIO = {
     "long_event_token": Switch("refuse", ("refuse", "truncate"), "event token over 64 characters"),
     "unknown_stream": Switch("404", ("404", "accept"), "accepted events of an unknown stream are never billed"),
     "unknown_subscription_in_event": Switch("accept", ("accept", "refuse"), "accepted events are never billed"),
+    "event_age_limit": Switch(
+        "none",
+        ("none", "refuse", "ignore"),
+        "an event of more than 31 days ago: taken, refused, or taken and never billed",
+    ),
     "late_event": Switch("never_billed", ("never_billed", "next_period"), "timestamp in an invoiced period"),
     "preview_shows_unused": Switch(
         "yes", ("yes", "no"), "whether the preview of a renewal has a line for an activated component without usage"
@@ -161,14 +166,17 @@ class SwitchBoard:
         """Start from the defaults and the world's own settings; `UnknownSwitch` tells every fault."""
         self._known = known
         self._values = {name: switch.default for name, switch in known.items()}
+        self.consulted: set[str] = set()
+        """Which switches made a difference to what was done, or could have, since they were last turned."""
         self.update(initial)
 
     def __getitem__(self, name: str) -> str:
+        self.consulted.add(name)
         return self._values[name]
 
     def seconds(self, name: str) -> tuple[float, float]:
         """Return a switch that holds a duration, as its shortest and its longest."""
-        shortest, longest = _span(self._values[name])
+        shortest, longest = _span(self[name])
         return float(shortest), float(longest)
 
     def update(self, wanted: Mapping[str, object]) -> None:
@@ -178,6 +186,7 @@ class SwitchBoard:
         if faults:
             raise UnknownSwitch(faults, {name: switch.describe() for name, switch in self._known.items()})
         self._values.update(spelled)
+        self.consulted -= spelled.keys()
 
     def as_dict(self) -> dict[str, str]:
         """Return every switch with its present value."""

@@ -36,11 +36,13 @@ _LAST_FIRST = 28
 _AFTERWARDS = timedelta(days=45)
 """No history goes on for longer after its last usage period."""
 
-_UNTOUCHED = frozenset(
+UNDRAWN = frozenset(
     {
         # What they change makes the source misconfigured as a whole, or concerns calls that nobody makes here.
         "access", "events_size_limit", "eu_events_host", "negative_on_prepaid",
         "component_list_delay_seconds", "limit_above_max", "undefined_types", "usage_options", "unknown_stream",
+        # What the site takes and forgets, only the tie-out tells.
+        "event_age_limit",
     }
 )  # fmt: skip
 _DELAYS: dict[str, tuple[object, ...]] = {
@@ -346,7 +348,7 @@ def _switches(chance: Chance, known: Json) -> Json:
     turned: Json = {}
     for name, switch in known.items():
         choices = _DELAYS.get(name, switch.choices)
-        if name in _UNTOUCHED or not choices or not chance.strikes(f"switch:{name}", 0.4):
+        if name in UNDRAWN or not choices or not chance.strikes(f"switch:{name}", 0.4):
             continue
         turned[name] = chance.pick(f"switch/to:{name}", [choice for choice in choices if choice not in ("2", "20")])
     return turned

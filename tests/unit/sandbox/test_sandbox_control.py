@@ -257,6 +257,18 @@ def test_known_switches_explain_themselves(bench: Any) -> None:
             assert switch["choices"] == ["<seconds>"] or switch["default"] in switch["choices"]
 
 
+def test_a_switch_that_was_looked_at_says_so(bench: Any, acme: Any) -> None:
+    """Only what the site consulted since it was turned can have mattered; a site knows nothing of another's."""
+    bench.switch("maxio:us:acme", memo_limit="255", quantity_type="string")
+    assert not {"memo_limit", "quantity_type"} & bench.consulted("maxio:us:acme")
+    assert acme.use(1).status_code == 200
+    assert "quantity_type" in bench.consulted("maxio:us:acme")
+    assert "memo_limit" not in bench.consulted("maxio:us:acme"), "the usage had no memo"
+    assert "quantity_type" not in bench.consulted("maxio:us:orbit")
+    bench.switch("maxio:us:acme", quantity_type="int")
+    assert "quantity_type" not in bench.consulted("maxio:us:acme")
+
+
 def test_simultaneous_requests_with_one_token_bill_once(bench: Any, acme: Any) -> None:
     """Of several requests with one token that are in the air together, one is carried out and the others are 409."""
     clients = 4

@@ -25,6 +25,8 @@ from .lookups import MaxioSite, errors
 LARGEST_BULK = 1000
 TOKEN_LENGTH = 64
 TOKEN_MICROS = timedelta(days=31) // timedelta(microseconds=1)
+AGE_MICROS = TOKEN_MICROS
+"""How old an event may be where the switch sets a limit; no document names one."""
 _SIZE_LIMITS = {"1_mb": 1_000_000, "64_kb": 64_000, "none": float("inf")}
 
 
@@ -141,7 +143,13 @@ class MaxioEvents(MaxioHost):
         account = known[subscriber]
         if account is None and self.switches["unknown_subscription_in_event"] == "refuse":
             raise BadEvent(f"The event names no subscription: {subscriber!r}.")
-        return Incoming(self._token(meta), account, subscriber, self._instant(meta), event)
+        happened_at = self._instant(meta)
+        if self._too_old(happened_at) and self.switches["event_age_limit"] == "refuse":
+            raise BadEvent("The event is too old.")
+        return Incoming(self._token(meta), account, subscriber, happened_at, event)
+
+    def _too_old(self, happened_at: int) -> bool:
+        return happened_at < self.books.now() - AGE_MICROS
 
     def _subscriber(self, stream: Stream | None, event: dict[str, Any], meta: dict[str, Any]) -> str:
         if stream is None:
@@ -179,6 +187,9 @@ class MaxioEvents(MaxioHost):
     def _store(self, stream: str, events: list[Incoming]) -> None:
         now, wall = self.books.now(), self.books.wall()
         fresh = self._drop_duplicates(stream, events, now)
+        ignored = {
+            id(e) for e in fresh if self._too_old(e.happened_at) and self.switches["event_age_limit"] == "ignore"
+        }
         row = self.books.row("SELECT max(id) AS last FROM event")
         first = ((row["last"] if row else None) or 0) + 1
         site = self.world.site
@@ -218,6 +229,7 @@ class MaxioEvents(MaxioHost):
                 for component in self._meters.get(stream, [])
                 if component.metric
                 for number, e in numbered
+                if id(e) not in ignored
             ],
         )
 
