@@ -127,10 +127,11 @@ class House:
         table = as_table(source, list(events))
         extracted = self.staging.write(folder, "events", [table])
         self.ledger.record_read(number, extracted.rows)
+        began = self.ledger.now()
         found = validate(extracted, source, periods, destination.resolve, self.staging, folder)
         totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
-        reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest)
+        reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         return Comparison(reading, periods, totals, targets, accepted.rows, found.quarantined.rows, accepted), folder
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:

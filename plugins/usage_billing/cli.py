@@ -160,13 +160,14 @@ def _read_warehouse(destination: "Destination", periods: Sequence[Period], lease
     number = book.begin_extraction(lease, source.name, window, window) if lease else 0
     folder = f"{source.name}/adopted/{number:08d}"
     events = extract(reader, source, area, folder)
+    began = book.now()
     destination.check()
     found = validate(events, source, periods, destination.resolve, area, folder)
     reading = Reading(number)
     if lease:
         book.record_read(number, events.rows)
         aside = found.quarantined
-        reading = book.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest)
+        reading = book.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
     totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder)
     return Comparison(reading, tuple(periods), totals, found.targets, found.accepted.rows, found.quarantined.rows)
 

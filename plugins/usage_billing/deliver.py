@@ -16,7 +16,7 @@ from functools import partial
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
-from usage_billing.records import PERSON_DECIDES, Delivery, Period, Plan, Reading, Receipt, State
+from usage_billing.records import NOBODY_CAN_TELL, Delivery, Period, Plan, Reading, Receipt, State
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
 from usage_billing.workers import Means, Worker
@@ -337,7 +337,7 @@ class _Work:
             left = _without(ours, error.receipts)
             self._land(left, State.IN_DOUBT, error)
             log.warning("in doubt: %d deliveries; %s", len(left), error)
-            if not error.taken:
+            if not error.taken and not error.refused:
                 # The site or the way to it is not well: the next request need not follow at once.
                 why = f"{len(left)} deliveries are in doubt: {error}"
                 self._setback = NotApplied(why, retry_after_seconds=error.retry_after_seconds)
@@ -382,7 +382,7 @@ class _Work:
         near = [one for one in dated if self._is_over(one, now)]
         try:
             late = overtaken(self._destination, near, now)
-            return {token: InDoubt(f"{PERSON_DECIDES}{doubt}") for token, doubt in late.items()}
+            return {token: InDoubt(f"{NOBODY_CAN_TELL}{doubt}") for token, doubt in late.items()}
         except UsageBillingError as failure:
             return {one.token: InDoubt(f"{failure}; whether it was taken in time is not known") for one in near}
 

@@ -111,21 +111,22 @@ class ValidateOperator(StageOperator):
 
         run, destination = self.handed_over()
         source = destination.source
+        began = ledger().now()
         destination.check()
         periods = source.periods(run.interval)
         try:
             found = validate(run.tables["events"], source, periods, destination.resolve, staging(), run.folder)
         except QuarantineOverLimit as stopped:
-            self._tell(run, stopped.validated)
+            self._tell(run, stopped.validated, began)
             raise
-        reading = self._tell(run, found)
+        reading = self._tell(run, found, began)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
         aside = found.quarantined
         return run.with_table("quarantined", aside, rows_quarantined=aside.rows, validation=reading.validation)
 
-    def _tell(self, run: Run, found: Any) -> Reading:
+    def _tell(self, run: Run, found: Any, began: datetime) -> Reading:
         aside = found.quarantined
-        reading = ledger().record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest)
+        reading = ledger().record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         self.log.info("accepted %d rows, quarantined %d", found.accepted.rows, found.quarantined.rows)
         for reason, rows in found.reasons.items():
             self.log.warning(

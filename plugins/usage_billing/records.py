@@ -53,6 +53,9 @@ def _plain(moment: datetime) -> datetime:
 PERSON_DECIDES = "a person decides: "
 """How the reason of a doubt begins that no waiting will end."""
 
+NOBODY_CAN_TELL = f"{PERSON_DECIDES}no question tells: "
+"""How it begins where the site is not asked again either."""
+
 
 ABSENT = "the site does not have it"
 """The reason of a delivery that was in doubt, and goes again because the site turned out not to have it."""

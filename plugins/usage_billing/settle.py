@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from usage_billing.destinations.base import Answer, Destination
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.ledger import Ledger
-from usage_billing.records import ABSENT, PERSON_DECIDES, Delivery, Period, Receipt, State
+from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Delivery, Period, Receipt, State
 
 log = logging.getLogger(__name__)
 
@@ -42,18 +42,20 @@ class Doubts:
         self._ledger = ledger
         self._source = destination.source.name
         self._window = window
-        self._decided_by_people: set[str] = set()
+        self._left_to_people: set[str] = set()
         self._asked_in_vain = 0
         self._not_before = ledger.now()
 
     def open(self) -> list[Delivery]:
-        """Return what is in doubt, the longest waiting first, without what only a person can decide.
+        """Return what is in doubt, the longest waiting first, without what a person has to decide.
 
+        What the site may still come to show is asked about once more by the next run or sweep, all the same.
         What a dead worker left in the air is in doubt from now on.
         """
         self._ledger.doubt_abandoned(self._source)
         doubts = self._ledger.doubts(self._source, self._window)
-        return [doubt for doubt in doubts if doubt.token not in self._decided_by_people]
+        open_ones = (doubt for doubt in doubts if not doubt.reason.startswith(NOBODY_CAN_TELL))
+        return [doubt for doubt in open_ones if doubt.token not in self._left_to_people]
 
     def ask(self, doubts: Sequence[Delivery]) -> int:
         """Ask the site about those that are old enough for its answer to hold; return how many ended.
@@ -109,7 +111,8 @@ class Doubts:
         log.warning("%d doubts stay open: %s", len(doubts) - len(answers), failure)
         if failure.retry_after_seconds:
             self._not_before = self._ledger.now() + timedelta(seconds=failure.retry_after_seconds)
-        return not failure.throttled and not failure.retry_after_seconds
+        wants_nothing = isinstance(failure, InDoubt) and failure.refused
+        return not (wants_nothing or failure.throttled or failure.retry_after_seconds)
 
     def _found_late(self, doubts: Sequence[Delivery], answers: Mapping[str, Answer], now: datetime) -> list[Delivery]:
         """Return what the site has, and may have taken after its billing period: by a replay now, or by the request."""
@@ -122,8 +125,9 @@ class Doubts:
         if isinstance(answer, Refused | InDoubt):
             # The site has it with another quantity, or will never tell. As a refusal its next revision would bill the
             # whole once more, so it stays in doubt, which blocks its key, until a person decides.
-            self._decided_by_people.add(doubt.token)
-            self._ledger.settle_doubt(doubt, State.IN_DOUBT, reason=f"{PERSON_DECIDES}{answer}")
+            self._left_to_people.add(doubt.token)
+            why = NOBODY_CAN_TELL if isinstance(answer, InDoubt) else PERSON_DECIDES
+            self._ledger.settle_doubt(doubt, State.IN_DOUBT, reason=f"{why}{answer}")
             log.warning("in doubt until a person decides: %s", answer)
         elif answer is None:
             self.settled.absent += self._written(doubt, State.RESERVED, reason=ABSENT)

@@ -19,7 +19,7 @@ from usage_billing.errors import InDoubt, Misconfigured, NotApplied, UsageBillin
 from usage_billing.installation import billing_source, destination_of, ledger, sources_folder, staging
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
-from usage_billing.records import PERSON_DECIDES, Period, State
+from usage_billing.records import NOBODY_CAN_TELL, PERSON_DECIDES, Period, State
 from usage_billing.settle import Swept, sweep
 from usage_billing.sources import source_names
 from usage_billing.workers import Means
@@ -175,7 +175,7 @@ def _doubts(book: Ledger, name: str) -> Iterator[Doubt]:
         if row["state"] == State.RESERVED:
             why = _WAITS_FOR_ITS_RUN
         texts = {column: row[column] for column in ("site", "subscription", "quantity", "token")}
-        reason = row["reason"].removeprefix(PERSON_DECIDES)
+        reason = row["reason"].removeprefix(NOBODY_CAN_TELL).removeprefix(PERSON_DECIDES)
         yield Doubt(source=name, period_start=row["period_start"], age=age, why=why, reason=reason, **texts)
 
 

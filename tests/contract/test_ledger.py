@@ -229,11 +229,11 @@ def test_an_older_plan_is_stale_once_a_newer_extraction_was_compared(world: Simp
 def test_a_later_validation_of_the_same_extraction_has_the_say(world: SimpleNamespace) -> None:
     """What the first one reserved can neither be sent nor reserved again, and the second finds none of it its own."""
     number = extraction(world).extraction
-    old = world.ledger.record_validation(number, "as it was", 0, {}, "")
+    old = world.ledger.record_validation(number, "as it was", 0, {}, "", world.clock.now)
     world.ledger.begin_comparison("calls", old, [DAY])
     world.ledger.reserve("calls", "maxio:us:acme", old, proposals({"a": "10"}))
     (delivery,) = world.ledger.reserved("calls", old, 10)
-    new = world.ledger.record_validation(number, "as it is", 1, {"unfit": 1}, "")
+    new = world.ledger.record_validation(number, "as it is", 1, {"unfit": 1}, "", world.clock.now)
     assert old < new
     assert (world.ledger.outdated("calls", old, [DAY]), world.ledger.reserved("calls", new, 10)) == (frozenset(), [])
     world.ledger.begin_comparison("calls", new, [DAY])
@@ -248,10 +248,10 @@ def test_a_later_validation_of_the_same_extraction_has_the_say(world: SimpleName
 def test_a_validation_that_runs_twice_is_one(world: SimpleNamespace) -> None:
     """The twin of a task, and its next try, come to the same; an extraction read later is later, whatever its suite."""
     number = extraction(world).extraction
-    first = world.ledger.record_validation(number, "same", 0, {}, "")
-    assert world.ledger.record_validation(number, "same", 0, {}, "") == first
-    assert world.ledger.record_validation(number, "other", 0, {}, "") > first
-    assert extraction(world) > world.ledger.record_validation(number, "a third", 0, {}, "")
+    first = world.ledger.record_validation(number, "same", 0, {}, "", world.clock.now)
+    assert world.ledger.record_validation(number, "same", 0, {}, "", world.clock.now) == first
+    assert world.ledger.record_validation(number, "other", 0, {}, "", world.clock.now) > first
+    assert extraction(world) > world.ledger.record_validation(number, "a third", 0, {}, "", world.clock.now)
     assert world.ledger.validated_at(first) == world.clock.now
 
 
@@ -368,7 +368,7 @@ def test_the_newest_extraction_of_an_interval_is_the_one_reported(world: SimpleN
     reading = extraction(world)
     number = reading.extraction
     world.ledger.record_read(number, 12)
-    world.ledger.record_validation(number, "digest", 2, {"no account": 2}, "calls/quarantined.json")
+    world.ledger.record_validation(number, "digest", 2, {"no account": 2}, "calls/quarantined.json", world.clock.now)
     (found,) = world.ledger.extractions("calls")
     assert (found.number, found.rows_read, found.rows_quarantined, found.interval_start) == (number, 12, 2, DAY.start)
 

@@ -1,6 +1,7 @@
 """Bulks of events that the site refuses, throttles or stores in part: each event is billed once, or listed by name."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -15,7 +16,7 @@ from usage_billing.archive import Archive
 from usage_billing.destinations.maxio import MaxioEvents, MaxioSite
 from usage_billing.errors import InDoubt, NotApplied
 from usage_billing.ledger import Ledger
-from usage_billing.records import Delivery, Period
+from usage_billing.records import NOBODY_CAN_TELL, Delivery, Period
 from usage_billing.settle import Doubts
 from usage_billing.sources import BillingSource
 
@@ -74,8 +75,9 @@ def test_a_refused_bulk_that_was_stored_in_part_is_not_billed_twice_when_its_tot
 ) -> None:
     """What half of the bulk brought counts once, though the totals grew before anything could be sent again."""
     house.sandbox.fault(SITE, "partial_bulk", status=status)
-    house.sandbox.fault(SITE, "throttle", count=1000, after=1)
-    with pytest.raises(NotApplied):
+    house.sandbox.fault(SITE, "throttle", count=1000)
+    # A refusal does not keep the deliver from asking at once; a site that throttles does.
+    with pytest.raises(NotApplied) if status == requests.codes.too_many_requests else nullcontext():
         house.run(TOTALS, DAY, events("5"), HASTY)
     assert house.states(TOTALS, DAY) == {"in_doubt": 4}
     assert sum(house.billed(TOTALS).values()) == Decimal(10), "nothing was stored in part, so this proved nothing"
@@ -132,16 +134,33 @@ def test_a_chunk_with_a_bad_event_waits_for_a_person_who_is_told_which(
 
     assert house.states(RAW, DAY) == {"in_doubt": 1}
     ((_, reason),) = listed(house, RAW, DAY)
-    assert reason.startswith("a person decides: 1 of its 100 events are refused alone (e-1): ")
+    assert reason.startswith(f"{NOBODY_CAN_TELL}1 of its 100 events are refused alone (e-1): ")
     assert len(house.sandbox.records(SITE)) == 99
     assert house.writing_requests(RAW) <= 25, "the culprit is found by tenths"
+
+
+def test_bad_events_in_every_bulk_keep_no_good_one_from_being_billed_in_one_run(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twenty bulks are refused, each for one event: the same deliver asks about all, and patience is not used up."""
+    mark(monkeypatch, "orbit-02")
+    house.sandbox.switch(SITE, unknown_subscription_in_event="refuse")
+    monkeypatch.setattr(MaxioEvents, "events_to_chunk", 5)
+    accounts = ["orbit-01", "orbit-02", "orbit-03", "orbit-04", "orbit-01"] * 20
+    comparison, folder = house.totals(RAW, DAY, events("1", accounts=accounts))
+
+    house.deliver(RAW, comparison, folder, manners=replace(HASTY, threads=1))
+
+    assert len(house.sandbox.records(SITE)) == 80
+    assert "reserved" not in house.states(RAW, DAY)
+    assert all("refused alone" in reason for _, reason in listed(house, RAW, DAY))
 
 
 def test_a_stream_that_refuses_everything_is_not_asked_for_every_event(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where nothing at all is taken the fault is no event's: the doubt stays open, after a bounded number of tries."""
-    monkeypatch.setattr("usage_billing.destinations.maxio.events._MOST_REPLAYS", 20)
+    monkeypatch.setattr("usage_billing.destinations.maxio.events._MOST_IN_VAIN", 20)
     mark(monkeypatch, "orbit-02")
     house.sandbox.switch(SITE, unknown_subscription_in_event="refuse")
     comparison, folder = house.totals(RAW, DAY, events("1", accounts=["orbit-02"] * 500))
@@ -314,6 +333,16 @@ def test_a_preview_that_hides_what_is_unused_sends_nothing_until_a_person_assume
     assert house.billed(source) == dict.fromkeys(ACCOUNTS, Decimal(5))
     comparison, _ = house.totals(lenient(source), DAY, events("6"))
     assert comparison.rows_quarantined == 0, "what has usage shows"
+
+
+@pytest.mark.parametrize("status", [422, 404])
+def test_a_renewal_that_is_not_previewed_is_one_accounts_matter(house: House, status: int) -> None:
+    """A subscription that ends has no renewal: its rows are quarantined with the site's word, all others are billed."""
+    house.sandbox.fault(SITE, "server_error", status=status, route="preview_renewal", reads=True)
+    comparison, folder = house.totals(lenient(TOTALS), DAY, events("5"))
+    assert (comparison.rows_accepted, comparison.rows_quarantined) == (3, 1)
+    house.deliver(lenient(TOTALS), comparison, folder)
+    assert sum(house.billed(TOTALS).values()) == Decimal(15)
 
 
 def test_a_preview_that_cannot_be_read_concludes_nothing(house: House) -> None:

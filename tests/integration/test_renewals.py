@@ -14,7 +14,7 @@ from usage_billing.deliver import Delivered, Manners, deliver
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger
-from usage_billing.records import Period
+from usage_billing.records import NOBODY_CAN_TELL, Period
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 from usage_billing.workers import Means
@@ -142,7 +142,11 @@ def test_chargeover_usage_that_a_renewal_overtook_is_for_a_person(house: Renewin
     ((state, reason),) = house.states_and_reasons(source)
     assert state == "in_doubt"
     assert "look at the invoice" in reason
-    assert reason.startswith("a person decides")
+    assert reason.startswith(NOBODY_CAN_TELL)
+    before = house.sandbox.requests("chargeover:telco")["reading"]
+    sweep(house.destination(source), house.ledger)
+    assert house.sandbox.requests("chargeover:telco")["reading"] == before, "no question tells, so none is asked"
+    assert house.states_and_reasons(source) == [(state, reason)]
 
 
 def test_chargeover_usage_that_was_in_time_is_accepted_to_the_last_minute(house: Renewing) -> None:

@@ -551,13 +551,22 @@ class ChargeOverUsage(Destination):
         return {token: why for token, why in found.items() if why}
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        return self.recheck(deliveries, now)
+        targets = self.resolve(sorted({str(delivery.address["account"]) for delivery in deliveries}))
+        today = {target.account: target for target in targets}
+        found = {one.token: self._why_too_late(one, today[str(one.address["account"])]) for one in deliveries}
+        return {token: why for token, why in found.items() if why}
 
     def _why_not(self, delivery: Delivery, target: Target) -> str:
         if target.unknown:
             return target.unknown
         if target.address["line_item_id"] != delivery.address["line_item_id"]:
             return "its line item was replaced since it was planned: the next run of its period addresses the new one"
+        return self._why_too_late(delivery, target)
+
+    def _why_too_late(self, delivery: Delivery, target: Target) -> str:
+        """Say why no open cycle has the usage; a line that was replaced is another matter (see `moved`)."""
+        if target.unknown:
+            return target.unknown
         start = datetime.fromisoformat(json.loads(delivery.body)["from"]).replace(tzinfo=self.client.settings.zone)
         return _INVOICED if target.open_from is not None and start < target.open_from else ""
 

@@ -238,7 +238,7 @@ class HttpClient:
         self._base_url = base_url
         self._credentials = credentials
         self._timeouts = timeouts
-        self._outcomes = (*outcomes, *OUTCOMES)
+        self._outcomes = tuple(outcomes)
         self._threads = threading.local()
         self._transport = transport
         self._waited_in_vain = False
@@ -250,10 +250,18 @@ class HttpClient:
         # One may be a part of another, and must not be cut out of it.
         self._secrets = sorted(secrets, key=len, reverse=True)
 
-    def read(self, call: str, path: str, params: Mapping[str, Any] | None = None, body: str | None = None) -> Any:
+    def read(
+        self,
+        call: str,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        body: str | None = None,
+        also: Collection[Outcome] = (),
+    ) -> Any:
         """Return the JSON of a read, or None if the site definitely has no such thing (404).
 
-        A `body` is for a question that the site wants posted; it changes nothing there all the same.
+        A `body` is for a question that the site wants posted; it changes nothing there all the same. `also` are rows of
+        the table for this question alone.
 
         A read changes nothing, so it is tried again as long as the transport has patience: after a growing pause, and
         not before the site wants to be asked again. Patience is with the site, not with each question: once it has
@@ -267,7 +275,7 @@ class HttpClient:
         until = transport.clock() + (0.0 if self._waited_in_vain else transport.patience_seconds)
         while True:
             try:
-                found = self._ask(call, path, params, body)
+                found = self._ask(call, path, params, body, also)
             except NotApplied as error:
                 pause = self._pause(error, pauses, until - transport.clock())
                 if pause is None:
@@ -288,12 +296,14 @@ class HttpClient:
         longest = min(_LONGEST_WAIT, _FIRST_WAIT * 2.0 ** min(pauses, _MOST_DOUBLINGS))
         return max(asked_for, min(left, longest * (1 + self._transport.chance()) / 2))
 
-    def _ask(self, call: str, path: str, params: Mapping[str, Any] | None, body: str | None) -> Any:
+    def _ask(
+        self, call: str, path: str, params: Mapping[str, Any] | None, body: str | None, also: Collection[Outcome]
+    ) -> Any:
         method = "GET" if body is None else "POST"
         reply = self._send(method, call, path, Effect.READ, params=params, body=body)
         if reply.status_code == requests.codes.not_found:
             return None
-        self._raise_for_failure(reply, call, Effect.READ)
+        self._raise_for_failure(reply, call, Effect.READ, also)
         found = self._json(reply, call, Effect.READ)
         if found is None:
             # A null is not the definite word that a 404 is.
@@ -390,19 +400,22 @@ class HttpClient:
             return NotApplied(f"{where}: {what} ({why})")
         return InDoubt(f"{where}: {what} ({why}); the request may have been carried out")
 
-    def _raise_for_failure(self, reply: requests.Response, call: str, effect: Effect) -> None:
+    def _raise_for_failure(
+        self, reply: requests.Response, call: str, effect: Effect, also: Collection[Outcome] = ()
+    ) -> None:
         status = reply.status_code
         if _is_success(status, effect):
             return
         words = self.shown("; ".join(_sayings(reply)))
-        row = next(row for row in self._outcomes if row.fits(status, effect, words))
+        rows = (*self._outcomes, *also, *OUTCOMES)
+        row = next(row for row in rows if row.fits(status, effect, words))
         text = self._text(call, status, words, row.mend)
         throttled = status == requests.codes.too_many_requests
         if row.means is NotApplied:
             raise NotApplied(text, retry_after_seconds=_retry_after(reply), throttled=throttled)
         if row.means is InDoubt:
             # What the same reply would say of one record alone: of several it says so much, and not of which.
-            alone = next(row for row in self._outcomes if row.fits(status, Effect.WRITE, words))
+            alone = next(row for row in rows if row.fits(status, Effect.WRITE, words))
             refused = alone.means is Refused
             raise InDoubt(text, refused=refused, throttled=throttled, retry_after_seconds=_retry_after(reply))
         raise row.means(text)

@@ -203,25 +203,26 @@ class Ledger:
             connection.execute(update(extraction).where(extraction.c.number == number).values(rows_read=rows))
 
     def record_validation(
-        self, number: int, digest: str, rows: int, reasons: Mapping[str, int], manifest: str
+        self, number: int, digest: str, rows: int, reasons: Mapping[str, int], manifest: str, looked_up_at: datetime
     ) -> Reading:
         """Write down what a validation came to: how many rows were quarantined, why, and where they are.
 
-        `digest` stands for all that it gave. The reading that comes back is the one of before where that is the same:
-        a task that runs twice has validated once.
+        `digest` stands for all that it gave, `looked_up_at` is when it began to look accounts up, by the ledger's time.
+        The reading that comes back is the one of before where the digest is the same: a task that runs twice has
+        validated once.
         """
         values = {"rows_quarantined": rows, "reasons": json.dumps(reasons, sort_keys=True), "quarantine": manifest}
         another = case((extraction.c.validated == digest, 0), else_=1)
         with self._writing() as connection:
             statement = update(extraction).where(extraction.c.number == number).values(values)
             statement = statement.values(
-                validation=extraction.c.validation + another, validated=digest, validated_at=self._now(connection)
+                validation=extraction.c.validation + another, validated=digest, validated_at=looked_up_at
             )
             outcome: int = connection.execute(statement.returning(extraction.c.validation)).scalar_one()
         return Reading(number, outcome)
 
     def validated_at(self, reading: Reading) -> datetime | None:
-        """Return when the accounts of a reading were looked up at the site, None if that was never written down."""
+        """Return when the accounts of a reading began to be looked up at the site, None if nobody wrote that down."""
         statement = select(extraction.c.validated_at).where(extraction.c.number == reading.extraction)
         with self._reading() as connection:
             return connection.execute(statement).scalar_one_or_none()

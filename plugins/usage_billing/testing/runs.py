@@ -206,10 +206,10 @@ class DagRun:
         house, source = self.house, self._sized(process)
         destination, ledger = self._registered(process, source)
         periods = source.periods(run.interval)
-        events = run.tables["events"]
+        events, began = run.tables["events"], ledger.now()
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
         aside = found.quarantined
-        reading = ledger.record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest)
+        reading = ledger.record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         self._check_rows(run, events.rows, found.accepted.rows, found.quarantined.rows)
         site = destination.site
         totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder)

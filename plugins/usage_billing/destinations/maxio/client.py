@@ -55,6 +55,8 @@ _SITE_WIDE = tuple(
 _NO_STREAM = Outcome(
     (404,), Misconfigured, (Effect.WRITE, Effect.BULK), mend="the events host knows no such stream or site"
 )
+# One subscription's renewal may not be there to be previewed; that is no fault of the site or of the source.
+_NO_PREVIEW = Outcome((422,), Refused, (Effect.READ,))
 # By its size alone, before anybody looks into it.
 _TOO_LARGE = Outcome((413,), Refused, (Effect.BULK,))
 
@@ -335,9 +337,16 @@ class MaxioSite:
         return row
 
     def renewal_components(self, subscription_id: int) -> frozenset[str]:
-        """Return the ids of the components, as text, for which the preview of the next renewal has a line."""
+        """Return the ids of the components, as text, for which the preview of the next renewal has a line.
+
+        Raises:
+            Refused: the site previews no renewal of this subscription; it may end, or be gone.
+        """
         call = f"preview the renewal of subscription {subscription_id}"
-        found = self._main.read(call, f"/subscriptions/{int(subscription_id)}/renewals/preview.json", body="{}")
+        path = f"/subscriptions/{int(subscription_id)}/renewals/preview.json"
+        found = self._main.read(call, path, body="{}", also=(_NO_PREVIEW,))
+        if found is None:
+            raise Refused(f"{self.settings.site}: {call}: HTTP 404: the subscription is gone")
         preview = found.get("renewal_preview") if isinstance(found, dict) and not found.get("errors") else None
         if not isinstance(preview, dict):
             raise self._unreadable(call, "the answer is no preview")

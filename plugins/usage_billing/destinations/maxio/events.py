@@ -33,8 +33,8 @@ _CHARGIFY_FIELDS = ("subscription_id", "subscription_reference")
 """Identifiers that stand inside an event's ``chargify`` object; any other is a property of the event."""
 _NEVER = datetime.max.replace(tzinfo=UTC)
 _SHARE_AFTER_REFUSAL = 10
-_MOST_REPLAYS = 200
-"""How many requests one question about a chunk makes at most: enough to tell a handful of bad events in a thousand."""
+_MOST_IN_VAIN = 200
+"""How many replays in a row may be refused before the stream is taken to want nothing at all."""
 _NAMED = 20
 """How many refused events of a chunk are named."""
 
@@ -100,7 +100,7 @@ class MaxioEvents(MaxioDestination):
         self.fed_by_others = self.settings.fed_by_others
         # What each thread is about to send, and no more: one chunk.
         self._prepared = threading.local()
-        self._billed: dict[str, bool] = {}
+        self._no_bill_for: dict[str, str] = {}
         if self.settings.mode == "events":
             self.stream, self.metric = self.settings.stream, self.settings.metric
             self.chunk_size = self.retry_chunk_size = 1
@@ -115,15 +115,21 @@ class MaxioEvents(MaxioDestination):
     def _activated(self, target: Target) -> Target:
         if target.unknown or self.settings.activation == "assumed":
             return target
-        if target.subscription not in self._billed:
-            shown = self.client.renewal_components(int(target.subscription))
-            self._billed[target.subscription] = target.component in shown
-        if self._billed[target.subscription]:
-            return target
-        return Target(
-            target.account,
-            unknown=f"component {self.settings.component} is not activated for subscription {target.subscription}: the "
-            "preview of its renewal has no line for it, and the site would take the events and never bill them",
+        number = target.subscription
+        if number not in self._no_bill_for:
+            self._no_bill_for[number] = self._why_unbilled(number, target.component)
+        return Target(target.account, unknown=self._no_bill_for[number]) if self._no_bill_for[number] else target
+
+    def _why_unbilled(self, number: str, component: str) -> str:
+        would = "the site would take the events and perhaps never bill them"
+        try:
+            if component in self.client.renewal_components(int(number)):
+                return ""
+        except Refused as refusal:
+            return f"the renewal of subscription {number} cannot be previewed, so {would}: {refusal}"
+        return (
+            f"component {self.settings.component} is not activated for subscription {number}: the preview of its "
+            f"renewal has no line for it, and {would}"
         )
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
@@ -241,6 +247,7 @@ class MaxioEvents(MaxioDestination):
             raise InDoubt(
                 str(failure),
                 receipts=[answer for answer in answers.values() if isinstance(answer, Receipt)],
+                refused=isinstance(failure, InDoubt) and failure.refused,
                 throttled=failure.throttled,
                 retry_after_seconds=failure.retry_after_seconds,
             ) from failure
@@ -358,13 +365,19 @@ class _Replay:
         self._leave_by = leave_by
         self._taken: set[str] = set()
         self._refused: dict[str, str] = {}
-        self._gave_up = False
 
     def send(self, events: Mapping[str, str]) -> None:
-        """Send events (body by name); a `failure` of the site ends it, and so does the time."""
+        """Send events (body by name); a `failure` of the site ends it, and so does the time.
+
+        Every refusal names a part that is a tenth of the one before, so that a thousand events end after 1,111
+        requests, if all of them are bad, and after about thirty for each bad one, if few are.
+        """
         waiting = [list(events.items())]
-        for _ in range(_MOST_REPLAYS):
-            if not waiting or self._clock.now() >= self._leave_by:
+        in_vain, refusal = 0, ""
+        while waiting and self._clock.now() < self._leave_by:
+            if in_vain == _MOST_IN_VAIN:
+                # Nothing of it lies in single events: the stream wants none of them, now.
+                self.failure = InDoubt(f"{in_vain} replays in a row were refused: {refusal}", refused=True)
                 return
             some = waiting.pop()
             try:
@@ -372,6 +385,7 @@ class _Replay:
             except (NotApplied, InDoubt) as failure:
                 self.failure = failure
                 return
+            in_vain = in_vain + 1 if refusal else 0
             if not refusal:
                 self._taken.update(name for name, _ in some)
             elif len(some) == 1:
@@ -379,10 +393,6 @@ class _Replay:
             else:
                 share = -(-len(some) // _SHARE_AFTER_REFUSAL)
                 waiting += [some[first : first + share] for first in range(0, len(some), share)]
-        if waiting and not self._taken:
-            # Nothing of it lies in single events: the stream wants none of them, now.
-            self.failure = InDoubt(f"{_MOST_REPLAYS} replays in a row were refused: {refusal}")
-        self._gave_up = bool(waiting)
 
     def _refusal(self, bodies: Sequence[str]) -> str:
         """Send some events; return with which words the stream refused them, or an empty text."""
@@ -402,13 +412,12 @@ class _Replay:
         open_ones = [name for name in names if name not in self._taken and name not in self._refused]
         if not refused and not open_ones:
             return Receipt(token, note="replayed; the stream ignores what it holds")
-        if not refused or (open_ones and not self._gave_up):
+        if open_ones:
             return None
         shown = ", ".join(refused[:_NAMED]) + (", ..." if len(refused) > _NAMED else "")
-        untried = f", and {len(open_ones)} more were not tried" if open_ones else ""
         return InDoubt(
-            f"{len(refused)} of its {len(names)} events are refused alone ({shown}){untried}: an earlier request may "
-            f"have brought them all the same; compare the totals; {self._refused[refused[0]]}"
+            f"{len(refused)} of its {len(names)} events are refused alone ({shown}): an earlier request may have "
+            f"brought them all the same; compare the totals; {self._refused[refused[0]]}"
         )
 
 
