@@ -369,14 +369,23 @@ def zombie_run(state: Path) -> CrashVerdict:
         return play.verdict("zombie", {"suspended and cleared": 2}, hauntings)
 
 
+def _suspend(play: _Play, supervisor: int, task: int) -> None:
+    """Suspend a task outside of a transaction: asleep in one, it would keep everybody else from the SQLite file."""
+    # The supervisor first: it would kill a task that was cleared.
+    send_signal(supervisor, play.session, signal.SIGSTOP)
+    send_signal(task, play.session, signal.SIGSTOP)
+    while play.ledger.is_locked():
+        send_signal(task, play.session, signal.SIGCONT)
+        time.sleep(LOOK_EVERY_SECONDS)
+        send_signal(task, play.session, signal.SIGSTOP)
+
+
 def _haunt(play: _Play, source: DemoSource, day: date, wakes: str) -> Haunting:
     """Suspend, clear, and wake a deliver of `day`."""
     session = play.session
     zombie = _at_work(play, least_sent=10)
     supervisor = parent_of(zombie.pid)
-    # The supervisor first: it would kill a task that was cleared.
-    for pid in (supervisor, zombie.pid):
-        send_signal(pid, session, signal.SIGSTOP)
+    _suspend(play, supervisor, zombie.pid)
     fell_asleep_at = time.monotonic()
     waiting = play.ledger.count(_RESERVED, source.name)
     [run] = [run for run in play.crash.airflow.runs(source.dag_id) if run.logical_date == source.midnight(day)]

@@ -70,6 +70,16 @@ class Ledger:
         """What is in doubt now."""
         return set(self._rows(_IN_DOUBT))
 
+    def is_locked(self) -> bool:
+        """Whether somebody is in the middle of a writing transaction, and stays there for a second."""
+        with closing(sqlite3.connect(self.path, timeout=1, isolation_level=None)) as connection:
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                return True
+            connection.execute("ROLLBACK")
+        return False
+
     def count(self, sql: str, *values: object) -> int:
         """The number that a query gives."""
         return int(self._rows(sql, *values)[0][0])
