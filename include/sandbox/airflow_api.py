@@ -1,5 +1,6 @@
 """What the demo asks of Airflow over its REST API: health, DAGs, runs, tasks."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -10,6 +11,7 @@ import requests
 
 TIMEOUT_SECONDS = 20
 ATTEMPTS = 4
+PAUSE_SECONDS = 2
 ENDED = frozenset({"success", "failed"})
 
 
@@ -136,7 +138,7 @@ class AirflowApi:
         return self._ask("GET", path, params=query).json()
 
     def _ask(self, method: str, path: str, **parts: Any) -> requests.Response:
-        """Send what may be sent twice, up to four times.
+        """Send what may be sent twice, up to four times, with a pause after a 500.
 
         Airflow's API server writes each changing request into its own log, from its event loop. On SQLite that can
         wait for a lock whose holder waits for the loop; after five seconds one of them gets a 500, and all goes on.
@@ -149,6 +151,7 @@ class AirflowApi:
                 continue
             if reply.status_code < requests.codes.internal_server_error:
                 break
+            time.sleep(PAUSE_SECONDS)
         else:
             reply = self._ask_once(method, path, **parts)
         reply.raise_for_status()
