@@ -8,7 +8,7 @@ Paths, limits and the meaning of replies follow ChargeOver's public REST documen
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, timedelta
 from decimal import Decimal
@@ -545,15 +545,16 @@ class ChargeOverUsage(Destination):
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a cycle that was invoiced since, and what would go to a line that is no more."""
-        targets = self.resolve(sorted({str(delivery.address["account"]) for delivery in deliveries}))
-        today = {target.account: target for target in targets}
-        found = {one.token: self._why_not(one, today[str(one.address["account"])]) for one in deliveries}
-        return {token: why for token, why in found.items() if why}
+        return self._looked_up(deliveries, self._why_not)
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
+        return self._looked_up(deliveries, self._why_too_late)
+
+    def _looked_up(self, deliveries: Sequence[Delivery], judge: Callable[[Delivery, Target], str]) -> Mapping[str, str]:
+        """Return, by token, what `judge` says against a delivery and where its account leads today."""
         targets = self.resolve(sorted({str(delivery.address["account"]) for delivery in deliveries}))
         today = {target.account: target for target in targets}
-        found = {one.token: self._why_too_late(one, today[str(one.address["account"])]) for one in deliveries}
+        found = {one.token: judge(one, today[str(one.address["account"])]) for one in deliveries}
         return {token: why for token, why in found.items() if why}
 
     def _why_not(self, delivery: Delivery, target: Target) -> str:
