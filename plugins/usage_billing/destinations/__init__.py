@@ -8,7 +8,7 @@ from usage_billing.sources import DestinationSettings
 DESTINATIONS: dict[str, str] = {
     "maxio_metered": "usage_billing.destinations.maxio.metered:MaxioMetered",
     "maxio_events": "usage_billing.destinations.maxio.events:MaxioEvents",
-    "chargeover_usage": "usage_billing.destinations.chargeover:ChargeOverUsage",
+    "chargeover_usage": "usage_billing.destinations.chargeover.usage:ChargeOverUsage",
 }
 
 

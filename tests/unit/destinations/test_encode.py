@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from usage_billing.destinations import destination_class
 from usage_billing.destinations.base import Destination, by_value, joined
-from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, where_text
+from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite
+from usage_billing.destinations.chargeover.client import where_text
 from usage_billing.destinations.maxio import MaxioSettings, MaxioSite
 from usage_billing.sources import BillingSource, SourceSettings
 
@@ -288,7 +289,7 @@ def test_the_open_cycle_of_a_package_begins_one_cycle_before_its_next_invoice(
 ) -> None:
     """The account tells the next invoice and the cycle; the start lies in the account's own zone."""
     made: Any = destination(USAGE)
-    found = made._open_from({"next_invoice_datetime": following, "paycycle": cycle})
+    found = made._line_items._open_from({"next_invoice_datetime": following, "paycycle": cycle})
     assert found.astimezone(ZoneInfo("America/Chicago")).isoformat()[:19] == f"{began}T00:00:00"
 
 
@@ -296,4 +297,4 @@ def test_the_open_cycle_of_a_package_begins_one_cycle_before_its_next_invoice(
 def test_a_package_without_a_known_cycle_has_no_known_beginning(package: dict[str, Any]) -> None:
     """Nothing is guessed where the account does not tell."""
     made: Any = destination(USAGE)
-    assert made._open_from(package) is None
+    assert made._line_items._open_from(package) is None

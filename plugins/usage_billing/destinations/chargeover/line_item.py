@@ -1,0 +1,176 @@
+"""The line item that takes an account's usage, and the open billing cycle of its package.
+
+What is asked, and what the answers mean, follows ChargeOver's public REST documentation: "Querying for Subscriptions",
+"External Keys".
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from itertools import islice
+
+import pandas as pd
+
+from usage_billing.destinations.chargeover.client import FEW, LIMIT, ChargeOverSite, Json
+from usage_billing.destinations.settings import whole_number
+from usage_billing.errors import NotApplied
+from usage_billing.periods import local_midnight
+from usage_billing.records import Target
+
+_STATES = {"c": "cancelled", "e": "expired", "s": "suspended"}
+"""Package states that are not billed: usage sent there would be lost, so it is quarantined."""
+_DAYS = {"dly": 1, "1wk": 7, "2wk": 14, "4wk": 28, "30d": 30, "8wk": 56, "12w": 84}
+_MONTHS = {"mon": 1, "2mn": 2, "qtr": 3, "six": 6, "yrl": 12, "2yr": 24, "3yr": 36, "4yr": 48, "5yr": 60, "10y": 120}
+_CYCLES = {name: pd.DateOffset(days=days) for name, days in _DAYS.items()}
+_CYCLES |= {name: pd.DateOffset(months=months) for name, months in _MONTHS.items()}
+"""How long a billing cycle is, by the API's word for it (``paycycle``)."""
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True)
+class LineItems:
+    """The line item of one product that each warehouse account leads to, looked up afresh each time.
+
+    `package_by` and `item` are the keys of the source: what an account names, and the product's external key.
+    """
+
+    client: ChargeOverSite
+    package_by: str
+    item: str
+
+    @property
+    def site(self) -> str:
+        """The canonical name of the billing site, as in `Destination.site`."""
+        return self.client.settings.site
+
+    def faults(self) -> Iterator[str]:
+        """Yield why the site would bill no usage of the product."""
+        item = self.client.item_by_external_key(self.item)
+        if item is None:
+            yield f"destination.item: {self.site} has no item with external key {self.item!r}"
+        elif not self._is_metered(item):
+            mend = "say in ChargeOver that you upload metered data for it"
+            yield f"destination.item: {self.item!r} is not metered; {mend}"
+
+    def _is_metered(self, item: Json) -> bool:
+        details = item.get("service_data") or {}
+        if not isinstance(details, dict):
+            raise NotApplied(f"{self.site}: read item {self.item!r}: its service_data is no object")
+        return self._flag(details, "is_usage")
+
+    def _flag(self, row: Json, name: str) -> bool:
+        """Return a flag that comes as a boolean, a number or text; true where the site leaves it out."""
+        text = str(row.get(name, True)).lower()
+        if text not in _FLAGS:
+            raise NotApplied(f"{self.site}: {name} is neither true nor false")
+        return _FLAGS[text]
+
+    def resolve(self, accounts: Sequence[str]) -> list[Target]:
+        """Return today's line item of each account; one that is not one billed line of the item is `unknown`."""
+        find = self._packages_by_key if self.package_by == "external_key" else self._packages_by_customer
+        packages = find(accounts)
+        return [self._target(account, packages[account]) for account in accounts]
+
+    def _packages_by_key(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
+        """Return the packages of each external key, None where there is definitely none.
+
+        Many keys are first looked for in the list, as long as that takes fewer requests than asking one by one.
+        """
+        wanted = set(accounts)
+        found: dict[str, list[Json] | None] = {}
+        if len(wanted) > FEW:
+            for package in islice(self.client.packages(), LIMIT * (len(wanted) // 4)):
+                if (key := self.client.key_of("package", package)) in wanted:
+                    found.setdefault(key, []).append(package)  # type: ignore[union-attr]
+        return found | {key: self._packages_of(key) for key in sorted(wanted - found.keys())}
+
+    def _packages_of(self, key: str) -> list[Json] | None:
+        return (self.client.packages_by_external_key(key) or None) if key else None
+
+    def _packages_by_customer(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
+        return {key: self._packages_of_customer(key) for key in sorted(set(accounts))}
+
+    def _packages_of_customer(self, key: str) -> list[Json] | None:
+        customer = self.client.customer_by_external_key(key) if key else None
+        return None if customer is None else self.client.packages_of_customer(customer)
+
+    def _target(self, account: str, packages: list[Json] | None) -> Target:
+        holder = "package" if self.package_by == "external_key" else "customer"
+        if packages is None:
+            return Target(account, unknown=f"{holder} {account!r} is unknown to {self.site}")
+        billed = [package for package in packages if self._state(package) not in _STATES]
+        if not billed:
+            states = {_STATES[self._state(package)] for package in packages}
+            said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
+            return Target(account, unknown=f"{holder} {account!r} {said}: its usage would not be billed")
+        lines = [line for package in billed for line in self._lines(package) if self._is_ours(line)]
+        if len(lines) != 1:
+            count = "no line" if not lines else f"{len(lines)} lines, so it is ambiguous which one to bill,"
+            return Target(account, unknown=f"{holder} {account!r} has {count} of item {self.item!r}")
+        if not self._flag(lines[0], "item_is_usage"):
+            return Target(account, unknown=f"{holder} {account!r}: its line of item {self.item!r} is not metered")
+        if (line := whole_number(lines[0].get("line_item_id"), 1)) is None:
+            raise NotApplied(f"{self.site}: query package: the line of {holder} {account!r} has no line_item_id")
+        package = next(package for package in billed if lines[0] in self._lines(package))
+        return Target(
+            account=account,
+            subscription=f"{holder}:{account}",
+            component=f"item:{self.item}",
+            address={"line_item_id": line, "account": account},
+            open_from=self._open_from(package),
+            open_until=self._next_invoice(package),
+        )
+
+    def _state(self, package: Json) -> str:
+        if not isinstance(state := package.get("package_status_state"), str):
+            raise NotApplied(f"{self.site}: query package: package {package['package_id']} has no readable state")
+        return state
+
+    def _lines(self, package: Json) -> list[Json]:
+        """Return the lines of a package; what is no list of objects says nothing, least of all that it has none."""
+        lines = package.get("line_items")
+        if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+            raise NotApplied(f"{self.site}: query package: package {package['package_id']} has no list of line items")
+        return lines
+
+    def _open_from(self, package: Json) -> datetime | None:
+        """Return when the package's open billing cycle began: one cycle before its next invoice, where that is known.
+
+        The API names the next invoice's day and the cycle, and says of neither end which usage it takes in.
+        """
+        day, cycle = self._invoice_day(package), str(package.get("paycycle") or "")
+        if day is None:
+            return None
+        if cycle == "116":  # The 1st and the 16th of each month.
+            start = day.replace(day=1) if day.day > 1 else (day - timedelta(days=1)).replace(day=16)
+        elif cycle in _CYCLES:
+            start = (pd.Timestamp(day) - _CYCLES[cycle]).date()
+            if cycle in _MONTHS and (day + timedelta(days=1)).day == 1:
+                # The last of a month may stand for a 31st that it lacks: the later start holds rather than loses.
+                start = (pd.Timestamp(start) + pd.offsets.MonthEnd(0)).date()
+        else:
+            return None
+        return local_midnight(start, self.client.settings.zone)
+
+    def _next_invoice(self, package: Json) -> datetime | None:
+        """Return when the day of the package's next invoice begins, where it has one."""
+        day = self._invoice_day(package)
+        return None if day is None else local_midnight(day, self.client.settings.zone)
+
+    def _invoice_day(self, package: Json) -> date | None:
+        """Return the day of the package's next invoice, in the account's zone; a text without an offset is in it."""
+        text = package.get("next_invoice_datetime")
+        if text is None or text == "":  # So it is on a cancelled package.
+            return None
+        try:
+            moment = datetime.fromisoformat(str(text))
+            return (moment if moment.tzinfo is None else moment.astimezone(self.client.settings.zone)).date()
+        except (ValueError, OverflowError):
+            words = f"package {package['package_id']} has no readable next_invoice_datetime"
+            raise NotApplied(f"{self.site}: query package: {words}") from None
+
+    def _is_ours(self, line: Json) -> bool:
+        cancelled = line.get("cancel_datetime")
+        if cancelled is not None and not isinstance(cancelled, str):
+            raise NotApplied(f"{self.site}: query package: a line has a cancel_datetime that is no time")
+        return self.client.key_of("package", line, "item_external_key") == self.item and not cancelled
