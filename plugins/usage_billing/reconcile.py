@@ -180,13 +180,17 @@ class _Records:
 
     def _judge_others(self) -> None:
         """Look up what other runs of ours sent: a site that cannot tell usage periods apart lists that too."""
-        states = self._ledger.states([record.token for record in self._others])
+        known = self._ledger.known([record.token for record in self._others]).set_index("token")
         for record in self._others:
-            state = states.get(record.token)
             text = f"record {record.record_id}: {record.quantity} there, "
-            if state is None:
+            if record.token not in known.index:
                 self._unknown_tokens.add(text + _whose(record))
-            elif state not in _ON_ITS_WAY and state is not State.ACCEPTED:
+                continue
+            state, its_record = known.loc[record.token, ["state", "record_id"]]
+            if state == State.ACCEPTED and its_record not in ("", record.record_id):
+                text += f"a second time under {record.token}, which is record {its_record} elsewhere"
+                self._different.add(text)
+            elif state not in (*_ON_ITS_WAY, State.ACCEPTED):
                 self._different.add(text + f"{state} here under {record.token}")
         self._others.clear()
 
@@ -242,6 +246,9 @@ def _sums_here(
 ) -> dict[str, Decimal]:
     """Return by subscription what deliveries in these states add up to: usage totals, and archived chunks of events."""
     some = ledger.accepted_at(destination.site, subscriptions, component, period, states)
+    if states == _ON_ITS_WAY:
+        # Whatever of it has landed: what is taken back may not have, and what is added may.
+        some = some[~some["quantity"].str.startswith("-")]
     # The renewal cuts a usage period in two, and each of its events lies on one side.
     cut = some.loc[some["body"] != "", "body"]
     outside = [row for row, body in cut.items() if not period.start <= destination.counted_at(body) < period.end]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,15 +23,15 @@ DAY = Period(datetime(2026, 10, 5, tzinfo=UTC), datetime(2026, 10, 6, tzinfo=UTC
 def looked(
     here: dict[str, list[str]],
     there: list[dict[str, str]],
-    under_way: Mapping[str, str] | None = None,
+    under_way: Mapping[str, list[str]] | None = None,
     *,
     fed_by_others: bool = False,
 ) -> tuple[Any, list[float]]:
     """Reconcile what the ledger accepted by subscription with what the site answers at each look."""
-    rows = [
-        {"subscription": name, "quantity": quantity, "body": ""} for name, some in here.items() for quantity in some
-    ]
-    sent = [{"subscription": name, "quantity": quantity, "body": ""} for name, quantity in (under_way or {}).items()]
+    rows, sent = (
+        [{"subscription": name, "quantity": quantity, "body": ""} for name, some in side.items() for quantity in some]
+        for side in (here, under_way or {})
+    )
     answers = iter(there)
 
     def totals(_: Sequence[str]) -> list[SiteTotal]:
@@ -97,9 +98,12 @@ def test_more_there_than_here_is_told_and_green_where_others_feed_the_component(
     assert (found.missing, found.ties_out) == (1, False)
 
 
-@pytest.mark.parametrize(("sent", "ties_out"), [("3", True), ("2.9", False)])
-def test_what_is_in_the_air_may_be_counted_there_already(sent: str, ties_out: bool) -> None:
-    """A delivery of another run is there before its receipt is here; what exceeds that is a difference."""
+@pytest.mark.parametrize(("sent", "ties_out"), [(["3"], True), (["2.9"], False), (["3", "-1"], True)])
+def test_what_is_in_the_air_may_be_counted_there_already(sent: list[str], ties_out: bool) -> None:
+    """A delivery of another run is there before its receipt is here, and any of several may be first.
+
+    What exceeds all that adds is a difference.
+    """
     found, _ = looked({"7": ["3"]}, [{"7": "6"}] * 4, {"7": sent})
     assert (found.ties_out, found.unknown) == (ties_out, int(ties_out))
 
@@ -110,7 +114,13 @@ def test_what_other_runs_send_meanwhile_is_looked_at_again() -> None:
     assert (found.ties_out, waited) == (True, [2.0])
 
 
-def tied_out(records: Callable[[pd.DataFrame], Iterator[SiteRecord]], addresses: int, states: Any) -> Reconciliation:
+def entries(tokens: Sequence[str], state: State | None = None, record_id: str = "") -> pd.DataFrame:
+    """Return what a ledger has of tokens: the same of all of them, or nothing."""
+    known = [{"token": token, "state": state, "record_id": record_id} for token in tokens if state]
+    return pd.DataFrame(known, columns=["token", "state", "record_id"])
+
+
+def tied_out(records: Callable[[pd.DataFrame], Iterator[SiteRecord]], addresses: int, known: Any) -> Reconciliation:
     """Tie out one accepted delivery of each address."""
     accepted = pd.DataFrame(
         {
@@ -122,7 +132,7 @@ def tied_out(records: Callable[[pd.DataFrame], Iterator[SiteRecord]], addresses:
     )
     name = SimpleNamespace(name="calls")
     site: Any = SimpleNamespace(source=name, records=records, moved=lambda _: [Moved(2, "two are there")])
-    book: Any = SimpleNamespace(accepted=lambda *_: accepted, states=states)
+    book: Any = SimpleNamespace(accepted=lambda *_: accepted, known=known)
     return reconcile(site, book, DAY, wait=lambda _: None)
 
 
@@ -136,19 +146,19 @@ def test_a_long_history_takes_no_more_memory_than_a_short_one() -> None:
         nonlocal most
         (token,) = some["token"]
         for number in range(4_000):
-            known = Kept(f"{number + 1_000_000:064x}", str(number), Decimal(1))
-            alive.add(known)
+            record = Kept(f"{number + 1_000_000:064x}", str(number), Decimal(1))
+            alive.add(record)
             most = max(most, len(alive))
-            yield known
-            del known
+            yield record
+            del record
         yield SiteRecord("", "by hand", Decimal(5))
         yield SiteRecord(token, "ours", Decimal(3))
 
-    def states(tokens: Sequence[str]) -> dict[str, State]:
+    def known(tokens: Sequence[str]) -> pd.DataFrame:
         looks.append(len(tokens))
-        return dict.fromkeys(tokens, State.ACCEPTED)
+        return entries(tokens, State.ACCEPTED)
 
-    found = tied_out(records, 5, states)
+    found = tied_out(records, 5, known)
 
     assert (found.matched, found.unknown, found.ours, found.theirs) == (5, 5, Decimal(15), Decimal(15))
     assert (sum(looks), max(looks)) == (20_000, 500)
@@ -168,7 +178,7 @@ class Kept(SiteRecord):
 
 def test_many_differences_are_counted_and_a_few_are_named() -> None:
     """A thousand records that differ are a thousand, and ten examples."""
-    found = tied_out(lambda some: (SiteRecord(token, token, Decimal(4)) for token in some["token"]), 30, lambda _: {})
+    found = tied_out(lambda some: (SiteRecord(token, token, Decimal(4)) for token in some["token"]), 30, entries)
     assert (found.different, len(found.examples), found.ties_out) == (30, 10, False)
 
 
@@ -181,10 +191,25 @@ def test_a_token_that_the_ledger_never_wrote_down_is_the_sign_of_another_ledger(
     ]  # fmt: skip
     name = SimpleNamespace(name="calls")
     site: Any = SimpleNamespace(source=name, records=lambda _: iter(there), moved=lambda _: ())
-    book: Any = SimpleNamespace(accepted=lambda *_: accepted, states=lambda _: {})
+    book: Any = SimpleNamespace(accepted=lambda *_: accepted, known=entries)
     found = reconcile(site, book, DAY)
     assert (found.matched, found.unknown, found.ties_out) == (1, 2, True)
     first, second = found.examples
     for words in ("record 2: 4 there", theirs, "a second or a restored ledger", "usage-billing ledger adopt"):
         assert words in first
     assert second == "record 1: 50 there, unknown here"
+
+
+def test_a_token_that_is_stored_at_two_addresses_was_billed_twice() -> None:
+    """The ledger knows one record under each token: another one, at the address of somebody else, is told."""
+    ours, another = "a" * 64, "b" * 64
+    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": "", "address": "{}"}])
+    there = [SiteRecord(ours, "3", Decimal(3)), SiteRecord(another, "9", Decimal(4))]
+    name = SimpleNamespace(name="calls")
+    site: Any = SimpleNamespace(source=name, records=lambda _: iter(there), moved=lambda _: ())
+    for its_record, ties_out in (("9", True), ("", True), ("2", False)):
+        known = partial(entries, state=State.ACCEPTED, record_id=its_record)
+        book: Any = SimpleNamespace(accepted=lambda *_: accepted, known=known)
+        found = reconcile(site, book, DAY, wait=lambda _: None)
+        assert (found.matched, found.different, found.ties_out) == (1, int(not ties_out), ties_out)
+    assert found.examples == (f"record 9: 4 there, a second time under {another}, which is record 2 elsewhere",)

@@ -467,10 +467,11 @@ class Ledger:
                 connection.execute(statement, {"least": number})
 
     def known(self, tokens: Sequence[str]) -> pd.DataFrame:
-        """Return what this ledger has of `tokens`: token, source, state and quantity (text)."""
-        columns = [delivery.c[name] for name in ("token", "source", "state", "quantity")]
+        """Return what this ledger has of `tokens`, of whatever source: token, source, state, quantity, record_id."""
+        names = ["token", "source", "state", "quantity", "record_id"]
+        columns = [delivery.c[name] for name in names]
         parts = [self._frame(select(*columns).where(delivery.c.token.in_(some))) for some in _batches(tokens)]
-        return pd.concat(parts) if parts else pd.DataFrame(columns=["token", "source", "state", "quantity"])
+        return pd.concat(parts) if parts else pd.DataFrame(columns=names)
 
     def adopt(
         self, name: str, site: str, reading: Reading, found: pd.DataFrame, settled: Mapping[str, Receipt], reason: str
@@ -520,15 +521,6 @@ class Ledger:
         """Return the periods for which a later one than `reading` was compared."""
         with self._reading() as connection:
             return _stale(connection, name, reading, periods)
-
-    def states(self, tokens: Sequence[str]) -> dict[str, State]:
-        """Return the state of each of `tokens` that this ledger ever wrote down, of whatever source and period."""
-        found: dict[str, State] = {}
-        with self._reading() as connection:
-            for some in _batches(tokens):
-                rows = connection.execute(select(delivery.c.token, delivery.c.state).where(delivery.c.token.in_(some)))
-                found.update({row.token: State(row.state) for row in rows})
-        return found
 
     def accepted_at(
         self,
