@@ -11,7 +11,8 @@ UsageBillingError
 No message ever holds a credential.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 
@@ -54,9 +55,10 @@ class InDoubt(UsageBillingError):
     """A request left and its outcome is unknown; only the site can tell.
 
     `receipts` (of `records.Receipt`) are for those deliveries of the chunk that the site has all the same, as it was
-    seen to; the others are in doubt. `taken` says that the site took them, and that only the proof of how much counted
-    is not there yet. `refused` says that the site said no to several at once, and that only what became of each is
-    unknown; `throttled` and `retry_after_seconds` that it wants to be asked later, as with `NotApplied`.
+    seen to; the others are in doubt. `answers` (by token) are what was learned of some doubts before the site failed.
+    `taken` says that the site took them, and that only the proof of how much counted is not there yet. `refused` says
+    that the site said no to several at once, and that only what became of each is unknown; `throttled` and
+    `retry_after_seconds` that it wants to be asked later, as with `NotApplied`.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class InDoubt(UsageBillingError):
         message: str = "",
         *,
         receipts: Sequence[Any] = (),
+        answers: Mapping[str, Any] = MappingProxyType({}),
         taken: bool = False,
         refused: bool = False,
         throttled: bool = False,
@@ -71,6 +74,7 @@ class InDoubt(UsageBillingError):
     ) -> None:
         super().__init__(message)
         self.receipts = tuple(receipts)
+        self.answers = dict(answers)
         self.taken = taken
         self.refused = refused
         self.throttled = throttled

@@ -5,7 +5,7 @@ again), has it with another quantity (a person decides), or cannot tell yet (ask
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -17,6 +17,8 @@ from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Deliv
 log = logging.getLogger(__name__)
 
 _MOST_DOUBLINGS, _LONGEST_PAUSE = 6, 60.0
+_NEVER: Callable[[], bool] = bool
+"""Nobody asks it to stop: a `bool` of nothing is False."""
 
 
 @dataclass
@@ -36,8 +38,16 @@ class Settled:
 class Doubts:
     """The doubts of one source, in one window of usage periods or in all of them."""
 
-    def __init__(self, destination: Destination, ledger: Ledger, window: Period | None = None) -> None:
+    def __init__(
+        self,
+        destination: Destination,
+        ledger: Ledger,
+        window: Period | None = None,
+        stopped: Callable[[], bool] = _NEVER,
+    ) -> None:
+        """Take the site and the ledger; once `stopped` says so, no further question is asked."""
         self.settled = Settled()
+        self._stopped = stopped
         self._destination = destination
         self._ledger = ledger
         self._source = destination.source.name
@@ -67,7 +77,7 @@ class Doubts:
         due = [doubt for doubt in doubts if doubt.sent_at is not None and now - doubt.sent_at >= ask_after]
         before = self.settled.ended
         for chunk in _chunks(due if now >= self._not_before else [], self._destination.chunk_size):
-            if not self._ask(chunk):
+            if self._stopped() or not self._ask(chunk):
                 break
         ended = self.settled.ended - before
         self._asked_in_vain = 0 if ended else self._asked_in_vain + bool(due)
@@ -95,7 +105,7 @@ class Doubts:
         except NotApplied as error:
             failure = error
         except InDoubt as error:
-            answers, failure = {receipt.token: receipt for receipt in error.receipts}, error
+            answers, failure = error.answers, error
         late = self._found_late(doubts, answers, now)
         try:
             answers |= overtaken(self._destination, late, now)
@@ -168,13 +178,15 @@ class Swept:
     oldest: timedelta
 
 
-def sweep(destination: Destination, ledger: Ledger) -> Swept:
+def sweep(destination: Destination, ledger: Ledger, stopped: Callable[[], bool] = _NEVER) -> Swept:
     """Settle every doubt of one source that can be settled now, whatever its usage period; wait for none.
+
+    It ends before the next question once `stopped` says so.
 
     Raises:
         Misconfigured: the site turned the credentials or the question down.
     """
-    doubts = Doubts(destination, ledger)
+    doubts = Doubts(destination, ledger, stopped=stopped)
     doubts.ask(doubts.open())
     left = ledger.doubts(destination.source.name)
     now = ledger.now()

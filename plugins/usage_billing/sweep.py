@@ -74,7 +74,7 @@ class SweepOperator(BaseOperator):
         destination = destination_of(source)
         book.register(name, destination.site, source.definition())
         with marked(book, staging(), name):
-            swept = sweep(destination, book)
+            swept = sweep(destination, book, self._stop.is_set)
             sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
         self._tell(name, swept, sent)
 

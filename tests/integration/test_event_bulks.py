@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+from sqlalchemy import create_engine, text
 
 from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
 from usage_billing.archive import Archive
@@ -17,7 +18,7 @@ from usage_billing.destinations.maxio import MaxioEvents, MaxioSite
 from usage_billing.errors import InDoubt, NotApplied
 from usage_billing.ledger import Ledger
 from usage_billing.records import NOBODY_CAN_TELL, Delivery, Period
-from usage_billing.settle import Doubts
+from usage_billing.settle import Doubts, sweep
 from usage_billing.sources import BillingSource
 
 SITE = SITES["platform_events"]
@@ -271,6 +272,42 @@ def test_a_throttled_replay_is_not_repeated_before_the_site_wants_it(
         assert doubts.ask(doubts.open()) == 0
     assert asked == [2]
     assert 30 < doubts.seconds_until_due(doubts.open()) <= 40
+
+
+def test_what_a_site_told_before_it_failed_is_kept(house: House) -> None:
+    """One stream answers and the next throttles: the doubt that is too old to be asked about is a person's by then."""
+    comparison, folder = house.totals(TOTALS, DAY, events("5"))
+    house.sandbox.fault(SITE, "reset")
+    with pytest.raises(NotApplied):
+        house.deliver(TOTALS, comparison, folder, manners=replace(HASTY, patience=timedelta(0)))
+    old, *others = house.ledger.doubts(TOTALS.name)
+    with create_engine(house.ledger_url).begin() as connection:
+        change = text("UPDATE delivery SET sent_at = '2026-01-01 00:00:00.000000' WHERE token = :token")
+        connection.execute(change, {"token": old.token})
+    house.sandbox.fault(SITE, "throttle", count=1000)
+
+    doubts = Doubts(house.destination(TOTALS), house.ledger)
+    assert doubts.ask(doubts.open()) == 0
+
+    assert sorted(doubt.token for doubt in doubts.open()) == sorted(doubt.token for doubt in others)
+    assert [reason for _, reason in listed(house, TOTALS, DAY) if reason.startswith(NOBODY_CAN_TELL)] == [
+        f"{NOBODY_CAN_TELL}sent more than 30 days ago: a replay could bill it twice; compare the totals"
+    ]
+
+
+def test_a_sweep_that_is_told_to_stop_asks_nothing_more(house: House) -> None:
+    """It ends between two questions, so that a task which is killed is gone before its time is up."""
+    comparison, folder = house.totals(TOTALS, DAY, events("5"))
+    house.sandbox.fault(SITE, "reset")
+    with pytest.raises(NotApplied):
+        house.deliver(TOTALS, comparison, folder, manners=replace(HASTY, patience=timedelta(0)))
+    destination = house.destination(TOTALS)
+    destination.chunk_size = 1
+    stops = iter([False, True, True, True])
+
+    swept = sweep(destination, house.ledger, lambda: next(stops))
+
+    assert (swept.settled.found, len(swept.still_open)) == (1, 3)
 
 
 def test_a_throttled_bulk_slows_the_deliver_down_as_the_site_asks(

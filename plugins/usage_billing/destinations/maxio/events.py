@@ -232,26 +232,21 @@ class MaxioEvents(MaxioDestination):
                 chunk = of_stream[first : first + self.chunk_size]
                 replay = _Replay(self.client, stream, clock, min(leave_by[doubt.token] for doubt in chunk))
                 answers |= self._replayed(chunk, replay)
+                if failure := replay.failure:
+                    raise InDoubt(
+                        str(failure),
+                        answers=answers,
+                        refused=isinstance(failure, InDoubt) and failure.refused,
+                        throttled=failure.throttled,
+                        retry_after_seconds=failure.retry_after_seconds,
+                    ) from failure
         return answers
 
     def _replayed(self, chunk: Sequence[Delivery], replay: "_Replay") -> dict[str, Answer]:
-        """Send a chunk again; return what became of those deliveries of which every event came to an end.
-
-        Raises:
-            InDoubt: the site did not take it up; its receipts are of those deliveries that it took before.
-        """
+        """Send a chunk again; return what became of those deliveries of which every event came to an end."""
         names = {delivery.token: self._events(delivery) for delivery in chunk}
         replay.send({name: body for events in names.values() for name, body in events.items()})
-        answers = {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
-        if failure := replay.failure:
-            raise InDoubt(
-                str(failure),
-                receipts=[answer for answer in answers.values() if isinstance(answer, Receipt)],
-                refused=isinstance(failure, InDoubt) and failure.refused,
-                throttled=failure.throttled,
-                retry_after_seconds=failure.retry_after_seconds,
-            ) from failure
-        return dict(answers)
+        return {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
 
     def _leave_by(self, deliveries: Sequence[Delivery]) -> dict[str, datetime]:
         """Return, by token, until when a request may leave so that it lands before its billing periods end.
