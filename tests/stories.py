@@ -109,17 +109,22 @@ class House:
         found.archive = self.archive
         return found
 
-    def totals(self, source: BillingSource, interval: Period, events: Iterable[Event]) -> tuple[Comparison, str]:
-        """Extract (the given rows), validate and aggregate; return what a plan compares, and the run's folder."""
+    def totals(
+        self, source: BillingSource, interval: Period, events: Iterable[Event], look: str = "resolve"
+    ) -> tuple[Comparison, str]:
+        """Extract (the given rows), validate and aggregate; return what a plan compares, and the run's folder.
+
+        `look` names the destination's method by which accounts are looked up.
+        """
         destination, periods = self.destination(source), source.periods(interval)
         window = Period(periods[0].start, periods[-1].end)
         self.ledger.register(source.name, destination.site, source.definition())
         with kept(self.ledger, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(seconds=30)) as held:
             number = self.ledger.begin_extraction(held.lease, source.name, interval, window)
-        return self.validated(source, interval, events, number)
+        return self.validated(source, interval, events, number, look)
 
     def validated(
-        self, source: BillingSource, interval: Period, events: Iterable[Event], number: int
+        self, source: BillingSource, interval: Period, events: Iterable[Event], number: int, look: str = "resolve"
     ) -> tuple[Comparison, str]:
         """Validate and aggregate an extraction; again with other rows, as another suite would part them."""
         destination, periods = self.destination(source), source.periods(interval)
@@ -128,7 +133,7 @@ class House:
         extracted = self.staging.write(folder, "events", [table])
         self.ledger.record_read(number, extracted.rows)
         began = self.ledger.now()
-        found = validate(extracted, source, periods, destination.resolve, self.staging, folder)
+        found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder)
         totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)

@@ -162,7 +162,7 @@ def _read_warehouse(destination: "Destination", periods: Sequence[Period], lease
     events = extract(reader, source, area, folder)
     began = book.now()
     destination.check()
-    found = validate(events, source, periods, destination.resolve, area, folder)
+    found = validate(events, source, periods, destination.locate, area, folder)
     reading = Reading(number)
     if lease:
         book.record_read(number, events.rows)

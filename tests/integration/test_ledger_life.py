@@ -79,9 +79,11 @@ class LivingHouse(House):
         Ledger.create(self.ledger_url)
         self._reconnect()
 
-    def totals(self, source: BillingSource, interval: Period, events: Any) -> tuple[Comparison, str]:
+    def totals(
+        self, source: BillingSource, interval: Period, events: Any, look: str = "resolve"
+    ) -> tuple[Comparison, str]:
         """Read the warehouse as the extract task does: the mark is confirmed under the new number."""
-        comparison, folder = super().totals(source, interval, events)
+        comparison, folder = super().totals(source, interval, events, look)
         confirm(self.ledger, self.staging, source.name, comparison.reading.extraction)
         return comparison, folder
 
@@ -95,7 +97,7 @@ class LivingHouse(House):
         mark = marker.read(self.staging, source.name)
         self.ledger.number_above(mark.extraction if mark else 0)
         span = Period(a_day(source, days[0]).start, a_day(source, days[-1]).end)
-        comparison, _ = super().totals(source, span, events)
+        comparison, _ = super().totals(source, span, events, "locate")
         reason = reason_of(self.ledger.now())
         destination = self.destination(source)
         found = adopt(comparison, destination, self.ledger, self.staging, reason, dry_run=dry_run)
@@ -319,6 +321,21 @@ def test_an_empty_ledger_that_adopted_goes_on_where_the_lost_one_was(house: Livi
     assert first[:3] == [(0, "accepted", "3"), (1, "accepted", "7"), (2, "accepted", "1")]
 
 
+def test_what_was_billed_to_an_account_that_has_ended_since_is_adopted_too(
+    house: LivingHouse, listed: BillingSource
+) -> None:
+    """Nothing more may be sent to it, and what was sent is on an invoice all the same."""
+    events = a_week(listed)
+    run_all(house, listed, events)
+    house.begin_anew()
+    end(house, listed)
+    before = house.writing_requests(listed)
+    found = house.adopt(listed, [5, 7], in_all(events))
+    assert (found.entered, found.complete) == (sum(map(len, events.values())), True)
+    assert len(house.ledger.accepted(listed.name, Period.around(listed.periods(a_day(listed, 5))))) > 0
+    assert house.writing_requests(listed) == before
+
+
 def test_adopting_twice_enters_nothing_more_and_a_dry_run_nothing_at_all(
     house: LivingHouse, listed: BillingSource
 ) -> None:
@@ -518,6 +535,23 @@ def test_a_first_revision_that_was_never_sent_hides_no_later_one(house: LivingHo
     assert (found.entered, found.complete) == (1, True)
     house.run(source, a_day(source, 5), [first, late])
     assert house.billed(source) == {"pkg-001": Decimal(10)}
+
+
+def end(house: LivingHouse, source: BillingSource) -> None:
+    """Let the site's owner end the first account's subscription or package."""
+    client = house.destination(source).client
+    settings, key = client.settings, ACCOUNTS[source.name][0]
+    if source.name == "api_calls":
+        number = client.subscription_by_reference(key)["id"]
+        auth = (settings.api_key, "x")
+        answer = requests.delete(f"{settings.base_url}/subscriptions/{number}.json", auth=auth, timeout=30)
+    else:
+        number = client.package_by_external_key(key)["package_id"]
+        url = f"{settings.base_url}/api/v3/package/{number}/_action/cancel"
+        answer = requests.post(url, json={}, auth=(settings.public_key, settings.private_key), timeout=30)
+    assert answer.ok, answer.text
+    (target,) = house.destination(source).resolve([key])
+    assert "cancel" in target.unknown
 
 
 def upgrade(house: LivingHouse, source: BillingSource) -> None:

@@ -111,6 +111,13 @@ class Destination(ABC):
             NotApplied: the site could not be asked; nothing may be concluded about any account.
         """
 
+    def locate(self, accounts: Sequence[str]) -> list[Target]:
+        """Return where each account is or was billed: as `resolve`, also where the site would bill nothing any more.
+
+        For looking at what was billed; nothing is sent to such a target.
+        """
+        return self.resolve(accounts)
+
     @abstractmethod
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Return, per proposal, why it may not be sent now (text), or an empty text.
@@ -211,7 +218,7 @@ class Destination(ABC):
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked; all stay in doubt.
-            InDoubt: all stay in doubt, but those of its `receipts`.
+            InDoubt: all stay in doubt, but those of its `answers`.
         """
 
     @abstractmethod

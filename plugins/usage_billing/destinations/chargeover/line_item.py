@@ -67,9 +67,17 @@ class LineItems:
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Return today's line item of each account; one that is not one billed line of the item is `unknown`."""
-        find = self._packages_by_key if self.package_by == "external_key" else self._packages_by_customer
-        packages = find(accounts)
+        packages = self._packages(accounts)
         return [self._target(account, packages[account]) for account in accounts]
+
+    def locate(self, accounts: Sequence[str]) -> list[Target]:
+        """Return the line item of each account, its last one where nothing of it is billed any more."""
+        packages = self._packages(accounts)
+        return [self._target(account, packages[account], ended=True) for account in accounts]
+
+    def _packages(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
+        find = self._packages_by_key if self.package_by == "external_key" else self._packages_by_customer
+        return find(accounts)
 
     def _packages_by_key(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
         """Return the packages of each external key, None where there is definitely none.
@@ -94,16 +102,21 @@ class LineItems:
         customer = self.client.customer_by_external_key(key) if key else None
         return None if customer is None else self.client.packages_of_customer(customer)
 
-    def _target(self, account: str, packages: list[Json] | None) -> Target:
+    def _target(self, account: str, packages: list[Json] | None, *, ended: bool = False) -> Target:
         holder = "package" if self.package_by == "external_key" else "customer"
         if packages is None:
             return Target(account, unknown=f"{holder} {account!r} is unknown to {self.site}")
         billed = [package for package in packages if self._state(package) not in _STATES]
+        if ended and not billed:
+            billed = packages
         if not billed:
             states = {_STATES[self._state(package)] for package in packages}
             said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
             return Target(account, unknown=f"{holder} {account!r} {said}: its usage would not be billed")
-        lines = [line for package in billed for line in self._lines(package) if self._is_ours(line)]
+        all_lines = [line for package in billed for line in self._lines(package) if self._is_ours(line)]
+        lines = [line for line in all_lines if not line.get("cancel_datetime")]
+        if ended and not lines:
+            lines = all_lines[-1:]
         if len(lines) != 1:
             count = "no line" if not lines else f"{len(lines)} lines, so it is ambiguous which one to bill,"
             return Target(account, unknown=f"{holder} {account!r} has {count} of item {self.item!r}")
@@ -173,4 +186,4 @@ class LineItems:
         cancelled = line.get("cancel_datetime")
         if cancelled is not None and not isinstance(cancelled, str):
             raise NotApplied(f"{self.site}: query package: a line has a cancel_datetime that is no time")
-        return self.client.key_of("package", line, "item_external_key") == self.item and not cancelled
+        return self.client.key_of("package", line, "item_external_key") == self.item

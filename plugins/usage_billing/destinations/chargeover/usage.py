@@ -88,6 +88,10 @@ class ChargeOverUsage(Destination):
         """Return today's line item of each account; one that is not one billed line of the item is `unknown`."""
         return self._line_items.resolve(accounts)
 
+    def locate(self, accounts: Sequence[str]) -> list[Target]:
+        """Return the line item of each account, its last one where nothing of it is billed any more."""
+        return self._line_items.locate(accounts)
+
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold negative differences unless the connection allows them, and what belongs to an invoiced cycle."""
         below = negative(proposals["quantity"])

@@ -4,7 +4,7 @@ What is asked, and what the answers mean, follows Maxio's public API reference: 
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Annotated, Any, ClassVar
@@ -60,15 +60,24 @@ class MaxioDestination(Destination):
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Return the subscription of each account; one that has ended, or lacks the component, is `unknown`."""
+        return self._found(accounts, self._unusable)
+
+    def locate(self, accounts: Sequence[str]) -> list[Target]:
+        """Return the subscription of each account, whatever its state."""
+        return self._found(accounts, self._elsewhere)
+
+    def _found(self, accounts: Sequence[str], why_not: Callable[[str, Json, Json], str]) -> list[Target]:
         # The component first: at a wrong address everything is a 404, and that makes no account unknown.
         component = self._component
         found = self._subscriptions(accounts)
-        return [self._target(account, found[account], component) for account in accounts]
+        return [self._target(account, found[account], component, why_not) for account in accounts]
 
-    def _target(self, account: str, subscription: Json | None, component: Json) -> Target:
+    def _target(
+        self, account: str, subscription: Json | None, component: Json, why_not: Callable[[str, Json, Json], str]
+    ) -> Target:
         if subscription is None:
             return Target(account, unknown=f"subscription {account!r} is unknown to {self.site}")
-        if reason := self._unusable(account, subscription, component):
+        if reason := why_not(account, subscription, component):
             return Target(account, unknown=reason)
         number = str(subscription["id"])
         return Target(
@@ -85,6 +94,10 @@ class MaxioDestination(Destination):
         """Return why usage of this subscription would not be billed, or an empty text."""
         if reason := self._unbilled(subscription["state"]):
             return f"subscription {account!r} {reason}"
+        return self._elsewhere(account, subscription, component)
+
+    def _elsewhere(self, account: str, subscription: Json, component: Json) -> str:
+        """Return that the component is not of this subscription's product, or an empty text."""
         family = ((subscription.get("product") or {}).get("product_family") or {}).get("id")
         if family is not None and family != component.get("product_family_id", family):
             return f"subscription {account!r} belongs to a product family without component {self.settings.component}"

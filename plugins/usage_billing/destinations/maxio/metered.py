@@ -7,7 +7,7 @@ Prevention".
 import json
 import re
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import ROUND_DOWN, Decimal
@@ -69,9 +69,9 @@ class MaxioMetered(MaxioDestination):
     # The 60-minute token is a belt only: whether usages honour it is not documented, and its 409 tells no outcome.
     replay_window = timedelta(0)
 
-    def _target(self, account: str, subscription: Json | None, component: Json) -> Target:
+    def _found(self, accounts: Sequence[str], why_not: Callable[[str, Json, Json], str]) -> list[Target]:
         # A usage has no date: it lands in whatever period is open, so the end of one closes nothing.
-        return replace(super()._target(account, subscription, component), open_until=None)
+        return [replace(target, open_until=None) for target in super()._found(accounts, why_not)]
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold nothing by itself: how much of a deduction the balance takes is for `judge` to ask."""
