@@ -25,6 +25,18 @@ def test_processes_share_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert "seeds 0 to 1: 2 maxio_metered" in capsys.readouterr().out
 
 
+def test_a_long_run_tells_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each share of the seeds is told when it was played; the closing line has all of them."""
+    monkeypatch.setattr("usage_billing.testing.command._SHARE", 1)
+    said: list[str] = []
+    line = run(Order(first_seed=0, seeds=3), jobs=1, say=said.append)
+    assert [text.partition(";")[0] for text in said] == [
+        "1 of 3 seeds played, 0 violations",
+        "2 of 3 seeds played, 0 violations",
+    ]
+    assert line.startswith("seeds 0 to 2: ")
+
+
 def test_a_failing_seed_prints_its_shortest_story_and_how_to_tell_it_again() -> None:
     """A fault of the engine ends the command with the failing seeds; the story has the violated check."""
     said: list[str] = []

@@ -25,6 +25,9 @@ _LEDGERS: dict[str, tuple[type[SqliteLedgers] | type[PostgresLedgers], ...]] = {
     "both": (SqliteLedgers, PostgresLedgers),
 }
 
+_SHARE = 50
+"""How many seeds a process plays before it tells what it found."""
+
 
 class Violated(UsageBillingError):
     """The simulator found histories that break an invariant."""
@@ -70,6 +73,10 @@ def run(order: Order, jobs: int = 2, say: Callable[[str], None] = print) -> str:
         total.add(found)
         for story in found.stories:
             say(story)
+        played = total.histories.total()
+        if played < order.seeds:
+            seconds = time.monotonic() - started
+            say(f"{played} of {order.seeds} seeds played, {len(total.failed)} violations; {seconds:.0f} s")
     line = _closing_line(order, total, time.monotonic() - started)
     if total.failed:
         raise Violated(f"{line}\nfailing seeds: {' '.join(map(str, sorted(total.failed)))}")
@@ -77,13 +84,16 @@ def run(order: Order, jobs: int = 2, say: Callable[[str], None] = print) -> str:
 
 
 def _found(order: Order, jobs: int) -> Iterator[Found]:
+    # Small enough that no process is long done before the others, and large enough that starting a server is nothing.
+    size = max(min(_SHARE, -(-order.seeds // jobs)), 1)
+    end = order.first_seed + order.seeds
+    shares = [range(first, min(first + size, end)) for first in range(order.first_seed, end, size)]
     if jobs == 1:
-        yield some_seeds(order, range(order.first_seed, order.first_seed + order.seeds))
+        yield from (some_seeds(order, share) for share in shares)
         return
-    shares = [range(order.first_seed + job, order.first_seed + order.seeds, jobs) for job in range(jobs)]
     # A fresh interpreter: a forked one would share an open database with its parent.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(some_seeds, [order] * jobs, shares)
+        yield from pool.map(some_seeds, [order] * len(shares), shares)
 
 
 def some_seeds(order: Order, seeds: Sequence[int]) -> Found:
