@@ -198,12 +198,13 @@ def to_text(scaled: pd.Series, decimals: int) -> pd.Series:
 
 
 def from_text(text: pd.Series, decimals: int) -> pd.Series:
-    """Return plain decimal text, such as the ledger keeps, as scaled integers.
+    """Return plain decimal text, such as the ledger keeps, as scaled integers with the same index.
 
     Raises:
         pyarrow.ArrowInvalid: a text is not a number, or has more than `decimals` places.
     """
-    return to_scaled(pa.array(text, pa.string()).cast(pa.decimal128(PRECISION, decimals)), decimals)
+    scaled = to_scaled(pa.array(text, pa.string()).cast(pa.decimal128(PRECISION, decimals)), decimals)
+    return scaled.set_axis(text.index)
 
 
 def to_decimal(scaled: int, decimals: int) -> Decimal:

@@ -19,7 +19,7 @@ from usage_billing import quantities
 from usage_billing.archive import Archived
 from usage_billing.destinations.base import Destination
 from usage_billing.ledger import Ledger
-from usage_billing.records import Period, SiteRecord, SiteTotal, State
+from usage_billing.records import DECIDED, Period, SiteRecord, SiteTotal, State
 
 _EXAMPLES = 10
 _BATCH = 500
@@ -115,6 +115,33 @@ class _Found:
             self.examples.append(text)
 
 
+class _Decided:
+    """Deliveries that a person decided about: what the site holds under each, however often, adds up to what was said."""
+
+    def __init__(self, tokens: Iterable[str], expected: dict[str, tuple[Decimal, Decimal]]) -> None:
+        """Take the tokens out of what is `expected`: the quantity sent, and what it counted."""
+        self._said = {token: expected.pop(token)[1] for token in tokens}
+        self._there = dict.fromkeys(self._said, Decimal(0))
+
+    def __contains__(self, token: str) -> bool:
+        return token in self._said
+
+    def add(self, record: SiteRecord) -> None:
+        """Count a record of the site."""
+        self._there[record.token] += record.quantity
+
+    @property
+    def matched(self) -> int:
+        """How many add up to what was said."""
+        return sum(self._there[token] == said for token, said in self._said.items())
+
+    def different(self) -> Iterator[str]:
+        """Yield what does not add up."""
+        for token, said in self._said.items():
+            if (there := self._there[token]) != said:
+                yield f"token {token}: {there} there, {said} by a person's decision"
+
+
 class _Records:
     """The tie-out of single records, address by address: whatever the history, it keeps counts and some examples."""
 
@@ -135,11 +162,18 @@ class _Records:
         expected = dict(zip(accepted["token"], pairs, strict=True))
         ours_by_token = frozenset(expected)
         self._ours += sum(map(Decimal, counted), Decimal(0))
+        decided = _Decided(accepted.loc[accepted["reason"].str.startswith(DECIDED), "token"], expected)
         for record in records:
-            if record.token in ours_by_token:
+            if record.token in decided:
+                self._theirs += record.quantity
+                decided.add(record)
+            elif record.token in ours_by_token:
                 self._one_of_ours(record, expected)
             else:
                 self._another(record)
+        self._matched += decided.matched
+        for text in decided.different():
+            self._different.add(text)
         for token, (sent, _) in expected.items():
             self._missing.add(f"token {token}: {sent} accepted here, absent there")
 
@@ -186,8 +220,12 @@ class _Records:
             if record.token not in known.index:
                 self._unknown_tokens.add(text + _whose(record))
                 continue
-            state, its_record = known.loc[record.token, ["state", "record_id"]]
-            if state == State.ACCEPTED and its_record not in ("", record.record_id):
+            state, its_record, reason = known.loc[record.token, ["state", "record_id", "reason"]]
+            if (
+                state == State.ACCEPTED
+                and its_record not in ("", record.record_id)
+                and not str(reason).startswith(DECIDED)
+            ):
                 text += f"a second time under {record.token}, which is record {its_record} elsewhere"
                 self._different.add(text)
             elif state not in (*_ON_ITS_WAY, State.ACCEPTED):
@@ -215,8 +253,8 @@ def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], w
     for (period, component), some in _grouped(totals).items():
         names = [total.subscription for total in some]
         sums = _sums_here(destination, ledger, names, component, period, (State.ACCEPTED,))
-        more = [total.subscription for total in some if total.quantity > sums.get(total.subscription, Decimal(0))]
-        under_way = _sums_here(destination, ledger, more, component, period, _ON_ITS_WAY) if more else {}
+        apart = [total.subscription for total in some if total.quantity != sums.get(total.subscription, Decimal(0))]
+        adds, takes = _under_way(destination, ledger, apart, component, period)
         for total in some:
             ours = sums.get(total.subscription, Decimal(0))
             ours_sum, theirs_sum = ours_sum + ours, theirs_sum + total.quantity
@@ -224,16 +262,29 @@ def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], w
             excess = total.quantity - ours
             if excess == 0:
                 matched += 1
+            elif takes.get(total.subscription, Decimal(0)) <= excess <= adds.get(total.subscription, Decimal(0)):
+                unknown.add(f"{text}, and what is in doubt or being sent")
             elif excess < 0:
                 missing.add(text)  # Something of ours is not counted.
             elif destination.fed_by_others:
                 unknown.add(f"{text}: others feed the component too, as the source says")
-            elif excess <= under_way.get(total.subscription, Decimal(0)):
-                unknown.add(f"{text}, and what is in doubt or being sent")
             else:
                 different.add(f"{text}: it was billed twice, or somebody else feeds the component (`fed_by_others`)")
     examples = tuple((different.examples + missing.examples + unknown.examples)[:_EXAMPLES])
     return Reconciliation(matched, missing.count, unknown.count, different.count, ours_sum, theirs_sum, examples)
+
+
+def _under_way(
+    destination: Destination, ledger: Ledger, subscriptions: Sequence[str], component: str, period: Period
+) -> tuple[dict[str, Decimal], dict[str, Decimal]]:
+    """Return by subscription what is on its way adds at most, and takes back at most: any of it may have landed."""
+    if not subscriptions:
+        return {}, {}
+    adds, takes = (
+        _sums_here(destination, ledger, subscriptions, component, period, _ON_ITS_WAY, takes_back=takes_back)
+        for takes_back in (False, True)
+    )
+    return adds, takes
 
 
 def _sums_here(
@@ -243,18 +294,22 @@ def _sums_here(
     component: str,
     period: Period,
     states: Sequence[State],
+    *,
+    takes_back: bool | None = None,
 ) -> dict[str, Decimal]:
-    """Return by subscription what deliveries in these states add up to: usage totals, and archived chunks of events."""
+    """Return by subscription what deliveries in these states add up to: usage totals, and archived chunks of events.
+
+    With `takes_back`, only those that take something back, or only those that add.
+    """
     some = ledger.accepted_at(destination.site, subscriptions, component, period, states)
-    if states == _ON_ITS_WAY:
-        # Whatever of it has landed: what is taken back may not have, and what is added may.
-        some = some[~some["quantity"].str.startswith("-")]
+    if takes_back is not None:
+        some = some[some["quantity"].str.startswith("-") == takes_back]
     # The renewal cuts a usage period in two, and each of its events lies on one side.
     cut = some.loc[some["body"] != "", "body"]
     outside = [row for row, body in cut.items() if not period.start <= destination.counted_at(body) < period.end]
     sums = _sums(some.drop(index=outside))
-    if destination.archive is None:
-        return sums
+    if destination.archive is None or takes_back:
+        return sums  # Events are only ever added.
     for events in _chunks(destination, ledger, component, period, states):
         inside = pc.and_(
             pc.greater_equal(events.column("time"), pa.scalar(period.start, events.column("time").type)),

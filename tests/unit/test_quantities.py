@@ -110,6 +110,12 @@ def test_text_quantity_is_judged_by_value(text, reasons):
         assert quantities.normalised(column, 2).to_pylist() == [Decimal(text).quantize(Decimal("0.01"))]
 
 
+def test_a_column_with_gaps_keeps_its_rows_apart():
+    """Rows that were left out shift nobody's quantity to somebody else."""
+    text = pd.Series(["1", "2", "3"], dtype=object).drop(index=[1])
+    assert quantities.from_text(text, 1).to_dict() == {0: 10, 2: 30}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(

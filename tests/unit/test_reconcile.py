@@ -14,7 +14,7 @@ import pytest
 
 from usage_billing.destinations.base import Moved
 from usage_billing.reconcile import Reconciliation, reconcile
-from usage_billing.records import Period, SiteRecord, SiteTotal, State
+from usage_billing.records import DECIDED, Period, SiteRecord, SiteTotal, State
 
 MONTH = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC))
 DAY = Period(datetime(2026, 10, 5, tzinfo=UTC), datetime(2026, 10, 6, tzinfo=UTC))
@@ -108,6 +108,13 @@ def test_what_is_in_the_air_may_be_counted_there_already(sent: list[str], ties_o
     assert (found.ties_out, found.unknown) == (ties_out, int(ties_out))
 
 
+@pytest.mark.parametrize(("sent", "ties_out"), [(["-1"], True), (["-0.5"], False), (["-1", "7"], True), (["1"], False)])
+def test_what_is_in_the_air_may_be_taken_back_there_already(sent: list[str], ties_out: bool) -> None:
+    """A correction downwards whose reply was lost is counted there; what is less than that is missing."""
+    found, _ = looked({"7": ["3"]}, [{"7": "2"}] * 4, {"7": sent})
+    assert (found.ties_out, found.missing) == (ties_out, int(not ties_out))
+
+
 def test_what_other_runs_send_meanwhile_is_looked_at_again() -> None:
     """Counted there between two looks: the last one decides."""
     found, waited = looked({"7": ["3"]}, [{"7": "6"}, {"7": "3"}])
@@ -116,8 +123,8 @@ def test_what_other_runs_send_meanwhile_is_looked_at_again() -> None:
 
 def entries(tokens: Sequence[str], state: State | None = None, record_id: str = "") -> pd.DataFrame:
     """Return what a ledger has of tokens: the same of all of them, or nothing."""
-    known = [{"token": token, "state": state, "record_id": record_id} for token in tokens if state]
-    return pd.DataFrame(known, columns=["token", "state", "record_id"])
+    known = [{"token": token, "state": state, "record_id": record_id, "reason": ""} for token in tokens if state]
+    return pd.DataFrame(known, columns=["token", "state", "record_id", "reason"])
 
 
 def tied_out(records: Callable[[pd.DataFrame], Iterator[SiteRecord]], addresses: int, known: Any) -> Reconciliation:
@@ -127,6 +134,7 @@ def tied_out(records: Callable[[pd.DataFrame], Iterator[SiteRecord]], addresses:
             "token": [f"{number:064x}" for number in range(addresses)],
             "quantity": "3",
             "applied": "",
+            "reason": "",
             "address": [f'{{"line_item_id":{number}}}' for number in range(addresses)],
         }
     )
@@ -185,7 +193,7 @@ def test_many_differences_are_counted_and_a_few_are_named() -> None:
 def test_a_token_that_the_ledger_never_wrote_down_is_the_sign_of_another_ledger() -> None:
     """It is told before what somebody typed in by hand, with the mend; neither breaks the tie-out."""
     ours, theirs = "a" * 64, "b" * 64
-    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": "", "address": "{}"}])
+    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": "", "reason": "", "address": "{}"}])
     there = [
         SiteRecord("", "1", Decimal(50)), SiteRecord(theirs, "2", Decimal(4)), SiteRecord(ours, "3", Decimal(3)),
     ]  # fmt: skip
@@ -203,7 +211,7 @@ def test_a_token_that_the_ledger_never_wrote_down_is_the_sign_of_another_ledger(
 def test_a_token_that_is_stored_at_two_addresses_was_billed_twice() -> None:
     """The ledger knows one record under each token: another one, at the address of somebody else, is told."""
     ours, another = "a" * 64, "b" * 64
-    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": "", "address": "{}"}])
+    accepted = pd.DataFrame([{"token": ours, "quantity": "3", "applied": "", "reason": "", "address": "{}"}])
     there = [SiteRecord(ours, "3", Decimal(3)), SiteRecord(another, "9", Decimal(4))]
     name = SimpleNamespace(name="calls")
     site: Any = SimpleNamespace(source=name, records=lambda _: iter(there), moved=lambda _: ())
@@ -213,3 +221,17 @@ def test_a_token_that_is_stored_at_two_addresses_was_billed_twice() -> None:
         found = reconcile(site, book, DAY, wait=lambda _: None)
         assert (found.matched, found.different, found.ties_out) == (1, int(not ties_out), ties_out)
     assert found.examples == (f"record 9: 4 there, a second time under {another}, which is record 2 elsewhere",)
+
+
+@pytest.mark.parametrize(("counted", "ties_out"), [("18", True), ("9", False), ("", False)])
+def test_a_double_that_a_person_has_decided_about_ties_out_by_its_sum(counted: str, ties_out: bool) -> None:
+    """Two records of 9 under one token, and the person wrote down that 18 count: that is settled, and stays so."""
+    ours = "a" * 64
+    row = {"token": ours, "quantity": "9", "applied": counted, "reason": f"{DECIDED}2026-10-06 by me", "address": "{}"}
+    there = [SiteRecord(ours, "3", Decimal(9)), SiteRecord(ours, "4", Decimal(9))]
+    name = SimpleNamespace(name="calls")
+    site: Any = SimpleNamespace(source=name, records=lambda _: iter(there), moved=lambda _: ())
+    book: Any = SimpleNamespace(accepted=lambda *_: pd.DataFrame([row]), known=entries)
+    found = reconcile(site, book, DAY, wait=lambda _: None)
+    assert (found.matched, found.different, found.ties_out) == (int(ties_out), int(not ties_out), ties_out)
+    assert found.theirs == Decimal(18)

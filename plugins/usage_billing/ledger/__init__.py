@@ -467,8 +467,8 @@ class Ledger:
                 connection.execute(statement, {"least": number})
 
     def known(self, tokens: Sequence[str]) -> pd.DataFrame:
-        """Return what this ledger has of `tokens`, of whatever source: token, source, state, quantity, record_id."""
-        names = ["token", "source", "state", "quantity", "record_id"]
+        """Return what this ledger has of `tokens`, of whatever source: token, source, state, quantity, record_id, reason."""
+        names = ["token", "source", "state", "quantity", "record_id", "reason"]
         columns = [delivery.c[name] for name in names]
         parts = [self._frame(select(*columns).where(delivery.c.token.in_(some))) for some in _batches(tokens)]
         return pd.concat(parts) if parts else pd.DataFrame(columns=names)
