@@ -7,6 +7,7 @@ nothing is guessed. The command is rare, so it holds the site's records of the s
 """
 
 import getpass
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -272,6 +273,9 @@ class _Matching:
         if quantity == 0 or len(_plain(quantity).partition(".")[2]) > decimals:
             self.different.append(f"{held.named()}: no quantity of {decimals} decimal places")
         elif (receipt := self._proof(held, quantity)) is not None:
+            # Where it lies, not where today's would go: there it is looked for when the span is tied out.
+            address = {**Delivery.address_from(row["address"]), **held.record.address}
+            row = {**row, "address": json.dumps(address, sort_keys=True)}
             self._entries.append(_Entry(row, revision, quantity, receipt))
 
     def _proof(self, held: _Held, quantity: Decimal) -> Receipt | None:
@@ -339,16 +343,24 @@ def _by_total(
     parts = here.beside(part.to_pandas() for part in staging.read(comparison.totals))
     forgotten = pd.concat([here.forgotten(totals) for totals in parts]).sort_values("identity", ignore_index=True)
     recent = forgotten["period_end"] > ledger.now() - window
-    held = forgotten[~recent].reset_index(drop=True)
-    if destination.stream and not held.empty:
+    if destination.stream and not recent.all():
         raise Misconfigured(
             f"billing source {name!r} sends raw events, and of usage periods that ended more than {window.days} days "
             "ago nobody can tell which of them the site has: restore a newer backup of the ledger, or adopt later days"
         )
+    # No run of today sends anything to these, so none of them would be replayed.
+    resting = {target.account: target.unknown for target in destination.resolve(_accounts(forgotten)) if target.unknown}
+    why = forgotten["account"].map(resting).fillna("the site has forgotten tokens of this age")
+    recent &= ~forgotten["account"].isin(resting)
+    held, why = forgotten[~recent].reset_index(drop=True), why[~recent].reset_index(drop=True)
+    unmatched: tuple[str, ...] = ()
+    if destination.stream:
+        unmatched = tuple(f"account {account}: {why}, so nothing of it is replayed" for account, why in resting.items())
+        held, why = held.iloc[:0], why.iloc[:0]
     if not dry_run and not forgotten.empty:
         _overtake(comparison, ledger, name)
-        why = f"{reason}: the site lists no events and has forgotten tokens of this age, so a person has to compare"
-        proposals = held.assign(state=State.HELD, reason=why, body=destination.encode(held))
+        reasons = f"{reason}: the site lists no events, and " + why + ", so a person has to compare"
+        proposals = held.assign(state=State.HELD, reason=reasons, body=destination.encode(held))
         if ledger.reserve(name, destination.site, comparison.reading, proposals).moved:
             raise NotApplied(f"deliveries of {name!r} moved meanwhile; adopt again")
     ends = forgotten["period_end"][recent]
@@ -356,7 +368,12 @@ def _by_total(
         held=len(held),
         replayable=len(ends),
         replay_until=None if ends.empty else ends.min().to_pydatetime() + window,
+        unmatched=unmatched,
     )
+
+
+def _accounts(rows: pd.DataFrame) -> list[str]:
+    return sorted(rows["account"].unique())
 
 
 class _Standing:

@@ -258,13 +258,15 @@ class Receipt:
 class SiteRecord:
     """One usage record as the billing site holds it; `token` is empty where the record is not ours.
 
-    `note` is what the site shows a person beside it, such as the period that it is for.
+    `note` is what the site shows a person beside it, such as the period that it is for; `address` is what it tells of
+    where the record lies, which may be another place than its account leads to today.
     """
 
     token: str
     record_id: str
     quantity: Decimal
     note: str = field(default="", compare=False)
+    address: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -31,6 +32,7 @@ from usage_billing.ledger import ADOPTED, Ledger, marker
 from usage_billing.ledger.marker import confirm, marked
 from usage_billing.records import Comparison, Delivery, Period, State
 from usage_billing.sandbox import Sandbox
+from usage_billing.sandbox.clock import to_micros
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
@@ -506,6 +508,85 @@ def test_records_on_a_line_that_an_upgrade_replaced_are_found_by_their_key(house
     run_all(house, source, events)
     assert house.writing_requests(source) == before
     assert house.billed(source) == owed(events)
+
+
+def test_what_was_adopted_on_a_replaced_line_ties_out_there(house: LivingHouse) -> None:
+    """The ledger keeps the line on which the record lies, so that it is found again, and told as one that moved."""
+    source = shipped("voip_minutes")
+    events = {5: [event(source, 0, 5, "3")], 6: [event(source, 0, 6, "4")]}
+    house.run(source, a_day(source, 5), events[5])
+    upgrade(house, source)
+    house.run(source, a_day(source, 6), events[6])
+    before = [house.reconcile(source, a_day(source, day)) for day in (5, 6)]
+    house.begin_anew()
+    assert house.adopt(source, [5, 6], in_all(events)).complete
+    run_all(house, source, events)
+    assert [house.reconcile(source, a_day(source, day)) for day in (5, 6)] == before
+    assert all(found.ties_out for found in before)
+    assert [found.moved for found in before] == [1, 0]
+
+
+def test_a_line_of_a_package_that_ended_is_found_beside_one_that_lives(tmp_path: Path) -> None:
+    """The customer has another package by now, without the item: what was billed on the old one is adopted."""
+    worlds = tmp_path / "worlds"
+    worlds.mkdir()
+    added = (
+        "\npackages:\n  - {package_id: 790, external_key: other, customer: cust-001, lines: [{id: 990, item: sms}]}\n"
+    )
+    for world in WORLDS:
+        text = world.read_text()
+        (worlds / world.name).write_text(text.replace("\npackages:\n", added) if world.stem == "telco" else text)
+    source = shipped("voip_minutes")
+    by_customer = source.destination.model_copy(update={"package_by": "customer_external_key"})
+    source = replace(source, destination=by_customer)
+    rows = [replace(event(source, 0, 5, "3"), account="cust-001")]
+    with Sandbox(sorted(worlds.glob("*.yaml"))) as sandbox:
+        house = LivingHouse(sandbox, tmp_path)
+        house.run(source, a_day(source, 5), rows)
+        assert house.states(source, a_day(source, 5)) == {"accepted": 1}
+        settings = house.destination(source).client.settings
+        url = f"{settings.base_url}/api/v3/package/713/_action/cancel"
+        assert requests.post(url, json={}, auth=(settings.public_key, settings.private_key), timeout=30).ok
+        house.begin_anew()
+        found = house.adopt(source, [5, 5], rows)
+        house.ledger.close()
+    assert (found.entered, found.complete) == (1, True)
+
+
+@pytest.mark.parametrize("mode", ["totals", "events"])
+def test_events_of_an_account_that_rests_are_not_left_to_a_replay_that_no_run_makes(
+    house: LivingHouse, mode: str
+) -> None:
+    """Billed by the year, on hold while the ledger is adopted, active again when the stream has forgotten tokens."""
+    source = shipped("platform_events")
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0})
+    settings = source.settings.model_copy(update={"quarantine": limits})
+    source = replace(source, settings=settings, destination=source.destination.model_copy(update={"mode": mode}))
+    rows, day = [event(source, 0, 15, "5")], a_day(source, 15)
+    sites = house.sandbox._server.config.app.sites  # noqa: SLF001
+
+    def becomes(state: str) -> None:
+        with sites.books.transaction() as books:
+            change = "UPDATE account SET state = ?, period_end = ? WHERE site = 'maxio:us:orbit' AND id = 50200001"
+            books.execute(change, (state, to_micros(datetime(2027, 10, 1, tzinfo=UTC))))
+
+    becomes("active")
+    house.run(source, day, rows)
+    house.begin_anew()
+    becomes("on_hold")
+    found = house.adopt(source, [15, 15], rows)
+    if mode == "events":
+        assert "account orbit-01: subscription 'orbit-01' is on_hold" in found.unmatched[0]
+        assert not found.complete
+        return
+    assert (found.held, found.replayable) == (1, 0)
+    house.run(source, day, rows)
+    becomes("active")
+    house.sandbox.move_clock("2026-11-25T12:00:00Z")
+    house.at(datetime(2026, 11, 25, 12, tzinfo=UTC))
+    house.run(source, day, rows)
+    assert house.billed(source) == {"orbit-01": Decimal(5)}
+    assert house.states(source, day) == {"held": 1}
 
 
 def test_a_correction_after_an_upgrade_hides_no_revision_before_it(house: LivingHouse) -> None:

@@ -107,16 +107,13 @@ class LineItems:
         if packages is None:
             return Target(account, unknown=f"{holder} {account!r} is unknown to {self.site}")
         billed = [package for package in packages if self._state(package) not in _STATES]
-        if ended and not billed:
-            billed = packages
-        if not billed:
+        if not billed and not ended:
             states = {_STATES[self._state(package)] for package in packages}
             said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
             return Target(account, unknown=f"{holder} {account!r} {said}: its usage would not be billed")
-        all_lines = [line for package in billed for line in self._lines(package) if self._is_ours(line)]
-        lines = [line for line in all_lines if not line.get("cancel_datetime")]
+        lines = [line for line in self._ours(billed) if not line.get("cancel_datetime")]
         if ended and not lines:
-            lines = all_lines[-1:]
+            billed, lines = packages, self._ours(packages)[-1:]
         if len(lines) != 1:
             count = "no line" if not lines else f"{len(lines)} lines, so it is ambiguous which one to bill,"
             return Target(account, unknown=f"{holder} {account!r} has {count} of item {self.item!r}")
@@ -133,6 +130,9 @@ class LineItems:
             open_from=self._open_from(package),
             open_until=self._next_invoice(package),
         )
+
+    def _ours(self, packages: Sequence[Json]) -> list[Json]:
+        return [line for package in packages for line in self._lines(package) if self._is_ours(line)]
 
     def _state(self, package: Json) -> str:
         if not isinstance(state := package.get("package_status_state"), str):

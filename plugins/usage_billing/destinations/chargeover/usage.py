@@ -350,7 +350,9 @@ class ChargeOverUsage(Destination):
             if (value := exact_number(usage.get("usage_value"))) is None:
                 raise NotApplied(f"{self.site}: query usage: usage {usage['usage_history_id']} has no readable value")
             shown = f"{usage.get('from')} to {usage.get('to')}"
-            yield SiteRecord(token, str(usage["usage_history_id"]), value, shown)
+            line = whole_number(usage.get("line_item_id"), 1)
+            where = {} if line is None else {"line_item_id": line}
+            yield SiteRecord(token, str(usage["usage_history_id"]), value, shown, where)
 
     def moved(self, accepted: pd.DataFrame) -> Iterator[Moved]:
         """Yield what is stored on a line that an upgrade has replaced since, in a cycle that is not invoiced yet."""

@@ -63,8 +63,8 @@ class MaxioDestination(Destination):
         return self._found(accounts, self._unusable)
 
     def locate(self, accounts: Sequence[str]) -> list[Target]:
-        """Return the subscription of each account, whatever its state."""
-        return self._found(accounts, self._elsewhere)
+        """Return the subscription of each account, whatever its state and its product of today."""
+        return self._found(accounts, lambda *_: "")
 
     def _found(self, accounts: Sequence[str], why_not: Callable[[str, Json, Json], str]) -> list[Target]:
         # The component first: at a wrong address everything is a 404, and that makes no account unknown.
@@ -94,10 +94,6 @@ class MaxioDestination(Destination):
         """Return why usage of this subscription would not be billed, or an empty text."""
         if reason := self._unbilled(subscription["state"]):
             return f"subscription {account!r} {reason}"
-        return self._elsewhere(account, subscription, component)
-
-    def _elsewhere(self, account: str, subscription: Json, component: Json) -> str:
-        """Return that the component is not of this subscription's product, or an empty text."""
         family = ((subscription.get("product") or {}).get("product_family") or {}).get("id")
         if family is not None and family != component.get("product_family_id", family):
             return f"subscription {account!r} belongs to a product family without component {self.settings.component}"
