@@ -4,7 +4,6 @@ The intent is in the ledger before the request leaves, the outcome right after. 
 a delivery in doubt, and a doubt is settled by asking the site, never by sending again in the hope that nothing arrived.
 """
 
-import json
 import logging
 import threading
 import time
@@ -135,7 +134,6 @@ class _Work:
         self.done = Delivered()
         self.reopened = 0
         self.resolved_at: datetime | None = None
-        self._right_at: dict[str, datetime] = {}
         self._ready = ready
         self._window = window
         self._destination = destination
@@ -269,7 +267,6 @@ class _Work:
             self._setback = error
             return []
         self._count(held=self._ledger.hold(reasons))
-        self._right_at |= {_place(delivery): now for delivery in doubtful if delivery.token not in reasons}
         # From the end of the asking: however long it takes, the first chunks go.
         self._judged_at = self._ledger.now()
         return [delivery for delivery in page if delivery.token not in reasons]
@@ -277,8 +274,7 @@ class _Work:
     def _may_have_changed(self, delivery: Delivery, now: datetime) -> bool:
         """Say whether time has passed over a delivery: an earlier try, a long way here, the end of its period."""
         earlier = delivery.reserved_at is not None and delivery.reserved_at < self._started
-        looked_up_at = self._right_at.get(_place(delivery), self.resolved_at)
-        old = looked_up_at is not None and now - looked_up_at > _FRESH
+        old = self.resolved_at is not None and now - self.resolved_at > _FRESH
         return bool(delivery.sends) or earlier or old or self._is_over(delivery, now)
 
     def _is_over(self, delivery: Delivery, now: datetime) -> bool:
@@ -409,11 +405,6 @@ class _Work:
         with self._counting:
             for name, value in more.items():
                 setattr(self.done, name, getattr(self.done, name) + value)
-
-
-def _place(delivery: Delivery) -> str:
-    """Return where a delivery goes, as text: several usage periods and dimensions of one account go to one place."""
-    return json.dumps(dict(delivery.address), sort_keys=True)
 
 
 def _without(ours: Sequence[Delivery], receipts: Sequence[Receipt]) -> list[Delivery]:

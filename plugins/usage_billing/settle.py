@@ -110,7 +110,7 @@ class Doubts:
         try:
             answers |= overtaken(self._destination, late, now)
         except (NotApplied, InDoubt) as error:
-            failure = error
+            failure = failure or error
             for doubt in late:
                 del answers[doubt.token]
         for doubt in doubts:

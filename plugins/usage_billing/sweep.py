@@ -59,6 +59,8 @@ class SweepOperator(BaseOperator):
         book = ledger()
         faults: dict[str, UsageBillingError] = {}
         for name in _names(self.sources):
+            if self._stop.is_set():
+                break
             try:
                 if _is_anything_open(book, name):
                     self._sweep(book, name)

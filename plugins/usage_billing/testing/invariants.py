@@ -8,7 +8,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -20,7 +20,7 @@ from sqlalchemy import and_, select
 
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import compared_period, delivery
-from usage_billing.records import State
+from usage_billing.records import PERSON_DECIDES, State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.testing.clockwork import Process
 from usage_billing.testing.network import Flight
@@ -217,23 +217,33 @@ def judge(
 ) -> list[Line]:
     """Look at a quiet system; return the closing table."""
     known = deliveries(ledger)
-    _nothing_under_way(scene, known, now, fails)
+    _nothing_under_way(scene, known, sandbox, now, fails)
     _keys_add_up(known, owed, fails)
     _records_map(scene, known, sandbox, fails)
     return _sums(scene, known, sandbox, owed, others, fails)
 
 
-def _nothing_under_way(scene: Scene, known: Sequence[Delivered], now: datetime, fails: Fails) -> None:
+def _nothing_under_way(
+    scene: Scene, known: Sequence[Delivered], sandbox: DirectSandbox, now: datetime, fails: Fails
+) -> None:
     """I5: nothing is left on its way, and a doubt that stays has a reason to."""
+    there = {token for token, _ in records(sandbox, scene.site)}
     for one in known:
         if one.state in (State.SENDING, State.RESERVED):
             fails("I5 nothing under way", str(one))
-        if one.state is State.IN_DOUBT and not _may_stay(scene, one, now):
+        if one.state is State.IN_DOUBT and not _may_stay(scene, one, there, now):
             fails("I5 doubts end", f"{one}, sent {one.sends} times, last at {one.sent_at}: {one.reason}")
 
 
-def _may_stay(scene: Scene, one: Delivered, now: datetime) -> bool:
-    """Say whether the rules leave this doubt open: events that nobody may replay any more."""
+def _may_stay(scene: Scene, one: Delivered, there: Set[str], now: datetime) -> bool:
+    """Say whether the rules leave this doubt open: events that nobody may replay any more.
+
+    Also what was refused when it went again, after a lost reply, by an account whose words do not tell a duplicate from
+    anything else, and which does not have it: a person has to look.
+    """
+    if scene.kind == "chargeover_usage":
+        unclear = scene.switches.get("error_texts") == "generic" and one.sends > 1 and one.token not in there
+        return unclear and one.reason.startswith(PERSON_DECIDES)
     if scene.kind != "maxio_events" or one.sent_at is None:
         return False
     return now - one.sent_at > timedelta(days=30) or one.key.start < open_from(scene, now)

@@ -217,7 +217,8 @@ class MaxioEvents(MaxioDestination):
         alone is for a person, since the first request may have brought it all the same.
         """
         fresh = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at <= self.replay_window]
-        leave_by, clock = self._leave_by(fresh), _Clock(self.client, now)
+        leave_by, resting = self._leave_by(fresh)
+        clock = _Clock(self.client, now)
         in_time = [doubt for doubt in fresh if doubt.token in leave_by and clock.now() < leave_by[doubt.token]]
         if waiting := len(leave_by) - len(in_time):
             log.info("%d doubts wait: their billing period ends, and a replay could land after it", waiting)
@@ -225,7 +226,7 @@ class MaxioEvents(MaxioDestination):
         closed = "its billing period has closed: a replay would be taken and never billed; compare the totals"
         answers: dict[str, Answer] = {doubt.token: InDoubt(too_old) for doubt in doubts}
         answers |= {doubt.token: InDoubt(closed) for doubt in fresh}
-        answers = {token: answer for token, answer in answers.items() if token not in leave_by}
+        answers = {token: answer for token, answer in answers.items() if token not in leave_by | resting}
         for stream in sorted({doubt.address["stream"] for doubt in in_time}):
             of_stream = [doubt for doubt in in_time if doubt.address["stream"] == stream]
             for first in range(0, len(of_stream), self.chunk_size):
@@ -248,20 +249,27 @@ class MaxioEvents(MaxioDestination):
         replay.send({name: body for events in names.values() for name, body in events.items()})
         return {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
 
-    def _leave_by(self, deliveries: Sequence[Delivery]) -> dict[str, datetime]:
+    def _leave_by(self, deliveries: Sequence[Delivery]) -> tuple[dict[str, datetime], dict[str, str]]:
         """Return, by token, until when a request may leave so that it lands before its billing periods end.
 
-        Those of which a billing period is not open on the site right now have no entry.
+        Those of which a billing period is not open on the site right now have no entry. The second mapping has, by
+        token, why the site bills an account of it nothing today, where that may change: it is on hold, or in its trial.
         """
         earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
         targets = super().resolve(sorted({account for moments in earliest.values() for account in moments}))
-        opened = {target.account: (target.open_from, target.open_until) for target in targets}
+        today = {target.account: target for target in targets}
         found: dict[str, datetime] = {}
+        resting: dict[str, str] = {}
         for token, moments in earliest.items():
-            spans = [(moment, *opened[account]) for account, moment in moments.items()]
+            if whys := [today[account].unknown for account in moments if today[account].unknown]:
+                resting[token] = whys[0]
+                continue
+            spans = [
+                (moment, today[account].open_from, today[account].open_until) for account, moment in moments.items()
+            ]
             if all(start is not None and moment >= start for moment, start, _ in spans):
                 found[token] = min((end for *_, end in spans if end is not None), default=_NEVER) - self.settle_after
-        return found
+        return found, resting
 
     def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
         """Return the time of each account's earliest event."""
@@ -276,7 +284,7 @@ class MaxioEvents(MaxioDestination):
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a billing period that has closed since it was planned, or could land after its end."""
-        leave_by = self._leave_by(deliveries)
+        leave_by, resting = self._leave_by(deliveries)
         at = _Clock(self.client, now).now()
         why = "its billing period closed before it was sent: the site would take the event and never bill it"
         if self.stream:
@@ -285,13 +293,13 @@ class MaxioEvents(MaxioDestination):
                 "those: clear the run from validate on, and the others go"
             )
         ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
-        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by}
+        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | resting
         return held | {token: ends for token, moment in leave_by.items() if moment <= at}
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        still_open = self._leave_by(deliveries)
+        still_open, resting = self._leave_by(deliveries)
         why = "the billing period of its events is closed now"
-        return {delivery.token: why for delivery in deliveries if delivery.token not in still_open}
+        return {delivery.token: why for delivery in deliveries if delivery.token not in still_open} | resting
 
     def records(self, deliveries: pd.DataFrame) -> None:
         """Return None: no endpoint returns recorded events."""
@@ -369,25 +377,29 @@ class _Replay:
         """
         waiting = [list(events.items())]
         in_vain, refusal = 0, ""
+        in_a_row: dict[str, str] = {}
         while waiting and self._clock.now() < self._leave_by:
-            if in_vain == _MOST_IN_VAIN:
-                # Nothing of it lies in single events: the stream wants none of them, now.
-                self.failure = InDoubt(f"{in_vain} replays in a row were refused: {refusal}", refused=True)
-                return
             some = waiting.pop()
             try:
                 refusal = self._refusal([body for _, body in some])
             except (NotApplied, InDoubt) as failure:
                 self.failure = failure
-                return
+                break
             in_vain = in_vain + 1 if refusal else 0
             if not refusal:
+                in_a_row.clear()
                 self._taken.update(name for name, _ in some)
             elif len(some) == 1:
-                self._refused[some[0][0]] = refusal
+                in_a_row[some[0][0]] = self._refused[some[0][0]] = refusal
             else:
                 share = -(-len(some) // _SHARE_AFTER_REFUSAL)
                 waiting += [some[first : first + share] for first in range(0, len(some), share)]
+            if in_vain == _MOST_IN_VAIN:
+                self.failure = InDoubt(f"{in_vain} replays in a row were refused: {refusal}", refused=True)
+                break
+        if self.failure:
+            # It may lie in none of the single events: the stream wants nothing now, and so it tells of none of these.
+            self._refused = {name: why for name, why in self._refused.items() if name not in in_a_row}
 
     def _refusal(self, bodies: Sequence[str]) -> str:
         """Send some events; return with which words the stream refused them, or an empty text."""
