@@ -116,7 +116,7 @@ class _Found:
 
 
 class _Decided:
-    """Deliveries that a person decided about: what the site holds under each, however often, adds up to what was said."""
+    """Deliveries that a person decided about: what the site holds under each, however often, makes what was said."""
 
     def __init__(self, tokens: Iterable[str], expected: dict[str, tuple[Decimal, Decimal]]) -> None:
         """Take the tokens out of what is `expected`: the quantity sent, and what it counted."""

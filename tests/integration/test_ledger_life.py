@@ -563,7 +563,7 @@ def test_events_of_an_account_that_rests_are_not_left_to_a_replay_that_no_run_ma
     settings = source.settings.model_copy(update={"quarantine": limits})
     source = replace(source, settings=settings, destination=source.destination.model_copy(update={"mode": mode}))
     rows, day = [event(source, 0, 15, "5")], a_day(source, 15)
-    sites = house.sandbox._server.config.app.sites  # noqa: SLF001
+    sites = house.sandbox._server.config.app.sites
 
     def becomes(state: str) -> None:
         with sites.books.transaction() as books:

@@ -40,7 +40,7 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 def staff(house: House, order: str, *values: object) -> None:
     """Change an account as the site's own staff would: no call of the API does."""
-    sites = house.sandbox._server.config.app.sites  # noqa: SLF001
+    sites = house.sandbox._server.config.app.sites
     with sites.books.transaction() as books:
         sites.renew()
         books.execute(order, values)
@@ -109,7 +109,7 @@ def test_an_end_that_one_look_up_told_is_asked_for_again_by_the_next_page(
     house.sandbox.move_clock("2026-10-20T12:00:00Z")
     ends = to_micros(datetime(2026, 10, 20, 12, 8, tzinfo=UTC))
     staff(house, "UPDATE account SET period_end = ? WHERE site = ?", ends, ORBIT)
-    real, pages = _Work._send_page, []  # noqa: SLF001
+    real, pages = _Work._send_page, []
 
     def slow(self: _Work, page: Sequence[Delivery]) -> None:
         real(self, page)

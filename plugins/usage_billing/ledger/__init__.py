@@ -467,7 +467,7 @@ class Ledger:
                 connection.execute(statement, {"least": number})
 
     def known(self, tokens: Sequence[str]) -> pd.DataFrame:
-        """Return what this ledger has of `tokens`, of whatever source: token, source, state, quantity, record_id, reason."""
+        """Return token, source, state, quantity, record_id and reason of what this ledger has of `tokens`."""
         names = ["token", "source", "state", "quantity", "record_id", "reason"]
         columns = [delivery.c[name] for name in names]
         parts = [self._frame(select(*columns).where(delivery.c.token.in_(some))) for some in _batches(tokens)]

@@ -8,7 +8,8 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -235,7 +236,7 @@ def _nothing_under_way(
             fails("I5 doubts end", f"{one}, sent {one.sends} times, last at {one.sent_at}: {one.reason}")
 
 
-def _may_stay(scene: Scene, one: Delivered, there: Set[str], now: datetime) -> bool:
+def _may_stay(scene: Scene, one: Delivered, there: AbstractSet[str], now: datetime) -> bool:
     """Say whether the rules leave this doubt open: events that nobody may replay any more.
 
     Also what was refused when it went again, after a lost reply, by an account whose words do not tell a duplicate from
