@@ -239,12 +239,11 @@ def _nothing_under_way(
 def _may_stay(scene: Scene, one: Delivered, there: AbstractSet[str], now: datetime) -> bool:
     """Say whether the rules leave this doubt open: events that nobody may replay any more.
 
-    Also what was refused when it went again, after a lost reply, by an account whose words do not tell a duplicate from
-    anything else, and which does not have it: a person has to look.
+    Also what ChargeOver refused when it went again, after a lost reply, and does not have: a duplicate is refused as
+    well, in words that nobody promises, so a person has to look.
     """
     if scene.kind == "chargeover_usage":
-        unclear = scene.switches.get("error_texts") == "generic" and one.sends > 1 and one.token not in there
-        return unclear and one.reason.startswith(PERSON_DECIDES)
+        return one.sends > 1 and one.token not in there and one.reason.startswith(PERSON_DECIDES)
     if scene.kind != "maxio_events" or one.sent_at is None:
         return False
     return now - one.sent_at > timedelta(days=30) or one.key.start < open_from(scene, now)

@@ -1,0 +1,285 @@
+"""`make backfills`: real Airflow bills the same days in any order and by any kind of run, while the warehouse changes.
+
+Blocks of days are backfilled in random order, forwards and backwards, several runs at once, while the schedule runs
+beside them; the same days are also run by hand, as the same data interval and as the same params. Then a third of the
+rows arrives late, a twentieth is corrected and some are deleted, and all days are run again in another order. The
+verdict is the sandbox's own count, account by account: billed + listed by name = owed, and once more sends nothing.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import duckdb
+import requests
+from airflow_api import NotSignedIn
+from crash_stage import days_from
+from programs import Interrupted, ProgramFailed, interruptible
+from stage import Clock, Stage, TookTooLong, choose_ports, set_stage
+from state import State, StateInUse
+from verdict import SOURCES, DemoSource, owed_by_account
+
+from usage_billing.ledger import Ledger
+from usage_billing.records import Period
+
+FIRST_DAY = date(2026, 10, 2)
+_TABLES = (
+    ("api_calls", "request_id", "calls", "1"),
+    ("platform_events", "event_id", "units", "0.001"),
+    ("voip_calls", "call_id", "minutes", "0.01"),
+)
+"""Table, column of the event id, column of the quantity, and the least step of a correction."""
+_EARLY = ("DELETE FROM {table} WHERE {regular} AND {number} % 3 = 0",)
+_CHANGES = (
+    "UPDATE {table} SET {quantity} = {quantity} + {step} WHERE {regular} AND {number} % 40 = 1",
+    "UPDATE {table} SET {quantity} = greatest({quantity} - {step}, 0) WHERE {regular} AND {number} % 40 = 21",
+    "DELETE FROM {table} WHERE {regular} AND {number} % 50 = 7",
+)
+"""What comes late, and what changes; from 900000000 on are the rows that are planted to be quarantined."""
+_ENDED = frozenset({"success", "failed"})
+
+
+@dataclass(frozen=True)
+class SourceVerdict:
+    """One source's line: what is owed, billed, and listed by name as not billed (signed), each summed over accounts.
+
+    `wrong` sums the absolute differences billed + listed - owed, account by account; `sent_again` counts the writing
+    requests of the last round, in which nothing had changed.
+    """
+
+    source: str
+    owed: Decimal
+    billed: Decimal
+    listed: Decimal
+    wrong: Decimal
+    sent_again: int
+
+    @property
+    def good(self) -> bool:
+        """Whether everything is billed or listed, to the last decimal, and the same again sent nothing."""
+        return self.wrong == 0 and self.sent_again == 0
+
+
+@dataclass(frozen=True)
+class OrderVerdict:
+    """How it ended: by source, how many runs there were of which type, and in how many seconds."""
+
+    sources: Sequence[SourceVerdict]
+    runs: dict[str, int]
+    without_interval: str
+    seconds: float
+
+    @property
+    def good(self) -> bool:
+        """Whether every source's line is good, and a run without an interval failed."""
+        return all(source.good for source in self.sources) and self.without_interval == "failed"
+
+
+class _Play:
+    """The days of one story, and what was ordered so far."""
+
+    def __init__(self, stage: Stage, days: Sequence[date], chance: Random) -> None:
+        self._stage = stage
+        self._days = days
+        self._chance = chance
+        self._by_hand: list[tuple[str, str]] = []
+
+    def round(self, reprocess: str) -> None:
+        """Order every day of every source in blocks, in random order and direction, and wait until all are green."""
+        blocks = self._blocks()
+        self._chance.shuffle(blocks)
+        for number, block in enumerate(blocks):
+            backwards = self._chance.random() < 0.5  # noqa: PLR2004
+            self._pause(paused=True)
+            for source in SOURCES:
+                self._stage.airflow.backfill(
+                    source.dag_id,
+                    source.midnight(block[0]),
+                    source.midnight(block[-1]),
+                    reprocess=reprocess,
+                    backwards=backwards,
+                    max_active_runs=3,
+                )
+                if number == 0:
+                    self._by_hand_too(source, block)
+            self._pause(paused=False)
+            way = "backwards" if backwards else "forwards"
+            self._stage.clock.say(f"Ordered {block[0]} to {block[-1]}, {way}, reprocess {reprocess}")
+            self._stage.wait_until("the runs to be green", partial(self._green, block))
+
+    def without_interval(self) -> str:
+        """Order a run that has neither a data interval nor params; return how it ended."""
+        airflow, dag_id = self._stage.airflow, SOURCES[0].dag_id
+        run_id = airflow.trigger(dag_id)
+        self._stage.wait_until("the run without an interval", lambda: airflow.state_of(dag_id, run_id) in _ENDED)
+        return airflow.state_of(dag_id, run_id)
+
+    def runs(self) -> dict[str, int]:
+        """How many runs there were, by type."""
+        types = [run.run_type for source in SOURCES for run in self._stage.airflow.runs(source.dag_id)]
+        return {name: types.count(name) for name in sorted(set(types))} | {"params": len(self._by_hand) // 2}
+
+    def _blocks(self) -> list[Sequence[date]]:
+        blocks: list[Sequence[date]] = []
+        rest = self._days
+        while rest:
+            size = self._chance.randint(1, max(2, len(self._days) // 3))
+            blocks.append(rest[:size])
+            rest = rest[size:]
+        return blocks
+
+    def _by_hand_too(self, source: DemoSource, block: Sequence[date]) -> None:
+        """Order a day of the block twice more: as the same data interval, and as params without one."""
+        day = self._chance.choice(block)
+        start, end = source.midnight(day), source.midnight(day + timedelta(days=1))
+        span = {"data_interval_start": start.isoformat(), "data_interval_end": end.isoformat()}
+        now = datetime.now(UTC).isoformat()
+        orders: list[dict[str, Any]] = [
+            {"logical_date": now, **span},
+            {"conf": {"period_start": start.isoformat(), "period_end": end.isoformat()}},
+        ]
+        for order in orders:
+            self._by_hand.append((source.dag_id, self._stage.airflow.trigger(source.dag_id, **order)))
+
+    def _green(self, block: Sequence[date]) -> bool:
+        airflow = self._stage.airflow
+        states = [(run_id, airflow.state_of(dag_id, run_id)) for dag_id, run_id in self._by_hand]
+        done = all(state in _ENDED for _, state in states)
+        for source in SOURCES:
+            runs = airflow.runs(source.dag_id)
+            states += [(run.run_id, run.state) for run in runs]
+            days = {run.logical_date for run in runs}
+            done &= all(run.ended for run in runs) and {source.midnight(day) for day in block} <= days
+        if failed := sorted({run_id for run_id, state in states if state == "failed"}):
+            raise ProgramFailed(f"{', '.join(failed)} failed")
+        return done
+
+    def _pause(self, *, paused: bool) -> None:
+        self._stage.airflow.pause([source.dag_id for source in SOURCES], paused=paused)
+
+
+def any_order(state: State, clock: Clock, count: int, seed: int) -> OrderVerdict:
+    """Tell the story with `count` days; see the module.
+
+    Raises:
+        ProgramFailed, StateInUse, TookTooLong: as `stage.set_stage`; a run that failed is a `ProgramFailed`, too.
+    """
+    days = days_from(FIRST_DAY, count)
+    if state.ledger.exists():
+        raise StateInUse(f"{state.demo} holds a ledger already: the story begins with an empty state folder")
+    with set_stage(state, clock, choose_ports()) as stage:
+        play = _Play(stage, days, Random(seed))  # noqa: S311 - Repeatable on purpose.
+        whole = state.demo / "whole.duckdb"
+        shutil.copy(state.warehouse, whole)
+        _replace(state.warehouse, whole, _EARLY)
+        play.round("none")
+        clock.say("A third of the rows arrives, a twentieth is corrected, some are deleted")
+        _replace(state.warehouse, whole, _CHANGES)
+        play.round("completed")
+        before = {source.name: stage.sandbox.writing_requests(source) for source in SOURCES}
+        play.round("completed")
+        lines = [_line(stage, source, days, before[source.name]) for source in SOURCES]
+        return OrderVerdict(lines, play.runs(), play.without_interval(), clock.elapsed)
+
+
+def _replace(warehouse: Path, whole: Path, changes: Sequence[str]) -> None:
+    """Put a changed copy of the whole warehouse in its place, at once: whoever reads goes on with what was there."""
+    copy = warehouse.with_name("changed.duckdb")
+    shutil.copy(whole, copy)
+    with closing(duckdb.connect(str(copy))) as connection:
+        for table, key, quantity, step in _TABLES:
+            number = f"CAST(split_part({key}, '-', 2) AS BIGINT)"
+            words = {"table": table, "number": number, "regular": f"{number} < 900000000", "quantity": quantity}
+            for change in changes:
+                connection.execute(change.format(step=step, **words))
+    copy.replace(warehouse)
+
+
+def _line(stage: Stage, source: DemoSource, days: Sequence[date], writing_before: int) -> SourceVerdict:
+    owed = owed_by_account(stage.state.warehouse, source.name, days)
+    billed = stage.sandbox.billed(source)
+    span = Period(source.midnight(days[0]), source.midnight(days[-1] + timedelta(days=1)))
+    listed: dict[str, Decimal] = {}
+    with closing(Ledger.connect(f"sqlite:///{stage.state.ledger}")) as book:
+        items = book.open_items(source.name, span)
+    for account, quantity in zip(items["account"], items["quantity"], strict=True):
+        listed[account] = listed.get(account, Decimal()) + Decimal(quantity)
+    accounts = owed.keys() | billed.keys() | listed.keys()
+    nothing = Decimal()
+    off = [billed.get(one, nothing) + listed.get(one, nothing) - owed.get(one, nothing) for one in accounts]
+    return SourceVerdict(
+        source.name,
+        sum(owed.values(), nothing),
+        sum(billed.values(), nothing),
+        sum(listed.values(), nothing),
+        sum(map(abs, off), nothing),
+        stage.sandbox.writing_requests(source) - writing_before,
+    )
+
+
+def table(verdict: OrderVerdict) -> str:
+    """The closing table, for people."""
+    head = ("source", "owed", "billed", "listed", "wrong", "sent again")
+    rows = [
+        (
+            line.source,
+            *(f"{figure:f}" for figure in (line.owed, line.billed, line.listed, line.wrong)),
+            str(line.sent_again),
+        )
+        for line in verdict.sources
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    runs = ", ".join(f"{count} {kind}" for kind, count in verdict.runs.items())
+    return "\n".join(
+        [*lines, f"runs: {runs}; one without an interval {verdict.without_interval}; {verdict.seconds:.0f} s"]
+    )
+
+
+def main() -> int:
+    """Tell the story; the exit status is 0 only if everything was billed or listed, and nothing was sent again."""
+    parser = argparse.ArgumentParser(description="Bill days in any order in real Airflow, while the warehouse changes.")
+    parser.add_argument("--days", type=int, default=29, help="how many days of October (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the chance that chooses blocks and directions")
+    parser.add_argument("--state", type=Path, help="keep all state in this folder, which must hold none yet")
+    arguments = parser.parse_args()
+    limit = 300 + 40 * arguments.days
+    try:
+        with interruptible(), _folder(arguments.state) as folder:
+            verdict = any_order(State.inside(folder), Clock(time.monotonic(), limit), arguments.days, arguments.seed)
+            print(f"\n{table(verdict)}\n")
+            (folder / "demo" / "any_order.json").write_text(json.dumps(asdict(verdict), indent=2, default=str))
+    except Interrupted as interrupted:
+        print(f"Ended by {interrupted}.")
+        return 130
+    except (NotSignedIn, ProgramFailed, StateInUse, TookTooLong, requests.RequestException) as error:
+        print(f"FAILED: {error}", file=sys.stderr)
+        return 1
+    print("Everything owed is billed, or listed by name." if verdict.good else "FAILED: see the table.")
+    return 0 if verdict.good else 1
+
+
+@contextmanager
+def _folder(state: Path | None) -> Iterator[Path]:
+    """The given folder, or one that is gone afterwards."""
+    if state is not None:
+        yield state.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="any-order-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
