@@ -139,7 +139,7 @@ class _Play:
         # that was looking at one of them ends; those of a paused DAG it leaves alone.
         self.crash.airflow.pause(dag_ids, paused=True)
         for source in self.sources:
-            self.crash.airflow.backfill(source, days[0], days[-1])
+            self.crash.airflow.backfill(source.dag_id, source.midnight(days[0]), source.midnight(days[-1]))
         self.crash.airflow.pause(dag_ids, paused=False)
         self.clock.say(f"Ordered {days[0]} to {days[-1]} of {', '.join(source.name for source in self.sources)}")
 

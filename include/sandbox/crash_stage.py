@@ -7,7 +7,6 @@ take their time over each request.
 
 import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +14,13 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-import requests
 import yaml
 from airflow_api import AirflowApi, Run
 from stage import WORLDS, Clock, Stage, choose_ports, set_stage
 from state import CHECKOUT, Ports, State, environment
-from verdict import SOURCES, DemoSource
+from verdict import SOURCES
 
 RETRIES = 200
-_PAUSES = (2, 5, 10, 20, 30)
-"""Seconds until an order that met an open backfill is tried again."""
 
 _DAG = '''"""Airflow DAG: bill {source}, with tasks that are tried again {retries} times, a second after they died."""
 
@@ -69,30 +65,6 @@ class Pace:
 
 class CrashAirflow(AirflowApi):
     """Airflow's API, with the orders that only the crash stories give."""
-
-    def backfill(self, source: DemoSource, first: date, last: date) -> None:
-        """Order one run for each day, both ends included; days that were run already are run again.
-
-        Airflow takes one open backfill per DAG and notices late that one has ended, so a conflict is asked about again.
-        """
-        order = {
-            "dag_id": source.dag_id,
-            # With their offset: a bare date means UTC, and New York's last midnight would fall outside.
-            "from_date": source.midnight(first).isoformat(),
-            "to_date": source.midnight(last).isoformat(),
-            "reprocess_behavior": "completed",
-            "max_active_runs": 4,
-        }
-        for pause in (*_PAUSES, None):
-            self.forget_open_backfills(source.dag_id)
-            try:
-                self._ask("POST", "/backfills", json=order)
-            except requests.HTTPError as refused:
-                if pause is None or refused.response.status_code != requests.codes.conflict:
-                    raise
-                time.sleep(pause)
-            else:
-                return
 
     def clear_failed(self, run: Run) -> None:
         """Run the failed tasks of a run again, and what waits for them."""
