@@ -23,7 +23,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.plan import plan
 from usage_billing.reconcile import Reconciliation, reconcile
-from usage_billing.records import Comparison, Period, Plan
+from usage_billing.records import Comparison, Period, Plan, Reading
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, load_source
 from usage_billing.staging import Staging
@@ -138,6 +138,15 @@ class House:
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         return Comparison(reading, periods, totals, targets, accepted.rows, found.quarantined.rows, accepted), folder
+
+    def looked(self, source: BillingSource, interval: Period, events: Iterable[Event]) -> Comparison:
+        """Validate and aggregate for a look: without a number, and without a word to the ledger."""
+        destination, periods = self.destination(source), source.periods(interval)
+        extracted = self.staging.write("looked", "events", [as_table(source, list(events))])
+        found = validate(extracted, source, periods, destination.resolve, self.staging, "looked")
+        accepted, targets = found.accepted, found.targets
+        totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, "looked")
+        return Comparison(Reading(0), periods, totals, targets, accepted.rows, found.quarantined.rows, accepted)
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
         """Plan what was compared."""

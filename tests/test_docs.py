@@ -251,6 +251,10 @@ ELSEWHERE = {
         "tests/integration/test_floor.py",
         "test_a_deduction_that_a_person_wrote_off_is_never_made",
     ),
+    "usage-billing preview api_calls --from 2026-10-05 --to 2026-10-06": (
+        "tests/integration/test_flow.py",
+        "test_the_preview_command_says_what_the_run_then_sends",
+    ),
     "make demo": ("tests/acceptance/test_demo.py", "test_first_demo_bills_what_is_owed"),
     "make up": ("tests/test_docs.py", "test_up_prints_address_and_login_and_ends_on_ctrl_c"),
 }

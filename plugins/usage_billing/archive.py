@@ -48,6 +48,10 @@ class Archive:
     def __init__(self, root: Folder) -> None:
         self._root = root
 
+    def aside(self, root: Folder) -> "Archive":
+        """Return an archive that reads what is kept here and writes below `root` alone: for a plan that only looks."""
+        return _Aside(root, self)
+
     def write(self, folder: str, events: pa.Table) -> Archived:
         """Keep `events` (columns of `EVENTS`) below `folder`, and return where they are; the same again writes nothing.
 
@@ -90,3 +94,14 @@ class Archive:
             "it they could be billed again, so nothing more is sent: restore it from a backup. Every worker needs the "
             "same archive_path (section [usage_billing])"
         )
+
+
+class _Aside(Archive):
+    """What a dry run would keep, in a place of its own, before what is kept already."""
+
+    def __init__(self, root: Folder, kept: Archive) -> None:
+        super().__init__(root)
+        self._kept = kept
+
+    def read(self, kept: Archived) -> pa.Table:
+        return self._kept.read(kept) if self._content(kept.path) is None else super().read(kept)

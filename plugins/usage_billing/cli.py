@@ -1,4 +1,4 @@
-"""The command `usage-billing`: look after the ledger, create the pools, check the sources, run the sandbox."""
+"""The command `usage-billing`: preview, look after the ledger, create pools, check sources, run the sandbox."""
 
 import argparse
 import getpass
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from usage_billing.errors import NeedsDecision, UsageBillingError
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
     from usage_billing.destinations.base import Destination
     from usage_billing.ledger import Lease
+    from usage_billing.staging import Staging
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--counted", type=Decimal, help="with accepted: how much of it the site counts")
     decide.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
     decide.set_defaults(command=_ledger_decide)
+
+    preview = commands.add_parser("preview", help="tell what a run would send; sends nothing, and writes nothing down")
+    preview.add_argument("source", help="the billing source")
+    preview.add_argument("--from", dest="first", help="first day, in the source's billing zone", **days)
+    preview.add_argument("--to", dest="after", help="day after the last one", **days)
+    preview.add_argument("--items", type=Path, metavar="FILE", help="write every proposed delivery there, as CSV")
+    preview.set_defaults(command=_preview)
 
     pools = commands.add_parser("pools", help="create the Airflow pool of every billing site")
     pools.set_defaults(command=_pools)
@@ -128,7 +137,7 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
             book.register(source.name, destination.site, source.definition())
             mark = marker.read(area, source.name)
             book.number_above(mark.extraction if mark else 0)
-        comparison = _read_warehouse(destination, periods, None if options.dry_run else held.lease)
+        comparison = _read_warehouse(destination, periods, area, "locate", None if options.dry_run else held.lease)
         reason = reason_of(book.now())
         found = adopt(comparison, destination, book, area, reason, dry_run=options.dry_run)
         told = _told(source.name, comparison.window, found, comparison.rows_quarantined)
@@ -145,16 +154,48 @@ _ADVICE = (
 )
 
 
-def _read_warehouse(destination: "Destination", periods: Sequence[Period], lease: "Lease | None") -> Comparison:
-    """Read whole usage periods by the ordinary stages; the extraction has a number only under a lease."""
+def _preview(options: argparse.Namespace) -> str:
+    """Plan what the days owe as if they were read last, in a folder that is removed; tell what would be sent."""
+    from usage_billing.adopt import periods_of  # noqa: PLC0415
+    from usage_billing.chunks import plan_events  # noqa: PLC0415
+    from usage_billing.installation import billing_source, destination_of, ledger  # noqa: PLC0415
+    from usage_billing.plan import plan  # noqa: PLC0415
+    from usage_billing.preview import preview, write_items  # noqa: PLC0415
+    from usage_billing.staging import Staging  # noqa: PLC0415
+
+    source, book = billing_source(options.source), ledger()
+    destination = destination_of(source)
+    book.agrees(source.name, destination.site, source.definition())
+    periods = periods_of(source, options.first, options.after, book.now())
+    with TemporaryDirectory(prefix="usage-billing-") as folder:
+        area = Staging(Path(folder))
+        if destination.stream:
+            destination.archive = destination.kept().aside(Path(folder) / "archive")
+        comparison = _read_warehouse(destination, periods, area, "resolve", None)
+        how = plan_events if destination.stream else plan
+        found = how(comparison, destination, book, area, source.name)
+        told = "\n".join(preview(found, comparison, destination, book, area).lines())
+        if options.items is not None:
+            with options.items.open("w", encoding="utf-8", newline="") as file:
+                told += f"\n{write_items(found, destination, area, file)} items written to {options.items}"
+    return told
+
+
+def _read_warehouse(
+    destination: "Destination", periods: Sequence[Period], area: "Staging", look: str, lease: "Lease | None"
+) -> Comparison:
+    """Read whole usage periods by the ordinary stages; the extraction has a number only under a lease.
+
+    `look` names the destination's method by which accounts are looked up.
+    """
     from airflow.sdk import BaseHook  # noqa: PLC0415
 
     from usage_billing.aggregate import aggregate  # noqa: PLC0415
     from usage_billing.extract import extract, open_reader  # noqa: PLC0415
-    from usage_billing.installation import ledger, staging  # noqa: PLC0415
+    from usage_billing.installation import ledger  # noqa: PLC0415
     from usage_billing.validate import validate  # noqa: PLC0415
 
-    source, book, area, window = destination.source, ledger(), staging(), Period.around(periods)
+    source, book, window = destination.source, ledger(), Period.around(periods)
     warehouse = BaseHook.get_hook(source.settings.warehouse)
     reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
     number = book.begin_extraction(lease, source.name, window, window) if lease else 0
@@ -162,14 +203,13 @@ def _read_warehouse(destination: "Destination", periods: Sequence[Period], lease
     events = extract(reader, source, area, folder)
     began = book.now()
     destination.check()
-    found = validate(events, source, periods, destination.locate, area, folder)
-    reading = Reading(number)
+    found = validate(events, source, periods, getattr(destination, look), area, folder)
+    reading, aside = Reading(number), found.quarantined
     if lease:
         book.record_read(number, events.rows)
-        aside = found.quarantined
         reading = book.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
     totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder)
-    return Comparison(reading, tuple(periods), totals, found.targets, found.accepted.rows, found.quarantined.rows)
+    return Comparison(reading, tuple(periods), totals, found.targets, found.accepted.rows, aside.rows, found.accepted)
 
 
 def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -> str:

@@ -1,5 +1,6 @@
 """The shipped DAGs in Airflow itself: parsed by a DagBag, run by `dag.test` and by their operators."""
 
+import csv
 import json
 import logging
 import subprocess
@@ -16,8 +17,12 @@ import pytest
 from airflow.sdk.exceptions import AirflowSkipException
 
 from stories import CHECKOUT, HASTY, SITES, WORLDS
+from usage_billing.cli import main
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.hooks import MaxioHook
+from usage_billing.installation import ledger
+from usage_billing.preview import ITEM_COLUMNS
+from usage_billing.records import Period
 from usage_billing.sandbox import Sandbox
 
 pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns about itself in a dozen places.
@@ -190,6 +195,38 @@ def test_operators_hand_over_plain_json_and_bill(installation: SimpleNamespace) 
     run_tasks()
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
     assert installation.sandbox.requests("maxio:us:acme")["writing"] == 2
+
+
+def test_the_preview_command_says_what_the_run_then_sends(
+    installation: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It needs no run before it, leaves neither reading nor file, and lists each delivery on demand."""
+    span = ["preview", "api_calls", "--from", "2026-10-05", "--to", "2026-10-06"]
+    assert main([*span, "--items", str(tmp_path / "items.csv")]) == 0
+    told = capsys.readouterr().out
+    assert "would send 2 deliveries, 17 in all" in told
+    items = list(csv.DictReader((tmp_path / "items.csv").read_text().splitlines()))
+    assert sorted(item["quantity"] for item in items) == ["10", "7"]
+    assert ledger().sources() == []
+    assert not (tmp_path / "staging").exists()
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 0
+    run_tasks()
+    accepted = ledger().accepted("api_calls", Period(*DAY))
+    assert sorted(accepted["token"]) == sorted(item["token"] for item in items)
+    assert main([*span, "--items", str(tmp_path / "items.csv")]) == 0
+    assert (tmp_path / "items.csv").read_text().splitlines() == [",".join(ITEM_COLUMNS)]
+    assert "would send 0 deliveries, 0 in all" in capsys.readouterr().out
+
+
+def test_the_preview_command_of_days_without_rows_says_so(
+    installation: SimpleNamespace,  # noqa: ARG001
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing read, nothing sent; and a day that is not over yet is refused."""
+    assert main(["preview", "api_calls", "--from", "2026-10-20", "--to", "2026-10-21"]) == 0
+    assert "0 rows accepted" in capsys.readouterr().out
+    assert main(["preview", "api_calls", "--from", "2096-10-20", "--to", "2096-10-21"]) == 1
+    assert "no usage period" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

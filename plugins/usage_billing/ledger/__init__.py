@@ -120,18 +120,18 @@ class Ledger:
                 statement = self._insert(source).values(row)
                 connection.execute(statement.on_conflict_do_nothing())
                 return
-        before = {"site": known.site, **json.loads(known.definition)}
-        after = {"site": site, **json.loads(found)}
-        changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-        if changed:
-            raise Misconfigured.all_at_once(
-                f"billing source {name!r} has history in the ledger, and its definition changed",
-                [
-                    f"{key}: was {json.dumps(before.get(key))}, is now {json.dumps(after.get(key))}; "
-                    "put it back, or bill the change as a new source whose bill_from is the day of the change"
-                    for key in changed
-                ],
-            )
+        _raise_if_changed(known, site, found)
+
+    def agrees(self, name: str, site: str, definition: Mapping[str, Any]) -> None:
+        """Check that a source still bills the same, as `register` does, and write nothing.
+
+        Raises:
+            Misconfigured: as `register`.
+        """
+        with self._reading() as connection:
+            known = connection.execute(select(source).where(source.c.name == name)).one_or_none()
+        if known is not None:
+            _raise_if_changed(known, site, json.dumps(definition, sort_keys=True))
 
     def sources(self) -> list[str]:
         """Return the names of all sources that were ever registered, sorted."""
@@ -240,12 +240,17 @@ class Ledger:
     def begin_comparison(self, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
         """Declare that a reading is being compared for `periods`; earlier ones then send none.
 
-        Return the periods for which a later one was compared: this one has no say about them.
+        Return the periods for which a later one was compared: this one has no say about them. A reading without a
+        number is a look of a dry run: it counts as the newest, and nothing is written down.
 
         Raises:
             Stale: those are all of them.
             Misconfigured: a period overlaps another that was compared, so rows would be billed under both.
         """
+        if not reading.extraction:
+            with self._reading() as connection:
+                _raise_if_overlapping(connection, name, periods)
+            return frozenset()
         rows = [{"source": name, "period_start": p.start, "period_end": p.end, **asdict(reading)} for p in periods]
         statement = self._insert(compared_period)
         given = tuple_(statement.excluded.extraction, statement.excluded.validation)
@@ -265,6 +270,12 @@ class Ledger:
                 )
             connection.execute(upsert, rows)
         return stale
+
+    def compared_before(self, name: str, moment: datetime) -> Period | None:
+        """Return the last usage period of a source that was compared and ends by `moment`, None if there is none."""
+        with self._reading() as connection:
+            row = connection.execute(queries.compared_before(name, moment)).first()
+        return None if row is None else Period(row.period_start, row.period_end)
 
     def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
         """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
@@ -624,6 +635,21 @@ class Ledger:
             if moved != len(some):
                 return False
         return True
+
+
+def _raise_if_changed(known: Any, site: str, definition: str) -> None:
+    before = {"site": known.site, **json.loads(known.definition)}
+    after = {"site": site, **json.loads(definition)}
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    if changed:
+        raise Misconfigured.all_at_once(
+            f"billing source {known.name!r} has history in the ledger, and its definition changed",
+            [
+                f"{key}: was {json.dumps(before.get(key))}, is now {json.dumps(after.get(key))}; "
+                "put it back, or bill the change as a new source whose bill_from is the day of the change"
+                for key in changed
+            ],
+        )
 
 
 def bases(standing: pd.DataFrame) -> dict[datetime, str]:

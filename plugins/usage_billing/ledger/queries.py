@@ -75,6 +75,12 @@ def newer_comparisons(source: str, reading: Reading, span: Period) -> Select[Any
     return touching(source, span).where(read_as(compared_period) > given)
 
 
+def compared_before(source: str, moment: Any) -> Select[Any]:
+    """Select the last usage period of a source that was compared and ends by a moment."""
+    ours = select(compared_period).where(compared_period.c.source == source, compared_period.c.period_end <= moment)
+    return ours.order_by(compared_period.c.period_end.desc()).limit(1)
+
+
 def read_as(table: Any) -> Tuple:
     """Return the columns by which readings are ordered."""
     return tuple_(table.c.extraction, table.c.validation)
