@@ -556,9 +556,9 @@ def test_the_example_source_bills(example: Path, installed: SimpleNamespace, mon
         if row.component == "storage-gb" and row.billed
     }
     assert billed == {"acct-0001": Decimal("19.50"), "acct-0002": Decimal("19.75")}
-    by_state, open_items, by_token, extractions = _documented_sql(installed.ledger)
+    by_state, open_items, by_token, extractions, approvals = _documented_sql(installed.ledger)
     assert by_state == [("storage", "accepted", 2)]
-    assert (open_items, by_token) == ([], [])
+    assert (open_items, by_token, approvals) == ([], [], [])
     (row,) = extractions
     assert row[3:5] == (40, 1)
     assert "a reading is negative" in row[5]

@@ -27,7 +27,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.ledger import Ledger, bases
 from usage_billing.periods import locate
-from usage_billing.records import Comparison, Period, Plan, Reading, State, Tally
+from usage_billing.records import UNAPPROVED, Comparison, Period, Plan, Reading, State, Tally
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import event_tokens, identity, uniqueness_token
 
@@ -527,6 +527,7 @@ class _Writer:
             return last.state in {State.HELD, State.WRITTEN_OFF}
         # What was held right before it was sent would be held again: these are the answers of then, not of now.
         held_since = last.state is State.HELD and last.reason not in _WHY_HELD
+        held_since &= not last.reason.startswith(UNAPPROVED)
         return (last.state is State.RESERVED or held_since) and last.reading == self.book.reading
 
     @staticmethod

@@ -2,11 +2,14 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from airflow.sdk import (
     DAG,
     BaseNotifier,
+    BaseOperator,
     CronDataIntervalTimetable,
     ExceptionRetryPolicy,
     Param,
@@ -25,7 +28,7 @@ from usage_billing.operators import (
     ValidateOperator,
 )
 from usage_billing.pools import pool_name
-from usage_billing.sources import source_names
+from usage_billing.sources import BillingSource, source_names
 from usage_billing.sweep import ListDoubtsOperator, SweepOperator
 
 # Years back: Airflow ends a manual run dated before it green, without a task. `bill_from` says what is owed.
@@ -45,7 +48,8 @@ _RETRIES = ExceptionRetryPolicy(
 def billing_dag(source: str) -> DAG:
     """Return the DAG ``bill_<source>``, which bills one source for each data interval of its schedule.
 
-    Tasks that call the billing site take its pool, one slot for each request they make at once.
+    Tasks that call the billing site take its pool, one slot for each request they make at once. A source that says
+    ``approval: true`` has one more, which asks a person between plan and deliver.
 
     Raises:
         Misconfigured: with every fault of the source's files; Airflow shows it as an import error.
@@ -72,11 +76,28 @@ def billing_dag(source: str) -> DAG:
         validate = ValidateOperator(task_id="validate", source=source, reference=extract.output, **site)
         aggregate = AggregateOperator(task_id="aggregate", source=source, reference=validate.output)
         plan = PlanOperator(task_id="plan", source=source, reference=aggregate.output, **site)
+        planned = _approved(definition, plan, site) if settings.approval else plan
         deliver = DeliverOperator(
-            task_id="deliver", source=source, reference=plan.output, pool_slots=destination.threads, **site
+            task_id="deliver", source=source, reference=planned.output, pool_slots=destination.threads, **site
         )
         ReconcileOperator(task_id="reconcile", source=source, reference=deliver.output, **site)
     return dag
+
+
+def _approved(definition: BillingSource, plan: PlanOperator, site: Mapping[str, Any]) -> BaseOperator:
+    """Return the task that asks a person about what `plan` proposes."""
+    from usage_billing.asking import ApproveOperator  # noqa: PLC0415 - Most DAGs ask nobody, and each parse would pay.
+
+    settings = definition.settings
+    hours = settings.approval_timeout_hours
+    return ApproveOperator(
+        task_id="approve",
+        source=definition.name,
+        reference=plan.output,
+        timeout=None if hours is None else timedelta(hours=hours),
+        approvers=settings.approvers,
+        **site,
+    )
 
 
 _PARAMS = {

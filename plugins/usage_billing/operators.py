@@ -4,7 +4,7 @@ Each works alone in anybody's DAG; `flow.billing_dag` composes them. Nothing hap
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -61,6 +61,15 @@ class StageOperator(BaseOperator):
             raise Misconfigured(f"{type(self).__name__} of source {self.source!r} was handed a run of {run.source!r}")
         # In each task: a setting or a connection that was changed since the last one would bill under other names.
         return run, _registered(billing_source(self.source))
+
+    @staticmethod
+    def planned(run: Run, destination: Destination) -> tuple[Plan, Comparison]:
+        """Return what a run would send now, its totals against the ledger as that is by now; and what it compared.
+
+        Raises:
+            Stale: a later reading has the say.
+        """
+        return _plan(run, destination), _comparison(run, destination.source)
 
 
 class ExtractOperator(StageOperator):
@@ -177,7 +186,9 @@ class DeliverOperator(StageOperator):
 
         Raises:
             InDoubt: deliveries are still in doubt after the wait; the retry asks again.
+            NeedsDecision: the source wants an approval, and the ledger has none for what would be sent.
         """
+        from usage_billing.approve import Approved  # noqa: PLC0415
         from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
         from usage_billing.workers import Means  # noqa: PLC0415
 
@@ -186,11 +197,16 @@ class DeliverOperator(StageOperator):
         window = _comparison(run, source).window
         # The tally of the plan did not travel, so it is taken to be blocked: one comparison more tells.
         first = Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1))
+        within: Callable[[Plan], Plan] = _as_it_is
+        if source.settings.approval:
+            approved = Approved(source.name, run.reading, first.proposals, book, staging())
+            approved.check()
+            within = approved.within
         manners = Manners(threads=min(source.destination.threads, destination.client.settings.concurrency))
         with marked(book, staging(), source.name, run.number):
             done = deliver(
                 first,
-                lambda: _plan(run, destination),
+                lambda: within(_plan(run, destination)),
                 run.reading,
                 window,
                 destination,
@@ -314,6 +330,10 @@ def _plan(run: Run, destination: Destination) -> Plan:
 
     how = plan_events if destination.stream else plan
     return how(_comparison(run, destination.source), destination, ledger(), staging(), run.folder)
+
+
+def _as_it_is(plan: Plan) -> Plan:
+    return plan
 
 
 def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:

@@ -15,7 +15,7 @@ from usage_billing import quantities
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
 from usage_billing.ledger import ADOPTED, Ledger
-from usage_billing.records import Comparison, Plan, Staged, State, Tally
+from usage_billing.records import UNAPPROVED, Comparison, Plan, Staged, State, Tally
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
@@ -159,7 +159,7 @@ def _propose(
     # It is judged with what this extraction knows of the site, unless its own delivery knew better; what a balance
     # takes is asked each time.
     judged_again = (state == State.HELD) & same & ~stays
-    judged_again &= ~this_one | (difference < 0)
+    judged_again &= ~this_one | (difference < 0) | compared["reason"].astype(str).str.startswith(UNAPPROVED)
     stays |= (state == State.HELD) & same & ~judged_again
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)

@@ -65,6 +65,18 @@ DECIDED = "decided on "
 """How the reason of a delivery begins that a person has decided about."""
 
 
+UNAPPROVED = "not approved: "
+"""How the reason of a delivery begins that a person was asked about, and did not approve. Each plan asks again."""
+
+
+class Decision(StrEnum):
+    """How the question about a plan ended."""
+
+    APPROVED = "approved"
+    REJECTED = "rejected"
+    TIMED_OUT = "timed_out"
+
+
 class State(StrEnum):
     """Where a delivery stands; the ledger alone moves it."""
 
@@ -113,6 +125,22 @@ class Reading:
     def __str__(self) -> str:
         again = f", validated for the {self.validation}. time" if self.validation > 1 else ""
         return f"extraction {self.extraction}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class Approval:
+    """What was decided about the deliveries that a plan of one reading would send, which `digest` names; who, and when.
+
+    `by` is empty where nobody answered in time.
+    """
+
+    source: str
+    reading: Reading
+    digest: str
+    decision: Decision
+    by: str
+    note: str
+    decided_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

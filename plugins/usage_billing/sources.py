@@ -110,6 +110,9 @@ class SourceSettings(Settings):
     naive_times: Annotated[ZoneInfo, BeforeValidator(_zone)] | None = None
     batch_rows: int = Field(default=100_000, ge=1)
     max_withdraw_share: float = Field(default=0.10, ge=0, le=1)
+    approval: bool = False
+    approval_timeout_hours: float | None = Field(default=None, gt=0)
+    approvers: tuple[str, ...] = ()
     quarantine: QuarantineLimits = QuarantineLimits()
 
     @model_validator(mode="after")
@@ -127,6 +130,8 @@ class SourceSettings(Settings):
                 f"lookback is {self.lookback}, and with period: interval a run has no earlier usage periods to read: "
                 "set it to 0, or choose hour, day, week or month"
             )
+        if not self.approval and (self.approvers or self.approval_timeout_hours is not None):
+            raise ValueError("approvers and approval_timeout_hours need approval: true, without which nobody is asked")
         reserved = {"event_id", "time", "account", "quantity", "reasons"}
         if clash := reserved.intersection(self.dimensions):
             raise ValueError(f"dimensions may not be called {', '.join(sorted(clash))}: rename the column in usage.sql")

@@ -20,7 +20,7 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import Lease, Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import PERSON_DECIDES, Period, Reading, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Decision, Period, Reading, Receipt, State
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -524,3 +524,33 @@ def test_a_person_ends_a_doubt(world: SimpleNamespace, outcome: State, counted: 
     assert len(world.ledger.resumable("calls", 10)) == resumes
     if counted:
         assert world.ledger.accepted("calls", DAY)["applied"].tolist() == [counted]
+
+
+def test_the_last_word_about_a_plan_counts_for_that_plan_alone(world: SimpleNamespace) -> None:
+    """Who decided, when and why is kept; another reading, another validation or another digest has no answer."""
+    reading, other = extraction(world), extraction(world)
+    ledger, digest = world.ledger, "a" * 64
+    assert ledger.decision("calls", reading, digest) is None
+    ledger.record_decision("calls", reading, digest, Decision.REJECTED, "vera", "too much")
+    world.clock.now += MINUTE
+    written = ledger.record_decision("calls", reading, digest, Decision.APPROVED, "max")
+    assert ledger.decision("calls", reading, digest) == written
+    assert (written.decision, written.by, written.note, written.decided_at) == ("approved", "max", "", world.clock.now)
+    ledger.record_decision("calls", other, digest, Decision.TIMED_OUT)
+    assert ledger.decision("calls", reading, digest) == written
+    assert ledger.decision("calls", Reading(reading.extraction, 7), digest) is None
+    assert ledger.decision("calls", reading, "b" * 64) is None
+    assert ledger.decision("others", reading, digest) is None
+
+
+def test_a_reading_without_a_number_declares_nothing(world: SimpleNamespace) -> None:
+    """A look makes no plan stale, is stale to none, and finds periods that overlap all the same."""
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    assert world.ledger.begin_comparison("calls", Reading(0), [DAY]) == frozenset()
+    assert world.ledger.outdated("calls", reading, [DAY]) == frozenset()
+    half = Period(DAY.start, DAY.start + 30 * MINUTE)
+    with pytest.raises(Misconfigured, match="overlap"):
+        world.ledger.begin_comparison("calls", Reading(0), [half])
+    assert world.ledger.compared_before("calls", DAY.end) == DAY
+    assert world.ledger.compared_before("calls", DAY.end - MINUTE) is None

@@ -35,8 +35,18 @@ from sqlalchemy.exc import IntegrityError
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger import queries
-from usage_billing.ledger.tables import compared_period, delivery, extraction, lease, ledger, source
-from usage_billing.records import PERSON_DECIDES, Delivery, Extraction, Period, Reading, Receipt, State
+from usage_billing.ledger.tables import approval, compared_period, delivery, extraction, lease, ledger, source
+from usage_billing.records import (
+    PERSON_DECIDES,
+    Approval,
+    Decision,
+    Delivery,
+    Extraction,
+    Period,
+    Reading,
+    Receipt,
+    State,
+)
 
 __all__ = ["ADOPTED", "Lease", "Ledger", "Reserved", "bases"]
 
@@ -293,6 +303,26 @@ class Ledger:
         )
         with self._reading() as connection:
             return connection.execute(statement).first() is not None
+
+    # --- approving ---------------------------------------------------------------------------------------------------
+
+    def record_decision(
+        self, name: str, reading: Reading, digest: str, decision: Decision, by: str = "", note: str = ""
+    ) -> Approval:
+        """Write down what was decided about the deliveries of a plan, which `digest` names, and by whom."""
+        row = {"source": name, **asdict(reading), "digest": digest, "decision": decision, "note": note}
+        with self._writing() as connection:
+            row |= {"decided_by": by, "decided_at": self._now(connection)}
+            connection.execute(insert(approval).values(row))
+        return Approval(name, reading, digest, decision, by, note, row["decided_at"])
+
+    def decision(self, name: str, reading: Reading, digest: str) -> Approval | None:
+        """Return the last that was decided about the deliveries that `digest` names, None if nobody was asked."""
+        with self._reading() as connection:
+            row = connection.execute(queries.approvals(name, reading, digest).limit(1)).first()
+        if row is None:
+            return None
+        return Approval(name, reading, digest, Decision(row.decision), row.decided_by, row.note, row.decided_at)
 
     # --- delivering --------------------------------------------------------------------------------------------------
 

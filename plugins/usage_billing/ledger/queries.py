@@ -22,7 +22,7 @@ from sqlalchemy import (
     update,
 )
 
-from usage_billing.ledger.tables import UtcDateTime, compared_period, delivery, lease
+from usage_billing.ledger.tables import UtcDateTime, approval, compared_period, delivery, lease
 from usage_billing.records import Period, Reading, State
 
 
@@ -84,6 +84,12 @@ def compared_before(source: str, moment: Any) -> Select[Any]:
 def read_as(table: Any) -> Tuple:
     """Return the columns by which readings are ordered."""
     return tuple_(table.c.extraction, table.c.validation)
+
+
+def approvals(source: str, reading: Reading, digest: str) -> Select[Any]:
+    """Select what was decided about one plan, the last word first."""
+    this_one = and_(read_as(approval) == tuple_(reading.extraction, reading.validation), approval.c.digest == digest)
+    return select(approval).where(approval.c.source == source, this_one).order_by(approval.c.number.desc())
 
 
 _TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until reason"

@@ -24,9 +24,9 @@ from sqlalchemy import (
     text,
 )
 
-from usage_billing.records import State, check_aware
+from usage_billing.records import Decision, State, check_aware
 
-SCHEMA_VERSION = "0003"
+SCHEMA_VERSION = "0005"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -123,6 +123,28 @@ compared_period = Table(
     Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
     Column("validation", Integer, nullable=False, server_default="0"),
 )
+
+_decisions = ", ".join(f"'{decision}'" for decision in Decision)
+
+approval = Table(
+    "approval",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("source", String(80), ForeignKey("source.name"), nullable=False),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("validation", Integer, nullable=False),
+    Column(
+        "digest", String(64), nullable=False, comment="Names the deliveries that were shown, with their quantities."
+    ),
+    Column("decision", String(16), nullable=False),
+    Column("decided_by", Text, nullable=False, server_default="", comment="Empty where nobody answered in time."),
+    Column("note", Text, nullable=False, server_default=""),
+    Column("decided_at", UtcDateTime, nullable=False),
+    CheckConstraint(f"decision IN ({_decisions})", name="approval_decision"),
+    sqlite_autoincrement=True,
+)
+# The same may be asked again after a no: of several answers the last one counts.
+Index("approval_by_plan", approval.c.source, approval.c.extraction, approval.c.digest, approval.c.number)
 
 _states = ", ".join(f"'{state}'" for state in State)
 _open_states = text("state IN ({})".format(", ".join(f"'{state}'" for state in OPEN_STATES)))

@@ -1,0 +1,96 @@
+"""Approval: what a person was shown may be sent, and nothing else.
+
+The ledger keeps the answer beside a digest of what was shown, so that a deliver which is tried again goes on without
+asking, wherever it runs; and a delivery that nobody approved is listed by name until a later plan asks again.
+"""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from usage_billing.destinations.base import Destination
+from usage_billing.errors import NeedsDecision
+from usage_billing.ledger import Ledger
+from usage_billing.preview import digest_of, going_of
+from usage_billing.records import UNAPPROVED, Approval, Decision, Plan, Reading, Staged, State
+from usage_billing.staging import Staging
+
+_NAMED = 3
+
+
+class Approved:
+    """The deliveries of one plan, as far as a person has approved them."""
+
+    def __init__(self, source: str, reading: Reading, proposals: Staged, ledger: Ledger, staging: Staging) -> None:
+        self._source = source
+        self._reading = reading
+        self._proposals = proposals
+        self._ledger = ledger
+        self._staging = staging
+
+    def check(self) -> None:
+        """Make sure that they were approved; what sends nothing needs no approval.
+
+        Raises:
+            NeedsDecision: nobody approved them, or they were rejected; nothing was sent.
+        """
+        digest, going = digest_of(self._proposals, self._staging)
+        if not going:
+            return
+        last = self._ledger.decision(self._source, self._reading, digest)
+        if last is None or last.decision is not Decision.APPROVED:
+            raise NeedsDecision(
+                f"{going} deliveries of {self._source!r} wait for an approval, and the ledger has "
+                f"{'none' if last is None else told(last)}: nothing was sent; clear the plan, which asks for it"
+            )
+
+    def within(self, again: Plan) -> Plan:
+        """Return a plan that was made anew during the delivery, if it sends nothing that was not approved.
+
+        Raises:
+            NeedsDecision: it would; of that, nothing is written down or sent.
+        """
+        beyond: list[str] = []
+        for part in self._staging.read(again.proposals):
+            beyond += sorted(self._unknown(part))
+        if beyond:
+            shown = ", ".join(line.split()[0] for line in beyond[:_NAMED])
+            raise NeedsDecision(
+                f"{len(beyond)} deliveries of {self._source!r} are not what was approved any more (tokens {shown}"
+                f"{', ...' if len(beyond) > _NAMED else ''}), since something moved under them; the others "
+                "went, these did not: clear the plan, which asks about them"
+            )
+        return again
+
+    def _unknown(self, part: pa.Table) -> set[str]:
+        unknown = set(going_of(part))
+        parts: Iterator[pa.Table] = self._staging.read(self._proposals)
+        for approved in parts:
+            if not unknown:
+                break
+            unknown.difference_update(going_of(approved))
+        return unknown
+
+
+def turn_down(plan: Plan, decided: Approval, destination: Destination, ledger: Ledger, staging: Staging) -> int:
+    """List by name what a plan would have sent, as held with who said no; return how many deliveries that are.
+
+    What has moved since the plan is left as it is: whoever moved it has the say.
+    """
+    reason = f"{UNAPPROVED}{told(decided)}"
+    listed = 0
+    for part in staging.read(plan.proposals):
+        frame = part.to_pandas()
+        sends = frame["state"] == State.RESERVED
+        frame = frame.assign(state=frame["state"].mask(sends, State.HELD), reason=frame["reason"].mask(sends, reason))
+        ledger.reserve(decided.source, destination.site, decided.reading, frame)
+        listed += int(sends.sum())
+    return listed
+
+
+def told(decided: Approval) -> str:
+    """Return a decision in words: what, by whom, when, and why."""
+    when = f"{decided.decided_at:%Y-%m-%d %H:%M} UTC"
+    if decided.decision is Decision.TIMED_OUT:
+        return f"no answer until {when}"
+    return f"{decided.decision} by {decided.by} on {when}" + (f": {decided.note}" if decided.note else "")
