@@ -14,6 +14,7 @@ from airflow.sdk.exceptions import AirflowSkipException, TaskAwaitingInput
 from usage_billing.approve import told, turn_down
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import Stale
+from usage_billing.guard import unusual
 from usage_billing.installation import ledger, staging
 from usage_billing.operators import StageOperator
 from usage_billing.preview import digest_of, preview
@@ -84,9 +85,11 @@ class ApproveOperator(StageOperator, ApprovalOperator):
         looked = preview(found, compared, destination, book, area)
         decided = book.decision(run.source, run.reading, looked.digest) if looked.going else None
         if looked.going and (decided is None or decided.decision is not Decision.APPROVED):
-            for line in looked.lines():
+            strange = unusual(found, compared, run.interval, destination, book, area)
+            for line in [*looked.lines(), *(f"unusual: {line}" for line in strange)]:
                 self.log.info(line)
-            self._ask(looked.digest, looked.markdown(), context)
+            body = "\n\n".join([*(f"**Unusual:** {line}" for line in strange), looked.markdown()])
+            self._ask(looked.digest, body, context)
         self.log.info("%s", told(decided) if decided else "nothing to send, so nobody is asked")
         return run.with_table("proposals", found.proposals)
 

@@ -163,10 +163,20 @@ class PlanOperator(StageOperator):
     """Compare what is owed with what the ledger holds, and say what would be sent; sends and reserves nothing."""
 
     def stage(self, context: Context) -> Run:  # noqa: ARG002
-        """Stage the proposals and log the tally."""
+        """Stage the proposals and log the tally.
+
+        Raises:
+            NeedsDecision: the plan is unusual, and nobody is asked about it before it is delivered.
+        """
+        from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
+
         run, destination = self.handed_over()
-        found = _plan(run, destination)
+        found, compared = self.planned(run, destination)
         _log_tally(self.log, found.tally, destination)
+        _stop_or_warn(self.log, unusual(found, compared, run.interval, destination, ledger(), staging()), destination)
+        # Only what was not stopped tells later plans what is usual.
+        owed = owed_by_period(compared, destination, staging())
+        ledger().record_owed(run.source, run.reading, owed)
         return run.with_table("proposals", found.proposals)
 
 
@@ -345,6 +355,18 @@ def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:
         )
     if not book.has(source.name, window, State.RESERVED, State.HELD, State.REFUSED):
         raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
+
+
+def _stop_or_warn(log: Any, unusual: Sequence[str], destination: Destination) -> None:
+    """Stop a plan that is unusual; where a person is asked about it before it is delivered, only say so."""
+    if unusual and not destination.source.settings.approval:
+        raise NeedsDecision.all_at_once(
+            f"this plan of {destination.source.name!r} is unusual, and nothing of it was sent; look at what it would "
+            "send with `usage-billing preview`; if it is right, raise the key in source.yaml and clear the plan",
+            unusual,
+        )
+    for line in unusual:
+        log.warning("unusual: %s", line)
 
 
 def _log_tally(log: Any, tally: Tally, destination: Destination) -> None:

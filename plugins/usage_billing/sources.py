@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from zoneinfo import ZoneInfo, available_timezones
@@ -78,6 +79,13 @@ class QuarantineLimits(Settings):
     max_rows: int = Field(default=10_000, ge=0)
 
 
+class FirstRun(Settings):
+    """What the first plan of a source that has billed nothing yet may come to without a person's yes."""
+
+    max_days: int = Field(default=62, ge=1)
+    max_quantity: Decimal | None = Field(default=None, gt=0)
+
+
 class DestinationSettings(Settings):
     """What every destination asks of ``source.yaml``; each destination adds its own keys."""
 
@@ -110,6 +118,9 @@ class SourceSettings(Settings):
     naive_times: Annotated[ZoneInfo, BeforeValidator(_zone)] | None = None
     batch_rows: int = Field(default=100_000, ge=1)
     max_withdraw_share: float = Field(default=0.10, ge=0, le=1)
+    first_run: FirstRun = FirstRun()
+    max_multiple: Decimal | None = Field(default=None, gt=1)
+    backfill_horizon_days: int | None = Field(default=None, ge=1)
     approval: bool = False
     approval_timeout_hours: float | None = Field(default=None, gt=0)
     approvers: tuple[str, ...] = ()

@@ -554,3 +554,15 @@ def test_a_reading_without_a_number_declares_nothing(world: SimpleNamespace) -> 
         world.ledger.begin_comparison("calls", Reading(0), [half])
     assert world.ledger.compared_before("calls", DAY.end) == DAY
     assert world.ledger.compared_before("calls", DAY.end - MINUTE) is None
+
+
+def test_what_periods_owed_is_kept_exactly_and_the_newest_first(world: SimpleNamespace) -> None:
+    """To the last digit, without the periods that owed nothing or of which nothing is known."""
+    reading = extraction(world)
+    days = [Period(DAY.start + timedelta(days=n), DAY.end + timedelta(days=n)) for n in range(4)]
+    world.ledger.begin_comparison("calls", reading, days)
+    exact = Decimal("12345678901234567890.123456789")
+    world.ledger.record_owed("calls", reading, {days[0]: exact, days[1]: Decimal(0), days[2]: Decimal(7)})
+    assert world.ledger.usually_owed("calls", days[3].end, 31) == [Decimal(7), exact]
+    assert world.ledger.usually_owed("calls", days[3].end, 1) == [Decimal(7)]
+    assert world.ledger.usually_owed("calls", days[1].end, 31) == [exact]

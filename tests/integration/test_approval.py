@@ -351,3 +351,25 @@ def test_the_dag_asks_between_plan_and_deliver(desk: Desk) -> None:
         billing_dag("api_calls")
     desk.source.write_text(text[: text.index("approval:")])
     assert "approve" not in billing_dag("api_calls").task_ids
+
+
+def test_an_unusual_plan_stops_where_nobody_is_asked_anyway(desk: Desk) -> None:
+    """With every key at once, and nothing at the site; raised, it goes."""
+    text = desk.source.read_text().replace("approval: true\n", "")
+    desk.source.write_text(f"{text}first_run: {{max_quantity: 6}}\n")
+    with pytest.raises(NeedsDecision, match=r"(?s)clear the plan: 1 fault.*first_run.max_quantity = 6: .*would bill 7"):
+        desk.plan()
+    assert (desk.writing, desk.listed()) == (0, [])
+    desk.source.write_text(f"{text}first_run: {{max_quantity: 7}}\n")
+    desk.run("deliver", "reconcile", reference=desk.plan())
+    assert desk.billed == {"acct-0001": Decimal(3), "acct-0002": Decimal(4)}
+
+
+def test_where_a_person_is_asked_the_yes_counts_for_what_is_unusual(desk: Desk) -> None:
+    """The question begins with it, and no key has to be raised."""
+    with desk.source.open("a") as file:
+        file.write("first_run: {max_quantity: 6}\n")
+    planned = desk.plan()
+    assert desk.ask(planned)["body"].startswith("**Unusual:** first_run.max_quantity = 6: ")
+    desk.run("deliver", "reconcile", reference=desk.answer(planned, "Approve"))
+    assert desk.billed == {"acct-0001": Decimal(3), "acct-0002": Decimal(4)}

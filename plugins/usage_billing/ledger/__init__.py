@@ -281,6 +281,22 @@ class Ledger:
             connection.execute(upsert, rows)
         return stale
 
+    def record_owed(self, name: str, reading: Reading, owed: Mapping[Period, Decimal]) -> None:
+        """Write down what usage periods owe in all, where `reading` is the last one that was compared for them."""
+        rows = [
+            {"start": period.start, "until": period.end, "sum": f"{quantity:f}", "of": name}
+            | {"number": reading.extraction, "outcome": reading.validation}
+            for period, quantity in owed.items()
+        ]
+        with self._writing() as connection:
+            for row in rows:
+                connection.execute(queries.RECORD_OWED, row)
+
+    def usually_owed(self, name: str, before: datetime, most: int) -> list[Decimal]:
+        """Return what the last `most` usage periods that end by `before` owed in all, of those that owed anything."""
+        with self._reading() as connection:
+            return [Decimal(owed) for owed in connection.execute(queries.owed_before(name, before, most)).scalars()]
+
     def compared_before(self, name: str, moment: datetime) -> Period | None:
         """Return the last usage period of a source that was compared and ends by `moment`, None if there is none."""
         with self._reading() as connection:
@@ -296,8 +312,8 @@ class Ledger:
         """
         return self._frame(queries.standing(name, window, low, high))
 
-    def has(self, name: str, window: Period, *states: State) -> bool:
-        """Say whether any delivery for usage periods in `window` stands in one of `states`."""
+    def has(self, name: str, window: Period | None, *states: State) -> bool:
+        """Say whether any delivery for usage periods in `window`, or in all, stands in one of `states`."""
         statement = (
             select(delivery.c.token).where(queries.in_window(name, window), delivery.c.state.in_(states)).limit(1)
         )

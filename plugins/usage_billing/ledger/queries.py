@@ -81,6 +81,13 @@ def compared_before(source: str, moment: Any) -> Select[Any]:
     return ours.order_by(compared_period.c.period_end.desc()).limit(1)
 
 
+def owed_before(source: str, moment: Any, most: int) -> Select[Any]:
+    """Select what the last usage periods of a source that end by a moment owed, where that is known and not nothing."""
+    known = and_(compared_period.c.owed != "", compared_period.c.owed != "0")
+    ours = and_(compared_period.c.source == source, compared_period.c.period_end <= moment)
+    return select(compared_period.c.owed).where(ours, known).order_by(compared_period.c.period_end.desc()).limit(most)
+
+
 def read_as(table: Any) -> Tuple:
     """Return the columns by which readings are ordered."""
     return tuple_(table.c.extraction, table.c.validation)
@@ -119,6 +126,18 @@ RESERVED = (
     )
     .order_by(delivery.c.token)
     .limit(bindparam("most"))
+)
+
+RECORD_OWED = (
+    update(compared_period)
+    .where(
+        compared_period.c.source == bindparam("of"),
+        compared_period.c.period_start == bindparam("start", type_=UtcDateTime()),
+        compared_period.c.period_end == bindparam("until", type_=UtcDateTime()),
+        compared_period.c.extraction == bindparam("number"),
+        compared_period.c.validation == bindparam("outcome"),
+    )
+    .values(owed=bindparam("sum"))
 )
 
 # What was sent, turned out not to be at the site, and still stands: a sweep sends it again.

@@ -122,6 +122,7 @@ compared_period = Table(
     Column("period_end", UtcDateTime, primary_key=True),
     Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
     Column("validation", Integer, nullable=False, server_default="0"),
+    Column("owed", Text, nullable=False, server_default="", comment="All that its last plan owed; empty: not known."),
 )
 
 _decisions = ", ".join(f"'{decision}'" for decision in Decision)

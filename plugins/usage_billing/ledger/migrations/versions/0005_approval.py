@@ -1,4 +1,4 @@
-"""What was decided about a plan before it was delivered: by whom, and when.
+"""What was decided about a plan before it was delivered, by whom and when; and what each usage period owed.
 
 Revision ID: 0005
 """
@@ -15,7 +15,9 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the table; of what was delivered before, nobody was asked."""
+    """Add the table and the column; of what was delivered before, nobody was asked, and its sums are not known."""
+    owed = "All that its last plan owed; empty: not known."
+    op.add_column("compared_period", sa.Column("owed", sa.Text(), server_default="", nullable=False, comment=owed))
     digest = "Names the deliveries that were shown, with their quantities."
     nobody = "Empty where nobody answered in time."
     op.create_table(
