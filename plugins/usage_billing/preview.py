@@ -8,7 +8,7 @@ import csv
 import heapq
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from hashlib import sha256
@@ -21,6 +21,7 @@ import pyarrow as pa
 from usage_billing import quantities
 from usage_billing.archive import Archived
 from usage_billing.destinations.base import Destination
+from usage_billing.errors import NotApplied
 from usage_billing.ledger import Ledger
 from usage_billing.records import Comparison, Period, Plan, Staged, State
 from usage_billing.staging import Spill, Staging
@@ -57,6 +58,8 @@ class Share:
     subscription: str
     component: str
     quantity: Decimal
+    money: Decimal | None = None
+    """By how much the next invoice would grow, in the site's currency; None where the site does not price it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ class Preview:
     unchanged: int
     shares: tuple[Share, ...]
     shares_rest: Rest
+    money: str
     last: Period
     before: Period | None
     movers: tuple[Mover, ...]
@@ -129,9 +133,9 @@ class Preview:
         for title, cases in (("held", self.held), ("open from before", self.open_before)):
             lines += [f"{title}: {case.count} {self.what}, {_text(case.quantity)}: {case.label}" for case in cases]
         lines += self._rest(self.held_rest, "held for other reasons")
-        lines += [f"largest: {one.subscription}, {one.component}: {_text(one.quantity)}" for one in self.shares]
+        lines += [f"largest: {one.subscription}, {one.component}: {_share(one)}" for one in self.shares]
         lines += self._rest(self.shares_rest, "subscriptions")
-        lines.append(self._compared())
+        lines += [self.money, self._compared()]
         lines += [f"moved: {one.subscription}, {one.component}: {_moved(one)}" for one in self.movers]
         return lines + self._rest(self.movers_rest, "subscriptions that moved")
 
@@ -150,10 +154,10 @@ class Preview:
             parts += ["What is not sent:", _table(("", self.what, "quantity", "why"), stays)]
         parts += self._rest(self.held_rest, "held for other reasons")
         if self.shares:
-            shares = [(one.subscription, one.component, _text(one.quantity)) for one in self.shares]
-            parts += ["The largest:", _table(("subscription", "component", "quantity"), shares)]
+            shares = [(one.subscription, one.component, _text(one.quantity), _money(one.money)) for one in self.shares]
+            parts += ["The largest:", _table(("subscription", "component", "quantity", "money"), shares)]
         parts += self._rest(self.shares_rest, "subscriptions")
-        parts.append(self._compared())
+        parts += [self.money, self._compared()]
         if self.movers:
             movers = [
                 (one.subscription, one.component, _text(one.before), _text(one.now), f"{_text(one.change, sign=True)}")
@@ -195,6 +199,7 @@ def preview(plan: Plan, comparison: Comparison, destination: Destination, ledger
                 for frame in _accepted(before, destination, ledger):
                     aside.add(frame, _BEFORE)
         largest = _largest(aside, destination.source.settings.meter.decimals)
+    largest["shares"], money = _priced(largest["shares"], destination)
     held, held_rest = tallied.held()
     digest, going = digest_of(plan.proposals, staging)
     return Preview(
@@ -214,6 +219,7 @@ def preview(plan: Plan, comparison: Comparison, destination: Destination, ledger
         before=before,
         going=going,
         digest=digest,
+        money=money,
         **largest,
     )
 
@@ -457,6 +463,22 @@ class _Top:
         return self._sum - sum(entry[1] for entry in self._entries)
 
 
+def _priced(shares: Sequence[Share], destination: Destination) -> tuple[tuple[Share, ...], str]:
+    """Return the named shares with what they are worth, as far as the site says it, and a line about that."""
+    more = {share.subscription: share.quantity for share in shares}
+    if len(more) != len(shares):  # Which of a subscription's components is asked about, the answer does not say.
+        return tuple(shares), "money: not asked, since subscriptions have several components"
+    try:
+        worth = destination.priced(more)
+    except NotApplied as failure:
+        return tuple(shares), f"money: the site could not be asked ({failure})"
+    if worth is None:
+        return tuple(shares), f"money: no documented call of {destination.name} prices usage that is not there yet"
+    total = _money(sum(worth.values(), Decimal(0)))
+    told = f"money: {total} more on the next renewals of {len(worth)} of the {len(shares)} named, by the site's preview"
+    return tuple(replace(share, money=worth.get(share.subscription)) for share in shares), told
+
+
 # --- the usage period before ------------------------------------------------------------------------------------------
 
 
@@ -501,6 +523,14 @@ def _text(quantity: Decimal, *, sign: bool = False) -> str:
     """Return a quantity in plain digits, thousands apart, without zeros at its end."""
     text = f"{quantity:+,f}" if sign else f"{quantity:,f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _share(one: Share) -> str:
+    return _text(one.quantity) + ("" if one.money is None else f", which is {_money(one.money)} more")
+
+
+def _money(amount: Decimal | None) -> str:
+    return "" if amount is None else f"{amount:,.2f}"
 
 
 def _moved(one: Mover) -> str:

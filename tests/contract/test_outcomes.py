@@ -570,7 +570,9 @@ SOUND: dict[str, Any] = {
     "/subscriptions/7/events.json": [
         {"event": {"id": 9, "created_at": "2026-10-05T00:00:00-05:00", "event_specific_data": NOTED}}
     ],
-    "/subscriptions/7/renewals/preview.json": {"renewal_preview": {"line_items": [{"component_id": 61001}]}},
+    "/subscriptions/7/renewals/preview.json": {
+        "renewal_preview": {"line_items": [{"component_id": 61001, "amount_in_cents": 5}]}
+    },
 }
 """What a site answers to each question when all is well."""
 
@@ -638,6 +640,7 @@ QUESTIONS: dict[str, tuple[Callable[[Any], Any], set[str]]] = {
         lambda site: metered(site).recheck([DEDUCTION], NOW),
         {ONE, LINE_OF_ONE},
     ),
+    "metered, price": (lambda site: metered(site).priced({"7": Decimal(2)}), {CATALOGUE, LINE_OF_ONE, PREVIEW}),
     "metered, settle a deduction": (lambda site: metered(site).settle([DEDUCTION], NOW), {USAGES, NOTES}),
     "events, resolve": (lambda site: streamed(site).resolve(["acct"]), {BY_HANDLE, BY_REFERENCE, PREVIEW}),
     "events, resolve by id": (lambda site: streamed(site, "subscription_id").resolve(["7"]), {BY_HANDLE, ONE, PREVIEW}),
@@ -674,6 +677,7 @@ MOMENTS = (None, True, 7, "odd", "2026-10-05T00:00:00", "20261005", [], {})
 ODD_FIELDS: dict[str, tuple[object, ...]] = {
     "id": NUMBERS,
     "component_id": NUMBERS,
+    "amount_in_cents": NUMBERS,
     "state": WORDS,
     "kind": WORDS,
     "current_period_started_at": (*MOMENTS, "2026-12-01T00:00:00-05:00"),

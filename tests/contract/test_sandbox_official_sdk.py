@@ -21,6 +21,8 @@ from advancedbilling.models.event_key import EventKey
 from advancedbilling.models.include_not_null import IncludeNotNull
 from advancedbilling.models.list_subscription_components_include import ListSubscriptionComponentsInclude
 from advancedbilling.models.prepaid_usage_allocation_detail import PrepaidUsageAllocationDetail
+from advancedbilling.models.renewal_preview_component import RenewalPreviewComponent
+from advancedbilling.models.renewal_preview_request import RenewalPreviewRequest
 from advancedbilling.models.sorting_direction import SortingDirection
 from advancedbilling.models.subscription_state_filter import SubscriptionStateFilter
 
@@ -195,6 +197,8 @@ def test_site_and_preview(acme: AdvancedBillingClient) -> None:
     assert acme.sites.read_site().site.subdomain == "acme"
     preview = acme.subscription_status.preview_renewal(50100001).renewal_preview
     assert preview.total_in_cents == 300
+    supposed = RenewalPreviewRequest(components=[RenewalPreviewComponent(component_id=61001, quantity=2500)])
+    assert acme.subscription_status.preview_renewal(50100001, supposed).renewal_preview.total_in_cents == 500
 
 
 def test_invoices(acme: AdvancedBillingClient, sandbox: Sandbox) -> None:

@@ -323,3 +323,47 @@ def test_items_have_their_documented_columns(house: House, source: BillingSource
     assert {item["period_start"][-1] for item in items} == {"Z"}
     assert all(item["subscription"] and item["component"] for item in items)
     assert all(bool(item["event_id"]) == bool(house.destination(source).stream) for item in items)
+
+
+def test_the_site_itself_prices_a_metered_component(house: House, tmp_path: Path) -> None:
+    """What the preview says the next invoices grow by, to the cent, they have grown by after the run."""
+    source = shipped("api_calls")
+    house.run(source, a_day(source, 5), usage(source, 5, "1000"))
+    before, writing = invoices(house, source), house.writing_requests(source)
+    day, events = a_day(source, 6), usage(source, 6, "50000")
+    told, _ = look(house, source, day, events, tmp_path / "look")
+    assert house.writing_requests(source) == writing
+    assert [share.money for share in told.shares] == [Decimal(cents) / 100 for cents in (10001, 10000, 10000)]
+    assert "money: 300.01 more on the next renewals of 3 of the 3 named" in told.money
+    assert "| 50,002 | 100.01 |" in told.markdown()
+    house.run(source, day, events)
+    assert invoices(house, source) - before == Decimal("300.01")
+
+
+def invoices(house: House, source: BillingSource) -> Decimal:
+    """Return what the next renewals of the three accounts come to, by the site's plain preview."""
+    destination = house.destination(source)
+    numbers = [int(target.subscription) for target in destination.resolve(ACCOUNTS[source.name])]
+    component = int(destination.resolve(ACCOUNTS[source.name][:1])[0].component)
+    lines = [row for number in numbers for row in destination.client._renewal_lines(number, "{}")]
+    return sum(
+        (Decimal(row["amount_in_cents"]) / 100 for row in lines if row.get("component_id") == component), Decimal(0)
+    )
+
+
+def test_a_balance_with_decimals_is_not_priced(house: House) -> None:
+    """The call takes whole numbers only: no answer is better than one to another question."""
+    destination = house.destination(shipped("api_calls"))
+    (target,) = destination.resolve(["acct-0001"])
+    assert destination.priced({target.subscription: Decimal("0.5")}) == {}
+    assert destination.priced({target.subscription: Decimal(500)}) == {target.subscription: Decimal(1)}
+    assert destination.priced({target.subscription: Decimal(-500)}) == {target.subscription: Decimal(0)}
+
+
+@pytest.mark.parametrize("name", ["platform_events", "voip_minutes"])
+def test_where_the_site_prices_nothing_the_preview_says_so(house: House, tmp_path: Path, name: str) -> None:
+    """A line, and no number."""
+    source = shipped(name)
+    told, _ = look(house, source, a_day(source, 5), usage(source, 5, "3"), tmp_path / "look")
+    assert told.money.startswith("money: no documented call of ")
+    assert {share.money for share in told.shares} == {None}

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from decimal import Decimal
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -159,6 +160,17 @@ class Destination(ABC):
             Misconfigured, NotApplied: the site could not be asked.
         """
         return {}
+
+    def priced(self, more: Mapping[str, Decimal]) -> Mapping[str, Decimal] | None:
+        """Return by how much each subscription's next invoice would grow, in the site's currency, with so much more.
+
+        It is the site's own reckoning, asked without writing anything. A subscription that it does not price is left
+        out; None where no documented call prices usage that is not there yet.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked.
+        """
+        return None
 
     @abstractmethod
     def encode(self, proposals: pd.DataFrame) -> pd.Series:

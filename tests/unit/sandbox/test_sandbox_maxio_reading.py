@@ -161,6 +161,28 @@ def test_renewal_preview_changes_nothing(bench: Any, acme: Any) -> None:
     assert acme.post("subscriptions/50100090/renewals/preview.json").status_code == 422
 
 
+def test_renewal_preview_prices_what_it_is_told_to_suppose(bench: Any, acme: Any) -> None:
+    """Only the components that are named, with their own quantities and price points, beside the plan; no write."""
+    acme.use(1500)
+    bench.reset_requests()
+    path = "subscriptions/50100001/renewals/preview.json"
+
+    def suppose(*components: dict[str, Any]) -> list[tuple[Any, int]]:
+        lines = acme.post(path, {"components": list(components)}).json()["renewal_preview"]["line_items"]
+        return [(row["component_handle"], row["amount_in_cents"]) for row in lines if row["kind"] != "baseline"]
+
+    assert suppose({"component_id": 61001, "quantity": 2500}) == [("api-calls", 500)]
+    assert suppose({"component_id": "handle:api-calls", "quantity": 2000, "price_point_id": 71002}) == [
+        ("api-calls", 300)
+    ]
+    assert suppose() == [("api-calls", 300)]
+    for odd in (1.5, -1, "7", None):
+        assert acme.post(path, {"components": [{"component_id": 61001, "quantity": odd}]}).status_code == 422
+    assert acme.post(path, {"components": [{"component_id": 99, "quantity": 1}]}).status_code == 404
+    assert acme.balance() == 1500
+    assert bench.requests(acme.site)["writing"] == 0
+
+
 def test_unknown_paths_are_404(acme: Any, bench: Any) -> None:
     """Paths outside the documents, deletes of usages and unknown sites are 404."""
     assert acme.get("nothing.json").status_code == 404

@@ -4,6 +4,7 @@ Paths, limits and the meaning of replies follow Maxio's public API reference: "S
 "Events-Based Billing", "Duplicate Prevention" and "API Access: Error Handling".
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
@@ -342,15 +343,40 @@ class MaxioSite:
         Raises:
             Refused: the site previews no renewal of this subscription; it may end, or be gone.
         """
+        return frozenset(str(row.get("component_id")) for row in self._renewal_lines(subscription_id, "{}"))
+
+    def renewal_cents(
+        self, subscription_id: int, component_id: int, quantity: int, price_point: str = ""
+    ) -> int | None:
+        """Return what the next renewal would charge for one component, in cents, if its quantity were `quantity`.
+
+        Of a metered component that is its balance. The site documents whole numbers only. None where it shows no line
+        for the component.
+
+        Raises:
+            Refused: as `renewal_components`.
+        """
+        supposed: Json = {"component_id": int(component_id), "quantity": quantity}
+        if price_point:
+            supposed["price_point_id"] = int(price_point)
+        lines = self._renewal_lines(subscription_id, json.dumps({"components": [supposed]}))
+        amounts = [row.get("amount_in_cents") for row in lines if str(row.get("component_id")) == str(component_id)]
+        cents = [amount for amount in amounts if isinstance(amount, int) and not isinstance(amount, bool)]
+        if len(cents) != len(amounts):
+            call = f"preview the renewal of subscription {subscription_id}"
+            raise self._unreadable(call, "an amount is no whole number of cents")
+        return sum(cents) if cents else None
+
+    def _renewal_lines(self, subscription_id: int, body: str) -> list[Json]:
         call = f"preview the renewal of subscription {subscription_id}"
         path = f"/subscriptions/{int(subscription_id)}/renewals/preview.json"
-        found = self._main.read(call, path, body="{}", also=(_NO_PREVIEW,))
+        found = self._main.read(call, path, body=body, also=(_NO_PREVIEW,))
         if found is None:
             raise Refused(f"{self.settings.site}: {call}: HTTP 404: the subscription is gone")
         preview = found.get("renewal_preview") if isinstance(found, dict) and not found.get("errors") else None
         if not isinstance(preview, dict):
             raise self._unreadable(call, "the answer is no preview")
-        return frozenset(str(row.get("component_id")) for row in self._rows(call, preview, "line_items"))
+        return list(self._rows(call, preview, "line_items"))
 
     def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
         """Yield what the site noted about a subscription, the newest first; a usage shows here with some delay.

@@ -151,6 +151,29 @@ class MaxioMetered(MaxioDestination):
         found = self.client.subscription_component(subscription_id, component_id) or {}
         return exact_number(found.get("unit_balance")) or Decimal(0)
 
+    def priced(self, more: Mapping[str, Decimal]) -> Mapping[str, Decimal] | None:
+        """Let the site preview the next renewal with the balance of now, and with so much more.
+
+        It takes whole numbers only, so a balance with decimals is not priced.
+        """
+        component, found = int(self._component["id"]), {}
+        for subscription, quantity in more.items():
+            now = self._balance(int(subscription), component)
+            then = max(now + quantity, Decimal(0))
+            if now != int(now) or then != int(then):
+                continue
+            try:
+                before, after = (
+                    self.client.renewal_cents(int(subscription), component, int(balance), self._price_point)
+                    for balance in (now, then)
+                )
+            except Refused:
+                continue  # Its renewal cannot be previewed; that keeps nobody from sending usage.
+            # Of no usage there may be no line; of some there has to be one.
+            if (before is not None or not now) and (after is not None or not then):
+                found[subscription] = Decimal((after or 0) - (before or 0)).scaleb(-2)
+        return found
+
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return the body of a create-usage request: the token is the first word of the memo, and on the top level."""
         point = by_value(

@@ -10,9 +10,19 @@ from usage_billing.sandbox.billing import Account, next_period
 from usage_billing.sandbox.books import Row
 from usage_billing.sandbox.clock import midnight, parse_instant
 from usage_billing.sandbox.wire import Call, Route, json_reply
+from usage_billing.sandbox.world import Component
 
 from .billing import DRAWN
-from .lookups import MaxioSite, NotFound, Unprocessable, day_param, paging, whole_param
+from .lookups import (
+    MaxioSite,
+    NotFound,
+    Unprocessable,
+    body_object,
+    day_param,
+    named_price_point,
+    paging,
+    whole_param,
+)
 
 # Rows are shown to the second, so they are compared to the second.
 _SECOND = "created_at / 1000000 * 1000000"
@@ -34,13 +44,20 @@ class Activity:
         )
 
     def preview_renewal(self, call: Call, subscription: str) -> Response:
-        """`POST /subscriptions/{id}/renewals/preview.json`: what the open period would invoice; changes nothing."""
+        """`POST /subscriptions/{id}/renewals/preview.json`: what the open period would invoice; changes nothing.
+
+        With `components` in the body, what it would invoice if these, and no others, had the quantities given there.
+        """
         account = self.site.account(subscription)
         if not account.live:
             raise Unprocessable("The subscription is not active.")
         family = self.site.views.family(account.id)
-        lines = [*self.site.biller.open_lines(account)[account.id]]
-        if self.site.switches["preview_shows_unused"] == "yes":
+        supposed = (body_object(call) if call.body else {}).get("components")
+        if supposed:
+            lines = self.site.biller.supposed_lines(account, self._supposed(account, supposed))
+        else:
+            lines = [*self.site.biller.open_lines(account)[account.id]]
+        if not supposed and self.site.switches["preview_shows_unused"] == "yes":
             lines += self.site.biller.unused_lines(account, {line.component_id for line in lines})
         ahead = next_period(self.site.world, account)
         past = (account.period_start, account.period_end)
@@ -62,6 +79,23 @@ class Activity:
             "line_items": rows,
         }
         return json_reply({"renewal_preview": preview})
+
+    def _supposed(self, account: Account, rows: object) -> list[tuple[Component, int, int]]:
+        """Return components with the quantity and the price point to suppose; quantities are whole numbers."""
+        found = []
+        for row in rows if isinstance(rows, list) else [rows]:
+            if not isinstance(row, dict):
+                raise Unprocessable("Components: is invalid.")
+            part = self.site.component_of(account, str(row.get("component_id")))
+            quantity, given = row.get("quantity", 0), row.get("price_point_id")
+            if not isinstance(quantity, int) or isinstance(quantity, bool) or quantity < 0:
+                raise Unprocessable("Quantity: must be a whole number, and not negative.")
+            if given is None:
+                point = self.site.locked_point(account.id, part.id) or part.default_price_point.id
+            else:
+                point = named_price_point(given, part).id
+            found.append((part, quantity, point))
+        return found
 
     def list_site_events(self, call: Call) -> Response:
         """`GET /events.json`."""

@@ -85,6 +85,11 @@ class MaxioBiller:
             lines[number].append(_line(component, quantity, point))
         return lines
 
+    def supposed_lines(self, account: Account, supposed: Iterable[tuple[Component, int, int]]) -> list[InvoiceLine]:
+        """Return the plan itself and these components, each with the quantity and the price point supposed."""
+        lines = [_line(part, Decimal(quantity), point) for part, quantity, point in supposed]
+        return [self._baseline(account.id), *lines]
+
     def unused_lines(self, account: Account, shown: Collection[int]) -> list[InvoiceLine]:
         """Return a line of nothing for each activated component that is not among those `shown`."""
         rows = self.books.rows(
