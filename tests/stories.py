@@ -1,7 +1,7 @@
 """What the stories in these tests are told with: a sandbox, a ledger, staging, and all six stages in one process."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -110,24 +110,35 @@ class House:
         return found
 
     def totals(
-        self, source: BillingSource, interval: Period, events: Iterable[Event], look: str = "resolve"
+        self,
+        source: BillingSource,
+        interval: Period,
+        events: Iterable[Event],
+        look: str = "resolve",
+        only: Sequence[Period] = (),
     ) -> tuple[Comparison, str]:
         """Extract (the given rows), validate and aggregate; return what a plan compares, and the run's folder.
 
-        `look` names the destination's method by which accounts are looked up.
+        `look` names the destination's method by which accounts are looked up; `only` those usage periods are compared.
         """
-        destination, periods = self.destination(source), source.periods(interval)
+        destination, periods = self.destination(source), only or source.periods(interval)
         window = Period(periods[0].start, periods[-1].end)
         self.ledger.register(source.name, destination.site, source.definition())
         with kept(self.ledger, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(seconds=30)) as held:
             number = self.ledger.begin_extraction(held.lease, source.name, interval, window)
-        return self.validated(source, interval, events, number, look)
+        return self.validated(source, interval, events, number, look, only)
 
     def validated(
-        self, source: BillingSource, interval: Period, events: Iterable[Event], number: int, look: str = "resolve"
+        self,
+        source: BillingSource,
+        interval: Period,
+        events: Iterable[Event],
+        number: int,
+        look: str = "resolve",
+        only: Sequence[Period] = (),
     ) -> tuple[Comparison, str]:
         """Validate and aggregate an extraction; again with other rows, as another suite would part them."""
-        destination, periods = self.destination(source), source.periods(interval)
+        destination, periods = self.destination(source), tuple(only) or source.periods(interval)
         folder = f"{source.name}/{number:08d}"
         table = as_table(source, list(events))
         extracted = self.staging.write(folder, "events", [table])
@@ -169,7 +180,7 @@ class House:
             first or self.plan(source, comparison, folder),
             lambda: self.plan(source, comparison, folder),
             comparison.reading,
-            comparison.window,
+            comparison.periods,
             self.destination(source),
             self.ledger,
             self.staging,

@@ -84,7 +84,7 @@ def plan_events(
     """
     source = destination.source
     stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
-    book = _Book(ledger.standing(source.name, comparison.window), comparison, stale)
+    book = _Book(ledger.standing(source.name, comparison.periods), comparison, stale)
     targets = pa.concat_tables(staging.read(comparison.targets))
     with Spill() as left, Spill() as changed, Spill() as vanished:
         join = _Join(book, destination.events_to_chunk, left, changed, vanished)

@@ -16,7 +16,7 @@ from functools import partial
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
-from usage_billing.records import NOBODY_CAN_TELL, Delivery, Period, Plan, Reading, Receipt, State
+from usage_billing.records import NOBODY_CAN_TELL, Delivery, Plan, Reading, Receipt, State, Window
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
 from usage_billing.workers import Means, Worker
@@ -63,7 +63,7 @@ def deliver(
     first: Plan,
     replan: Callable[[], Plan],
     reading: Reading,
-    window: Period,
+    window: Window,
     destination: Destination,
     ledger: Ledger,
     staging: Staging,
@@ -125,7 +125,7 @@ class _Work:
     def __init__(
         self,
         ready: Callable[[int, str], list[Delivery]],
-        window: Period | None,
+        window: Window | None,
         destination: Destination,
         ledger: Ledger,
         worker: Worker,

@@ -18,7 +18,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.marker import confirm, marked
 from usage_billing.quantities import to_decimal
-from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally
+from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.sources import BillingSource
 
 _LEASE_LASTS, _LEASE_WAIT = timedelta(seconds=30), timedelta(minutes=15)
@@ -107,8 +107,8 @@ class ExtractOperator(StageOperator):
         if not events.rows:
             # What an older extraction reserved is not owed now.
             book.begin_comparison(source.name, Reading(number), periods)
-            _skip_or_ask(book, source, window)
-        return Run(source.name, number, interval, folder, {"events": events})
+            _skip_or_ask(book, source, periods)
+        return Run(source.name, number, interval, folder, {"events": events}, spans=joined(periods))
 
 
 class ValidateOperator(StageOperator):
@@ -122,7 +122,7 @@ class ValidateOperator(StageOperator):
         source = destination.source
         began = ledger().now()
         destination.check()
-        periods = source.periods(run.interval)
+        periods = _compared(run, source)
         try:
             found = validate(run.tables["events"], source, periods, destination.resolve, staging(), run.folder)
         except QuarantineOverLimit as stopped:
@@ -153,7 +153,7 @@ class AggregateOperator(StageOperator):
 
         run, destination = self.handed_over()
         source, site = destination.source, destination.site
-        periods = source.periods(run.interval)
+        periods = _compared(run, source)
         totals = aggregate(run.tables["accepted"], run.tables["targets"], source, site, periods, staging(), run.folder)
         self.log.info("%d rows make %d usage totals", run.tables["accepted"].rows, totals.rows)
         return run.with_table("totals", totals)
@@ -204,7 +204,7 @@ class DeliverOperator(StageOperator):
 
         run, destination = self.handed_over()
         source, book = destination.source, ledger()
-        window = _comparison(run, source).window
+        periods = _compared(run, source)
         # The tally of the plan did not travel, so it is taken to be blocked: one comparison more tells.
         first = Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1))
         within: Callable[[Plan], Plan] = _as_it_is
@@ -218,7 +218,7 @@ class DeliverOperator(StageOperator):
                 first,
                 lambda: within(_plan(run, destination)),
                 run.reading,
-                window,
+                periods,
                 destination,
                 book,
                 staging(),
@@ -233,9 +233,9 @@ class DeliverOperator(StageOperator):
             done.requests,
             done.seconds,
         )
-        left = book.open_items(source.name, window)
+        left = book.open_items(source.name, periods)
         _log_open_items(self.log, left)
-        outdated = [period.start for period in book.outdated(source.name, run.reading, source.periods(run.interval))]
+        outdated = [period.start for period in book.outdated(source.name, run.reading, periods)]
         unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
         unsettled = unsettled[~unsettled["period_start"].isin(outdated)]  # A newer extraction has the say there.
         if not unsettled.empty:
@@ -256,11 +256,11 @@ class ReconcileOperator(StageOperator):
 
         run, destination = self.handed_over()
         source, book = destination.source, ledger()
-        window = _comparison(run, source).window
+        periods = _compared(run, source)
         # The same comparison as before the delivery: by now every key must be settled, or listed with its state.
         unsettled = _plan(run, destination).tally.unsettled
-        found = reconcile(destination, book, window)
-        left = book.open_items(source.name, window)
+        found = reconcile(destination, book, periods)
+        left = book.open_items(source.name, periods)
         states = left["state"].value_counts()
         refused = states.get(State.REFUSED, 0)
         lines = {
@@ -279,7 +279,7 @@ class ReconcileOperator(StageOperator):
             "refused": refused,
             "owed and unlisted": unsettled,
         }
-        self.log.info("closing table of %s, %s", source.name, window)
+        self.log.info("closing table of %s, %s", source.name, Period.around(periods))
         for label, value in lines.items():
             self.log.info("  %-17s %20s", label, value)
         if found.note:
@@ -319,8 +319,14 @@ def _interval(context: Context) -> Period:
         raise Misconfigured(f"params period_start and period_end: {error}") from error
 
 
+def _compared(run: Run, source: BillingSource) -> tuple[Period, ...]:
+    """Return the usage periods that the run has read whole; nothing may be said of any other."""
+    # A run that was under way when this package was upgraded does not name them.
+    return source.periods_of(run.spans) if run.spans else source.periods(run.interval)
+
+
 def _comparison(run: Run, source: BillingSource) -> Comparison:
-    periods = source.periods(run.interval)
+    periods = _compared(run, source)
     tables = run.tables
     accepted = tables["accepted"]
     totals, targets = tables["totals"], tables["targets"]
@@ -346,14 +352,15 @@ def _as_it_is(plan: Plan) -> Plan:
     return plan
 
 
-def _skip_or_ask(book: Ledger, source: BillingSource, window: Period) -> None:
+def _skip_or_ask(book: Ledger, source: BillingSource, periods: Sequence[Period]) -> None:
     """Decide about an interval without rows: nothing to bill, something to take back, or a question for a person."""
-    if book.has(source.name, window, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
+    window = Period.around(periods)
+    if book.has(source.name, periods, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
         raise NeedsDecision(
             f"the warehouse has no rows of {source.name} for {window}, but the ledger has billed some: "
             "if they are really gone, a person has to say so; nothing was withdrawn"
         )
-    if not book.has(source.name, window, State.RESERVED, State.HELD, State.REFUSED):
+    if not book.has(source.name, periods, State.RESERVED, State.HELD, State.REFUSED):
         raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
 
 

@@ -60,7 +60,7 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     def parts() -> Iterator[pa.Table]:
         nonlocal tally
         for low, high, totals in _ranges(comparison.totals, staging):
-            standing = ledger.standing(source.name, comparison.window, low, high)
+            standing = ledger.standing(source.name, comparison.periods, low, high)
             compared = _compare(totals, standing, source.settings.meter.decimals)
             fresh = compared[~compared["period_start"].isin([period.start for period in stale])]
             proposals, found = _propose(fresh.reset_index(drop=True), comparison, destination, targets)

@@ -213,7 +213,7 @@ def preview(plan: Plan, comparison: Comparison, destination: Destination, ledger
         cases=tallied.cases(),
         held=held,
         held_rest=held_rest,
-        open_before=tuple(_open_before(comparison.window, destination, ledger, tallied.superseded)),
+        open_before=tuple(_open_before(comparison.periods, destination, ledger, tallied.superseded)),
         unchanged=plan.tally.unchanged,
         last=last,
         before=before,
@@ -297,7 +297,7 @@ def _settled_before(
     if destination.stream or frame.empty:
         return frozenset()
     low, high = frame["identity"].iloc[0], frame["identity"].iloc[-1] + "~"
-    known = ledger.standing(destination.source.name, comparison.window, low, high)
+    known = ledger.standing(destination.source.name, comparison.periods, low, high)
     settled = known["state"].isin([State.ACCEPTED, State.WRITTEN_OFF])
     return frozenset(known.loc[settled, "identity"])
 
@@ -357,9 +357,11 @@ _STAYS = {
 }
 
 
-def _open_before(window: Period, destination: Destination, ledger: Ledger, superseded: set[str]) -> Iterator[Case]:
+def _open_before(
+    periods: Sequence[Period], destination: Destination, ledger: Ledger, superseded: set[str]
+) -> Iterator[Case]:
     """Yield what is listed in the ledger and stays as it is."""
-    items = ledger.open_items(destination.source.name, window)
+    items = ledger.open_items(destination.source.name, periods)
     items = items[~items["token"].isin(superseded)]
     decimals = destination.source.settings.meter.decimals
     for state, words in _STAYS.items():

@@ -19,7 +19,7 @@ from usage_billing import quantities
 from usage_billing.archive import Archived
 from usage_billing.destinations.base import Destination
 from usage_billing.ledger import Ledger
-from usage_billing.records import DECIDED, Period, SiteRecord, SiteTotal, State
+from usage_billing.records import DECIDED, Period, SiteRecord, SiteTotal, State, Window, joined
 
 _EXAMPLES = 10
 _BATCH = 500
@@ -59,7 +59,7 @@ class Reconciliation:
 def reconcile(
     destination: Destination,
     ledger: Ledger,
-    window: Period,
+    window: Window,
     wait: Callable[[float], object] = time.sleep,
     pauses: Sequence[float] = (2.0, 4.0, 8.0),
 ) -> Reconciliation:
@@ -83,7 +83,7 @@ def reconcile(
     return replace(found, moved=sum(one.deliveries for one in moved), warnings=warnings)
 
 
-def _look(destination: Destination, ledger: Ledger, window: Period) -> Reconciliation:
+def _look(destination: Destination, ledger: Ledger, window: Window) -> Reconciliation:
     accepted = ledger.accepted(destination.source.name, window)
     if accepted.empty:
         return Reconciliation(0, 0, 0, 0, Decimal(0), Decimal(0))
@@ -96,8 +96,15 @@ def _look(destination: Destination, ledger: Ledger, window: Period) -> Reconcili
         why = f"the site computes the {destination.metric} of the events, and no sum of ours can be tied out with that"
         return Reconciliation(0, 0, 0, 0, Decimal(0), Decimal(0), note=why)
     if destination.stream:
-        chunks = _chunks(destination, ledger, accepted["component"].iloc[0], window)
-        billed = sorted({name for some in chunks for name in some.column("subscription").unique().to_pylist()})
+        component = accepted["component"].iloc[0]
+        billed = sorted(
+            {
+                name
+                for span in joined(window)
+                for some in _chunks(destination, ledger, component, span)
+                for name in some.column("subscription").unique().to_pylist()
+            }
+        )
         return _by_total(destination, ledger, billed, window)
     return _by_total(destination, ledger, sorted(accepted["subscription"].unique()), window)
 
@@ -243,13 +250,14 @@ def _whose(record: SiteRecord) -> str:
     )
 
 
-def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], window: Period) -> Reconciliation:
-    totals = [total for total in destination.totals(billed) or [] if _touch(total.period, window)]
+def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], window: Window) -> Reconciliation:
+    spans = joined(window)
+    totals = [total for total in destination.totals(billed) or [] if any(_touch(total.period, span) for span in spans)]
     matched = 0
     ours_sum = theirs_sum = Decimal(0)
     different, missing, unknown = _Found(), _Found(), _Found()
     for subscription in sorted(set(billed) - {total.subscription for total in totals}):
-        missing.add(f"subscription {subscription}: the site gives no total for {window}")
+        missing.add(f"subscription {subscription}: the site gives no total for {Period.around(spans)}")
     for (period, component), some in _grouped(totals).items():
         names = [total.subscription for total in some]
         sums = _sums_here(destination, ledger, names, component, period, (State.ACCEPTED,))

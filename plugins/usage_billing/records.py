@@ -5,7 +5,7 @@ Parquet (`staging.py`); the records here describe them.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -42,6 +42,21 @@ class Period:
 
     def __str__(self) -> str:
         return f"{self.start:%Y-%m-%dT%H:%MZ} to {self.end:%Y-%m-%dT%H:%MZ}"
+
+
+Window = Period | Sequence[Period]
+"""A span of time, or usage periods that may leave gaps: what lies in a gap is not meant."""
+
+
+def joined(window: Window) -> tuple[Period, ...]:
+    """Return the same time as spans in order, periods that touch each other made one."""
+    spans: list[Period] = []
+    for period in [window] if isinstance(window, Period) else sorted(window):
+        if spans and period.start <= spans[-1].end:
+            spans[-1] = Period(spans[-1].start, max(spans[-1].end, period.end))
+        else:
+            spans.append(period)
+    return tuple(spans)
 
 
 def _plain(moment: datetime) -> datetime:
@@ -147,7 +162,8 @@ class Approval:
 class Run:
     """What one task hands to the next: which reading of which data interval, and the tables made so far, by stage.
 
-    JSON all the way, and small whatever the interval: quantities stay in the tables, where they are exact.
+    JSON all the way, and small whatever the interval: quantities stay in the tables, where they are exact. `spans` are
+    the compared usage periods, those that touch each other made one: a period in a gap between them was not read.
     """
 
     source: str
@@ -157,6 +173,7 @@ class Run:
     tables: Mapping[str, Staged]
     rows_quarantined: int = 0
     validation: int = 0
+    spans: tuple[Period, ...] = ()
 
     @property
     def reading(self) -> Reading:
@@ -177,21 +194,25 @@ class Run:
             "tables": {stage: table.to_json() for stage, table in self.tables.items()},
             "rows_quarantined": self.rows_quarantined,
             "validation": self.validation,
+            "spans": [[span.start.isoformat(), span.end.isoformat()] for span in self.spans],
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """Return the run that `to_json` gave."""
-        start, end = (datetime.fromisoformat(moment) for moment in value["interval"])
+        interval, *spans = (
+            Period(*map(datetime.fromisoformat, edges)) for edges in (value["interval"], *value.get("spans", ()))
+        )
         tables = {stage: Staged.from_json(table) for stage, table in value["tables"].items()}
         return cls(
             value["source"],
             value["number"],
-            Period(start, end),
+            interval,
             value["folder"],
             tables,
             value["rows_quarantined"],
-            value.get("validation", 0),  # A run that was under way when this package was upgraded has none.
+            value.get("validation", 0),  # A run that was under way when this package was upgraded has neither.
+            tuple(spans),
         )
 
 
@@ -309,7 +330,7 @@ class SiteTotal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a plan compares: the totals of one reading, for whole usage periods of one source.
+    """What a plan compares: the totals of one reading, for whole usage periods of one source, which may leave gaps.
 
     `events` are the accepted rows themselves; only a source that is billed by raw events needs them.
     """
@@ -324,7 +345,7 @@ class Comparison:
 
     @property
     def window(self) -> Period:
-        """The span of the compared usage periods."""
+        """The span from the first of the compared usage periods to the last: it also holds what was not read."""
         return Period.around(self.periods)
 
 

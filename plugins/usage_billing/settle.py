@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from usage_billing.destinations.base import Answer, Destination
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.ledger import Ledger
-from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Delivery, Period, Receipt, State
+from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Delivery, Receipt, State, Window
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Doubts:
         self,
         destination: Destination,
         ledger: Ledger,
-        window: Period | None = None,
+        window: Window | None = None,
         stopped: Callable[[], bool] = _NEVER,
     ) -> None:
         """Take the site and the ledger; once `stopped` says so, no further question is asked."""

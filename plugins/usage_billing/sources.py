@@ -174,6 +174,11 @@ class BillingSource:
         found = usage_periods(settings.period, settings.timezone, interval, settings.lookback)
         return tuple(period for period in found if period.start >= self.bill_from)
 
+    def periods_of(self, spans: Iterable[Period]) -> tuple[Period, ...]:
+        """Return the usage periods that spans from edge to edge are made of (see `records.joined`), in order."""
+        kind, zone = self.settings.period, self.settings.timezone
+        return tuple(period for span in spans for period in usage_periods(kind, zone, span))
+
     def definition(self) -> dict[str, Any]:
         """Return the settings that name what is billed; they may not change while history hangs on them."""
         settings = self.settings

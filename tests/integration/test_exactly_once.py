@@ -14,6 +14,7 @@ from sqlalchemy import create_engine, text
 from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
 from usage_billing.deliver import Manners, deliver, resume
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied, Stale
+from usage_billing.reconcile import reconcile
 from usage_billing.records import Comparison, Delivery, Period, Plan, Tally
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
@@ -563,3 +564,50 @@ def test_a_renewal_in_the_middle_of_a_page_holds_what_is_left_of_it(house: House
     states = house.states(source, day)
     assert states["held"] > 0, "the renewal was never met, so this proved nothing"
     assert sum(house.billed(source).values()) == 7 * states["accepted"]
+
+
+def two_of_three(source: BillingSource) -> tuple[list[Period], list[Event]]:
+    """Return three days, and the usage of the first and the last."""
+    days = [a_day(source, number) for number in (5, 6, 7)]
+    return days, some_usage(source, days[0]) + some_usage(source, days[2])
+
+
+def only(source: BillingSource, *days: Period) -> list[Period]:
+    """Return the usage periods of some days."""
+    return [period for day in days for period in source.periods(day)]
+
+
+def test_a_day_between_two_that_are_compared_is_left_alone(house: House, source: BillingSource) -> None:
+    """Usage periods that were not read are in the ledger all the same; nothing of theirs has vanished."""
+    days, outer = two_of_three(source)
+    whole = Period(days[0].start, days[2].end)
+    house.run(source, whole, outer + some_usage(source, days[1]))
+    before = house.writing_requests(source)
+    late = usage(source, days[2], {ACCOUNTS[source.name][0]: ["0", "0", "0", "5"]})[3:]
+    comparison, folder = house.totals(source, whole, [*outer, *late], only=only(source, days[0], days[2]))
+    plan = house.plan(source, comparison, folder)
+    assert (plan.tally.new + plan.tally.corrections, plan.tally.held, plan.tally.negative) == (1, 0, 0)
+    house.deliver(source, comparison, folder, first=plan)
+    billed = {account: 3 * total for account, total in expected(source).items()}
+    billed[ACCOUNTS[source.name][0]] += 5
+    assert house.billed(source) == billed
+    assert house.writing_requests(source) == before + 1
+    assert reconcile(house.destination(source), house.ledger, comparison.periods).ties_out
+
+
+def test_a_doubt_of_a_day_that_is_not_compared_keeps_nobody_waiting(house: House) -> None:
+    """What is in the air of a day in the gap is for its own run, and for the sweep."""
+    source = shipped("api_calls")
+    days, outer = two_of_three(source)
+    between, folder = house.totals(source, days[1], some_usage(source, days[1]))
+    reserve(house, source, between, folder)
+    dead = house.ledger.acquire("deliver:dead", "dead", timedelta(hours=1))
+    assert dead is not None
+    ready = house.ledger.reserved(source.name, between.reading, 10)
+    assert len(house.ledger.begin_sending([delivery.token for delivery in ready], dead)) == 3
+    whole = Period(days[0].start, days[2].end)
+    comparison, folder = house.totals(source, whole, outer, only=only(source, days[0], days[2]))
+    done = house.deliver(source, comparison, folder, manners=Manners(patience=timedelta(seconds=2)))
+    assert done.accepted == 6
+    assert done.seconds < 1.0
+    assert house.ledger.open_items(source.name, comparison.periods).empty

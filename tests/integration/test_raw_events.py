@@ -731,3 +731,21 @@ def test_any_extractions_end_with_every_event_billed_once(
             assert house.billed(raw()) == owed(rows)
             assert stored(house) == len(rows)
             assert house.listed(raw(), DAY) == []
+
+
+def test_a_day_between_two_that_are_compared_has_lost_no_event(house: RawHouse) -> None:
+    """A day that was not read is in the ledger all the same: none of its events has vanished, the late one goes."""
+    source = raw()
+    days = [a_day(source, number) for number in (5, 6, 7)]
+    whole = Period(days[0].start, days[2].end)
+    rows = [event for number, day in enumerate(days) for event in events(30, prefix=f"d{number}-", interval=day)]
+    house.run(source, whole, rows)
+    late = events(1, prefix="late", interval=days[2])
+    outer = [event for event in rows if not event.event_id.startswith("d1-")]
+    periods = [period for day in (days[0], days[2]) for period in source.periods(day)]
+    comparison, folder = house.totals(source, whole, outer + late, only=periods)
+    plan = house.plan(source, comparison, folder)
+    assert (plan.tally.new, plan.tally.held, plan.tally.withdrawn) == (1, 0, 0)
+    house.deliver(source, comparison, folder, first=plan)
+    assert house.listed(source, whole) == []
+    assert house.billed(source) == owed(rows + late)

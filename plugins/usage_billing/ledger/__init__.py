@@ -46,6 +46,7 @@ from usage_billing.records import (
     Reading,
     Receipt,
     State,
+    Window,
 )
 
 __all__ = ["ADOPTED", "Lease", "Ledger", "Reserved", "bases"]
@@ -303,7 +304,7 @@ class Ledger:
             row = connection.execute(queries.compared_before(name, moment)).first()
         return None if row is None else Period(row.period_start, row.period_end)
 
-    def standing(self, name: str, window: Period, low: str = "", high: str = "g") -> pd.DataFrame:
+    def standing(self, name: str, window: Window, low: str = "", high: str = "g") -> pd.DataFrame:
         """Return every revision of a source's identities in ``[low, high)`` whose usage period lies in `window`.
 
         Columns: identity, revision, state, quantity, applied (both text), extraction, validation, token, reason,
@@ -312,7 +313,7 @@ class Ledger:
         """
         return self._frame(queries.standing(name, window, low, high))
 
-    def has(self, name: str, window: Period | None, *states: State) -> bool:
+    def has(self, name: str, window: Window | None, *states: State) -> bool:
         """Say whether any delivery for usage periods in `window`, or in all, stands in one of `states`."""
         statement = (
             select(delivery.c.token).where(queries.in_window(name, window), delivery.c.state.in_(states)).limit(1)
@@ -450,12 +451,12 @@ class Ledger:
             values = {"state": State.IN_DOUBT, "reason": "its worker ended before it wrote down an outcome"}
             return connection.execute(sending.where(~alive).values(values)).rowcount
 
-    def doubts(self, name: str, window: Period | None = None) -> list[Delivery]:
+    def doubts(self, name: str, window: Window | None = None) -> list[Delivery]:
         """Return the deliveries in doubt of a source in `window`, or in all, the longest waiting first."""
         statement = select(delivery).where(queries.in_window(name, window), delivery.c.state == State.IN_DOUBT)
         return self._deliveries(statement.order_by(delivery.c.sent_at, delivery.c.token))
 
-    def in_the_air(self, name: str, window: Period | None = None) -> int:
+    def in_the_air(self, name: str, window: Window | None = None) -> int:
         """Return how many deliveries of `window`, or of all, some worker is sending right now."""
         statement = select(func.count()).where(queries.in_window(name, window), delivery.c.state == State.SENDING)
         with self._reading() as connection:
@@ -568,7 +569,7 @@ class Ledger:
 
     # --- reporting ---------------------------------------------------------------------------------------------------
 
-    def accepted(self, name: str, window: Period) -> pd.DataFrame:
+    def accepted(self, name: str, window: Window) -> pd.DataFrame:
         """Return the accepted deliveries of a source in `window`, with quantity as text, sorted by identity."""
         columns = [c for c in delivery.c if c.name not in {"body", "dimensions", "price_point"}]
         statement = select(*columns).where(queries.in_window(name, window), delivery.c.state == State.ACCEPTED)
@@ -632,7 +633,7 @@ class Ledger:
             found = connection.execute(statement.order_by(delivery.c.token)).scalars()
             return [json.loads(address) for address in found]
 
-    def open_items(self, name: str, window: Period) -> pd.DataFrame:
+    def open_items(self, name: str, window: Window) -> pd.DataFrame:
         """Return what is listed by name for `window`: reserved, sending, in doubt, held, refused, and why."""
         states = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD, State.REFUSED)
         statement = select(delivery).where(queries.in_window(name, window), delivery.c.state.in_(states))
