@@ -231,6 +231,18 @@ class Extraction:
 
 
 @dataclass(frozen=True, slots=True)
+class Arrived:
+    """What the warehouse got since the watermark: which usage periods it touches, and up to where it was taken up.
+
+    `watermark` is a moment in UTC or an id, as text; empty where nothing has ever arrived.
+    """
+
+    periods: tuple[Period, ...]
+    rows: int
+    watermark: str
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """Where the usage of one warehouse account is billed, as the site answered today.
 

@@ -20,7 +20,7 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import Lease, Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import PERSON_DECIDES, Decision, Period, Reading, Receipt, State
+from usage_billing.records import PERSON_DECIDES, Arrived, Decision, Period, Reading, Receipt, State
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -566,3 +566,58 @@ def test_what_periods_owed_is_kept_exactly_and_the_newest_first(world: SimpleNam
     assert world.ledger.usually_owed("calls", days[3].end, 31) == [Decimal(7), exact]
     assert world.ledger.usually_owed("calls", days[3].end, 1) == [Decimal(7)]
     assert world.ledger.usually_owed("calls", days[1].end, 31) == [exact]
+
+
+def days(*numbers: int) -> tuple[Period, ...]:
+    """Return days of October 2026."""
+    first = DAY.start - timedelta(days=1)
+    return tuple(Period(first + timedelta(days=day), first + timedelta(days=day + 1)) for day in numbers)
+
+
+def arrival(world: SimpleNamespace, mark: str, *periods: Period) -> Reading:
+    """Return the reading of one more extraction, which saw something arrive."""
+    with kept(world.ledger, "extract:calls", MINUTE) as held:
+        arrived = Arrived(periods, rows=len(periods), watermark=mark)
+        return Reading(world.ledger.begin_extraction(held.lease, "calls", DAY, DAY, arrived))
+
+
+def test_the_watermark_moves_with_the_list_of_touched_periods(world: SimpleNamespace) -> None:
+    """What the watermark has passed stands on the list, in one transaction: without the lease neither moves."""
+    assert (world.ledger.watermark("calls"), world.ledger.touched("calls")) == ("", ())
+    arrival(world, "17", *days(3, 1))
+    lost = world.ledger.acquire("extract:calls", "slow", MINUTE)
+    world.ledger.release(lost)
+    with pytest.raises(NotApplied):
+        world.ledger.begin_extraction(lost, "calls", DAY, DAY, Arrived(days(5), 1, "99"))
+    assert (world.ledger.watermark("calls"), world.ledger.touched("calls")) == ("17", days(1, 3))
+    arrival(world, "18")
+    assert (world.ledger.watermark("calls"), world.ledger.touched("calls")) == ("18", days(1, 3))
+
+
+def test_an_older_run_takes_off_no_newer_arrival(world: SimpleNamespace) -> None:
+    """A period that was touched again since the reading stays on the list, and so does one that it did not compare."""
+    old = arrival(world, "17", *days(1, 2, 3))
+    new = arrival(world, "18", *days(2))
+    assert world.ledger.take_off("calls", old, days(1, 2)) == 1
+    assert world.ledger.touched("calls") == days(2, 3)
+    assert world.ledger.take_off("calls", new, days(2, 3)) == 2
+    assert world.ledger.touched("calls") == ()
+
+
+def test_a_period_that_a_later_reading_was_compared_for_stays_on_the_list(world: SimpleNamespace) -> None:
+    """The later one has the say and may not have planned yet; if it dies, the next run has to take it up."""
+    old = arrival(world, "17", *days(1, 2))
+    new = arrival(world, "17")
+    world.ledger.begin_comparison("calls", new, days(2))
+    assert world.ledger.take_off("calls", old, days(1, 2)) == 1
+    assert world.ledger.touched("calls") == days(2)
+    assert world.ledger.take_off("calls", Reading(new.extraction, 1), days(2)) == 1
+
+
+def test_the_list_may_have_hundreds_of_gaps(world: SimpleNamespace) -> None:
+    """Every other hour of a month is asked for and taken off at once, on either engine."""
+    hours = tuple(Period(DAY.start + 2 * n * MINUTE * 60, DAY.start + (2 * n + 1) * MINUTE * 60) for n in range(400))
+    reading = arrival(world, "17", *hours)
+    world.ledger.begin_comparison("calls", reading, hours)
+    assert world.ledger.standing("calls", hours).empty
+    assert world.ledger.take_off("calls", reading, hours) == 400

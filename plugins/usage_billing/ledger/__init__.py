@@ -35,10 +35,21 @@ from sqlalchemy.exc import IntegrityError
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger import queries
-from usage_billing.ledger.tables import approval, compared_period, delivery, extraction, lease, ledger, source
+from usage_billing.ledger.tables import (
+    approval,
+    compared_period,
+    delivery,
+    extraction,
+    lease,
+    ledger,
+    source,
+    touched_period,
+    watermark,
+)
 from usage_billing.records import (
     PERSON_DECIDES,
     Approval,
+    Arrived,
     Decision,
     Delivery,
     Extraction,
@@ -185,8 +196,13 @@ class Ledger:
 
     # --- extractions -------------------------------------------------------------------------------------------------
 
-    def begin_extraction(self, held: Lease, name: str, interval: Period, window: Period) -> int:
+    def begin_extraction(
+        self, held: Lease, name: str, interval: Period, window: Period, arrived: Arrived | None = None
+    ) -> int:
         """Number an extraction whose snapshot is open; the caller holds the source's extraction lease.
+
+        With `arrived`, in the same transaction, its usage periods go on the list of touched ones, and the watermark
+        moves: what it has passed stands on the list.
 
         Raises:
             NotApplied: the lease was lost meanwhile, so a later snapshot may have an earlier number.
@@ -206,7 +222,47 @@ class Ledger:
                 opened_at=now,
             )
             number: int = connection.execute(statement.returning(extraction.c.number)).scalar_one()
+            if arrived is not None:
+                self._take_up(connection, name, number, arrived)
             return number
+
+    def _take_up(self, connection: Connection, name: str, number: int, arrived: Arrived) -> None:
+        rows = [
+            {"source": name, "period_start": period.start, "period_end": period.end, "extraction": number}
+            for period in arrived.periods
+        ]
+        if rows:
+            touch = self._insert(touched_period)
+            key = ["source", "period_start", "period_end"]
+            connection.execute(touch.on_conflict_do_update(index_elements=key, set_={"extraction": number}), rows)
+        if arrived.watermark:
+            moved = {"arrival": arrived.watermark, "extraction": number}
+            move = self._insert(watermark).values(source=name, **moved)
+            connection.execute(move.on_conflict_do_update(index_elements=["source"], set_=moved))
+
+    def watermark(self, name: str) -> str:
+        """Return up to where a source's arrivals were taken up, as `Arrived` says it; empty before the first time."""
+        with self._reading() as connection:
+            found = connection.execute(select(watermark.c.arrival).where(watermark.c.source == name))
+            return found.scalar_one_or_none() or ""
+
+    def touched(self, name: str) -> tuple[Period, ...]:
+        """Return the usage periods that arrivals touched and that are still to be compared, in order."""
+        statement = select(touched_period).where(touched_period.c.source == name)
+        with self._reading() as connection:
+            rows = connection.execute(statement.order_by(touched_period.c.period_start))
+            return tuple(Period(row.period_start, row.period_end) for row in rows)
+
+    def take_off(self, name: str, reading: Reading, periods: Sequence[Period]) -> int:
+        """Take compared periods, of which every difference is written down, off the list of touched ones.
+
+        What a later extraction saw touched stays, and what a later reading was compared for: its own plan may still be
+        to come. Return how many were taken off.
+        """
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            ours = sorted(set(periods) - _stale(connection, name, reading, periods)) if periods else []
+            return connection.execute(queries.take_off(name, reading, ours)).rowcount
 
     def record_read(self, number: int, rows: int) -> None:
         """Write down how many rows an extraction read."""

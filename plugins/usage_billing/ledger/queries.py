@@ -4,16 +4,19 @@ The hot ones are written once, with binds: they run twice for each delivery, and
 SQLAlchemy longer than running it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
     BindParameter,
     ColumnElement,
+    Delete,
     Select,
     Tuple,
     and_,
     bindparam,
     case,
+    delete,
     exists,
     false,
     or_,
@@ -23,7 +26,7 @@ from sqlalchemy import (
     update,
 )
 
-from usage_billing.ledger.tables import UtcDateTime, approval, compared_period, delivery, lease
+from usage_billing.ledger.tables import UtcDateTime, approval, compared_period, delivery, lease, touched_period
 from usage_billing.records import Period, Reading, State, Window, joined
 
 
@@ -89,6 +92,19 @@ def owed_before(source: str, moment: Any, most: int) -> Select[Any]:
     known = and_(compared_period.c.owed != "", compared_period.c.owed != "0")
     ours = and_(compared_period.c.source == source, compared_period.c.period_end <= moment)
     return select(compared_period.c.owed).where(ours, known).order_by(compared_period.c.period_end.desc()).limit(most)
+
+
+def take_off(source: str, reading: Reading, periods: Sequence[Period]) -> Delete:
+    """Take compared usage periods off the list of touched ones, but for what a later extraction saw touched."""
+    inside = (
+        and_(touched_period.c.period_start >= span.start, touched_period.c.period_end <= span.end)
+        for span in joined(periods)
+    )
+    return delete(touched_period).where(
+        touched_period.c.source == source,
+        touched_period.c.extraction <= reading.extraction,
+        or_(false(), *inside),
+    )
 
 
 def read_as(table: Any) -> Tuple:

@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from usage_billing.records import Decision, State, check_aware
 
-SCHEMA_VERSION = "0005"
+SCHEMA_VERSION = "0006"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -146,6 +146,26 @@ approval = Table(
 )
 # The same may be asked again after a no: of several answers the last one counts.
 Index("approval_by_plan", approval.c.source, approval.c.extraction, approval.c.digest, approval.c.number)
+
+watermark = Table(
+    "watermark",
+    metadata,
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+    Column("arrival", Text, nullable=False, comment="Up to where arrivals were taken up: a moment in UTC, or an id."),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+)
+
+# What arrived is owed a comparison: a row goes when its usage period was compared and every difference is written down.
+touched_period = Table(
+    "touched_period",
+    metadata,
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+    Column("period_start", UtcDateTime, primary_key=True),
+    Column("period_end", UtcDateTime, primary_key=True),
+    Column(
+        "extraction", Integer, ForeignKey("extraction.number"), nullable=False, comment="Which last saw it touched."
+    ),
+)
 
 _states = ", ".join(f"'{state}'" for state in State)
 _open_states = text("state IN ({})".format(", ".join(f"'{state}'" for state in OPEN_STATES)))
