@@ -33,14 +33,16 @@ from pydantic import BaseModel
 
 import usage_billing
 from usage_billing import errors
+from usage_billing.arrivals import after, find
 from usage_billing.destinations import DESTINATIONS, destination_class, destination_settings
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings
 from usage_billing.destinations.maxio import MaxioSettings
 from usage_billing.errors import Misconfigured, UsageBillingError
+from usage_billing.extract import open_query
 from usage_billing.get_provider_info import get_provider_info
 from usage_billing.ledger import Ledger
-from usage_billing.records import State
+from usage_billing.records import Arrived, Period, State
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, DestinationSettings, SourceSettings, load_source
 
@@ -232,6 +234,7 @@ def scratch(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Calla
 # What each command that runs here has to say.
 SAID = {
     "airflow connections test maxio_acme": "Connection success",
+    "airflow dags trigger bill_api_calls --conf '{\"rescan\": true}'": "bill_api_calls",
     "airflow dags unpause bill_api_calls": "bill_api_calls",
     "usage-billing check": "api_calls: sound\nplatform_events: sound\nvoip_minutes: sound",
     "usage-billing ledger init": "the usage ledger is",
@@ -562,6 +565,30 @@ def test_the_example_source_bills(example: Path, installed: SimpleNamespace, mon
     (row,) = extractions
     assert row[3:5] == (40, 1)
     assert "a reading is negative" in row[5]
+
+
+def test_the_documented_arrivals_are_found(example: Path, tmp_path: Path) -> None:
+    """The two keys and the query that the README names make the example go by arrival, and find a late reading."""
+    folder = example / "include" / "sources" / "storage"
+    (query,) = re.findall(r"`(SELECT measured_at, updated_at [^`]+)`", README.read_text())
+    (folder / "arrivals.sql").write_text(query)
+    file = folder / "source.yaml"
+    by_arrival = file.read_text().replace("columns:\n", "incremental: arrival\ncolumns:\n  arrival: updated_at\n")
+    file.write_text(by_arrival)
+    source = storage(example)
+    path = str(tmp_path / "readings.duckdb")
+    with duckdb.connect(path) as connection:
+        connection.execute(
+            "CREATE TABLE storage_readings AS SELECT TIMESTAMPTZ '2026-10-05 12:00:00+00' AS measured_at,"
+            " TIMESTAMPTZ '2026-10-09 08:00:00+00' AS updated_at"
+        )
+    hook = SimpleNamespace(conn_type="duckdb", placeholder="?", get_conn=lambda: duckdb.connect(path))
+    mark = "2026-10-09T08:30:00+00:00"
+    rows = open_query(hook, source.arrivals_sql, {"after": after(source, mark)}, 100)
+    found = find(rows, source, mark, datetime(2026, 10, 9, 9, tzinfo=UTC))
+    assert found == Arrived(
+        (Period(datetime(2026, 10, 5, 4, tzinfo=UTC), datetime(2026, 10, 6, 4, tzinfo=UTC)),), 1, mark
+    )
 
 
 def _documented_sql(ledger: Path) -> list[list[tuple[Any, ...]]]:

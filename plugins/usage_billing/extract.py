@@ -65,9 +65,17 @@ def open_reader(hook: Hook, sql: str, window: Period, batch_rows: int) -> Iterat
     Raises:
         Misconfigured: the driver's placeholder is unknown, or the text is no single SELECT.
     """
-    binds: Mapping[str, Any] = {"window_start": window.start, "window_end": window.end}
+    return open_query(hook, sql, {"window_start": window.start, "window_end": window.end}, batch_rows)
+
+
+def open_query(hook: Hook, sql: str, binds: Mapping[str, datetime | int], batch_rows: int) -> Iterator[pa.Table]:
+    """Execute a source's query with these values bound, as `open_reader` does; a number is bound as it is.
+
+    Raises:
+        Misconfigured: as `open_reader`.
+    """
     if hook.conn_type == "sqlite":
-        binds = {name: f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}" for name, moment in binds.items()}
+        binds = {name: _as_sqlite(value) for name, value in binds.items()}
     statement, values = _bound(sql, hook.placeholder, binds)
     connection = hook.get_conn()
     try:
@@ -76,6 +84,10 @@ def open_reader(hook: Hook, sql: str, window: Period, batch_rows: int) -> Iterat
         connection.close()
         raise
     return _closing(connection, batches)
+
+
+def _as_sqlite(value: Any) -> Any:
+    return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else value
 
 
 def _bound(sql: str, placeholder: str, binds: Mapping[str, Any]) -> tuple[str, list[Any]]:
@@ -189,6 +201,8 @@ def _times_array(values: Sequence[datetime | None]) -> pa.Array:
 def extract(reader: Iterable[pa.Table], source: BillingSource, staging: Staging, folder: str) -> Staged:
     """Stage the rows of `reader` below `folder` under our own words, in parts of at most ``batch_rows`` rows.
 
+    A row that is marked as deleted, a tombstone, is not staged: it is there to be seen arriving.
+
     Raises:
         Misconfigured: the query does not return what ``source.yaml`` says it does (see `normalise`).
     """
@@ -216,7 +230,8 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
 
     ``event_id``, ``account`` and each dimension as text, ``time`` as ``timestamp[us, UTC]``, ``quantity`` (where the
     meter has one) as it came: integers, decimals or text. Finer times are cut to the microsecond. A time without a
-    zone is read in ``naive_times``; if the clocks make it ambiguous, as the earlier one.
+    zone is read in ``naive_times``; if the clocks make it ambiguous, as the earlier one. Rows whose ``deleted`` is true
+    are left out.
 
     Raises:
         Misconfigured: with every fault at once: missing columns, inexact or unsuitable types, times without a zone.
@@ -228,18 +243,21 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
     for word, name in _words(source).items():
         column = _plain(table.column(name))
         if word == "time":
-            columns[word] = _time(column, name, source.settings.naive_times, faults)
+            columns[word] = as_times(column, name, source.settings.naive_times, faults)
         elif word == "quantity":
             columns[word] = _quantity(column, name, faults)
+        elif word == "deleted":
+            columns[word] = _flag(column, name, faults)
         else:
             columns[word] = _text(column, name, faults)
     if faults:
         raise Misconfigured.all_at_once(f"usage.sql of {source.name}", faults)
-    return pa.table(columns)
+    rows = pa.table(columns)
+    return rows.filter(pc.invert(rows.column("deleted"))).drop_columns("deleted") if "deleted" in columns else rows
 
 
 def _words(source: BillingSource) -> dict[str, str]:
-    named = source.settings.columns.model_dump(exclude_none=True)
+    named = source.settings.columns.model_dump(exclude_none=True, exclude={"arrival"})
     return named | {dimension: dimension for dimension in source.settings.dimensions}
 
 
@@ -274,7 +292,17 @@ def _quantity(column: pa.ChunkedArray, name: str, faults: list[str]) -> pa.Chunk
     return column
 
 
-def _time(column: pa.ChunkedArray, name: str, naive: ZoneInfo | None, faults: list[str]) -> pa.ChunkedArray:
+def _flag(column: pa.ChunkedArray, name: str, faults: list[str]) -> pa.ChunkedArray:
+    """Return truth or falsehood; some databases have 1 and 0 for it. What is null is false."""
+    kind = column.type
+    if pa.types.is_null(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind):
+        return pc.fill_null(column.cast(pa.bool_()), False)  # noqa: FBT003
+    faults.append(f"{name}: {kind} is no yes or no; cast it to BOOLEAN in usage.sql")
+    return column
+
+
+def as_times(column: pa.ChunkedArray, name: str, naive: ZoneInfo | None, faults: list[str]) -> pa.ChunkedArray:
+    """Return a column as ``timestamp[us, UTC]``, what a query may give for a time read as `normalise` says."""
     kind = column.type
     if pa.types.is_null(kind) or (pa.types.is_timestamp(kind) and kind.tz):
         return column.cast(TIME, safe=False)

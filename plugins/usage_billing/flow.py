@@ -67,7 +67,8 @@ def billing_dag(source: str) -> DAG:
         params={
             name: Param(None, type=["null", "string"], format="date-time", description=text)
             for name, text in _PARAMS.items()
-        },
+        }
+        | {"rescan": Param(None, type=["null", "boolean"], description=_RESCAN)},
         tags=["usage billing", destination.name],
         doc_md=f"{settings.description}\n\nBills to `{destination.name}` by connection `{destination.connection}`.",
     ) as dag:
@@ -104,6 +105,7 @@ _PARAMS = {
     "period_start": "Only for a run without a data interval: the first instant to bill, with a zone.",
     "period_end": "Only for a run without a data interval: the instant to stop before, with a zone.",
 }
+_RESCAN = "Compare the source's last usage periods wholly, whatever arrived: finds rows that vanished without a trace."
 
 
 def sweep_dag(

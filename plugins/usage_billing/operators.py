@@ -5,7 +5,7 @@ Each works alone in anybody's DAG; `flow.billing_dag` composes them. Nothing hap
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from airflow.sdk import BaseHook, BaseOperator, Context
@@ -15,13 +15,10 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused, Stale
 from usage_billing.installation import billing_source, destination_of, ledger, staging
 from usage_billing.ledger import Ledger
-from usage_billing.ledger.leases import kept
-from usage_billing.ledger.marker import confirm, marked
+from usage_billing.ledger.marker import marked
 from usage_billing.quantities import to_decimal
 from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.sources import BillingSource
-
-_LEASE_LASTS, _LEASE_WAIT = timedelta(seconds=30), timedelta(minutes=15)
 
 
 class StageOperator(BaseOperator):
@@ -76,39 +73,38 @@ class ExtractOperator(StageOperator):
     """Read the usage rows of the run's whole usage periods from the warehouse, in one snapshot, into staging.
 
     Skips when nothing was used, or no usage period ends inside the data interval. A run without a data interval takes
-    the params ``period_start`` and ``period_end``.
+    the params ``period_start`` and ``period_end``. The param ``rescan`` compares the source's last usage periods
+    instead, and needs no interval.
     """
 
     def stage(self, context: Context) -> Run:
         """Open a numbered snapshot, stage its rows, and say how many they are."""
-        from usage_billing.extract import extract, open_reader  # noqa: PLC0415 - pandas and pyarrow, not at every parse.
+        from usage_billing.arrivals import read  # noqa: PLC0415 - pandas and pyarrow, not at every parse.
 
-        source, interval = billing_source(self.source), _interval(context)
-        periods = source.periods(interval)
-        if not periods:
+        source = billing_source(self.source)
+        interval, rescan = _interval(context, source)
+        own = source.recent_periods(interval.end) if rescan else source.periods(interval)
+        if not own and source.settings.incremental == "interval":
             raise AirflowSkipException(
                 f"no whole {source.settings.period} of {source.settings.timezone.key} on or after "
                 f"{source.settings.bill_from} ends inside the data interval {interval}: nothing is owed"
             )
-        window = Period.around(periods)
-        self.log.info("extracting %s for %d usage periods, %s", source.name, len(periods), window)
         book = ledger()
         _registered(source)
-        warehouse = BaseHook.get_hook(source.settings.warehouse)
-        # One at a time, so that the later number belongs to the later snapshot.
-        with kept(book, f"extract:{source.name}", _LEASE_LASTS, wait=_LEASE_WAIT) as held:
-            reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
-            number = book.begin_extraction(held.lease, source.name, interval, window)
-            confirm(book, staging(), source.name, number)
-        folder = f"{source.name}/{interval.start:%Y%m%dT%H%M%SZ}-{interval.end:%Y%m%dT%H%M%SZ}/{number:08d}"
-        events = extract(reader, source, staging(), folder)
-        book.record_read(number, events.rows)
-        self.log.info("read %d rows as extraction %d", events.rows, number)
-        if not events.rows:
+        taken = read(source, interval, own, BaseHook.get_hook(source.settings.warehouse), book, staging())
+        if taken.events is None:
+            raise AirflowSkipException(
+                f"{taken.arrived} rows of {source.name} arrived, and none for a usage period that has ended by "
+                f"{interval.end}: a later run takes up what they touch"
+            )
+        number, periods = taken.number, taken.periods
+        if not taken.events.rows:
             # What an older extraction reserved is not owed now.
             book.begin_comparison(source.name, Reading(number), periods)
-            _skip_or_ask(book, source, periods)
-        return Run(source.name, number, interval, folder, {"events": events}, spans=joined(periods))
+            # Rows that are there, marked as deleted, say themselves what is gone.
+            if not taken.deleted:
+                _skip_or_ask(book, source, Reading(number), periods)
+        return Run(source.name, number, interval, taken.folder, {"events": taken.events}, spans=joined(periods))
 
 
 class ValidateOperator(StageOperator):
@@ -252,13 +248,16 @@ class ReconcileOperator(StageOperator):
         Raises:
             Refused: deliveries of these periods were refused by the site, or the tie-out found a difference.
         """
+        from usage_billing.arrivals import done  # noqa: PLC0415
         from usage_billing.reconcile import reconcile  # noqa: PLC0415
 
         run, destination = self.handed_over()
         source, book = destination.source, ledger()
         periods = _compared(run, source)
         # The same comparison as before the delivery: by now every key must be settled, or listed with its state.
-        unsettled = _plan(run, destination).tally.unsettled
+        tally = _plan(run, destination).tally
+        unsettled = tally.unsettled
+        done(source, run.reading, periods, tally, book)
         found = reconcile(destination, book, periods)
         left = book.open_items(source.name, periods)
         states = left["state"].value_counts()
@@ -296,25 +295,30 @@ class ReconcileOperator(StageOperator):
         return run
 
 
-def _interval(context: Context) -> Period:
-    """Return the run's data interval, or the span of its params.
+def _interval(context: Context, source: BillingSource) -> tuple[Period, bool]:
+    """Return the run's data interval, or the span of its params; and whether the run is a rescan.
+
+    A rescan with neither is one of the usage periods that have ended by now.
 
     Raises:
         Misconfigured: the run has neither.
     """
     start, end = context.get("data_interval_start"), context.get("data_interval_end")
+    params = context.get("params") or {}
+    rescan = bool(params.get("rescan"))
     if start is None or end is None or start == end:
-        params = context.get("params") or {}
         start, end = params.get("period_start"), params.get("period_end")
+    if rescan and not (start and end):
+        now = ledger().now()
+        return Period.around(source.recent_periods(now) or [Period(source.bill_from, now)]), rescan
     if not start or not end:
         raise Misconfigured(
             "this run has no data interval: trigger it with a logical date, or give both params period_start and "
             "period_end (ISO 8601 with a zone, for example 2026-10-01T00:00:00+00:00)"
         )
     try:
-        return Period(
-            *(datetime.fromisoformat(moment) if isinstance(moment, str) else moment for moment in (start, end))
-        )
+        edges = (datetime.fromisoformat(moment) if isinstance(moment, str) else moment for moment in (start, end))
+        return Period(*edges), rescan
     except ValueError as error:
         raise Misconfigured(f"params period_start and period_end: {error}") from error
 
@@ -352,7 +356,7 @@ def _as_it_is(plan: Plan) -> Plan:
     return plan
 
 
-def _skip_or_ask(book: Ledger, source: BillingSource, periods: Sequence[Period]) -> None:
+def _skip_or_ask(book: Ledger, source: BillingSource, reading: Reading, periods: Sequence[Period]) -> None:
     """Decide about an interval without rows: nothing to bill, something to take back, or a question for a person."""
     window = Period.around(periods)
     if book.has(source.name, periods, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
@@ -361,6 +365,7 @@ def _skip_or_ask(book: Ledger, source: BillingSource, periods: Sequence[Period])
             "if they are really gone, a person has to say so; nothing was withdrawn"
         )
     if not book.has(source.name, periods, State.RESERVED, State.HELD, State.REFUSED):
+        book.take_off(source.name, reading, periods)
         raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
 
 

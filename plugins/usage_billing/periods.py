@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 PeriodKind = Literal["hour", "day", "week", "month", "interval"]
+_LONGER = {"hour": timedelta(hours=2), "day": timedelta(2), "week": timedelta(14), "month": timedelta(62)}
+"""Longer than any usage period of the kind, so that an edge lies within."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -32,6 +34,16 @@ def usage_periods(kind: PeriodKind, zone: ZoneInfo, interval: Period, lookback: 
         return ()
     first = max(own[0] - lookback, 1)
     return tuple(Period(edges[index - 1], edges[index]) for index in range(first, own[-1] + 1))
+
+
+def period_holding(kind: PeriodKind, zone: ZoneInfo, moment: datetime) -> Period:
+    """Return the usage period in which `moment` lies."""
+    return usage_periods(kind, zone, Period(moment, moment + _LONGER[kind]))[0]
+
+
+def last_periods(kind: PeriodKind, zone: ZoneInfo, until: datetime, number: int) -> tuple[Period, ...]:
+    """Return the last `number` (at least 1) usage periods that have ended by `until`."""
+    return usage_periods(kind, zone, Period(until - _LONGER[kind], until), number)[-number:]
 
 
 def locate(times: "np.ndarray", periods: Sequence[Period]) -> "np.ndarray":

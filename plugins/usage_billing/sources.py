@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -16,13 +16,14 @@ from zoneinfo import ZoneInfo, available_timezones
 
 import yaml
 from croniter import croniter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from usage_billing.errors import Misconfigured
-from usage_billing.periods import PeriodKind, local_midnight, usage_periods
+from usage_billing.periods import PeriodKind, last_periods, local_midnight, usage_periods
 from usage_billing.records import Period
 
 WINDOW_BINDS = frozenset({"window_start", "window_end"})
+ARRIVAL_BINDS = frozenset({"after"})
 _BIND = re.compile(r"(?<![:\w\\]):([A-Za-z_]\w*)")
 
 
@@ -50,13 +51,31 @@ def _cron(value: object) -> object:
     return value
 
 
+def _overlap(value: object) -> timedelta | int:
+    """Return how far behind the watermark arrivals are looked for again: a span of time, or a number of ids."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    try:
+        span = TypeAdapter(timedelta).validate_python(value, strict=not isinstance(value, str))
+    except ValidationError:
+        span = timedelta(-1)
+    if span < timedelta(0):
+        raise ValueError(
+            f"{value!r} is neither a span of time, like PT1H for an hour, nor a number of ids, like 10000: "
+            "the first where columns.arrival is a time, the second where it is an id"
+        )
+    return span
+
+
 class Columns(Settings):
-    """Which columns of ``usage.sql`` hold what: our word to the query's."""
+    """Which columns of ``usage.sql`` hold what: our word to the query's; `arrival` is a column of ``arrivals.sql``."""
 
     event_id: str
     time: str
     account: str
     quantity: str | None = None
+    arrival: str | None = None
+    deleted: str | None = None
 
 
 class Meter(Settings):
@@ -111,6 +130,11 @@ class SourceSettings(Settings):
     timezone: Annotated[ZoneInfo, BeforeValidator(_zone)]
     period: PeriodKind
     lookback: int = Field(default=0, ge=0)
+    incremental: Literal["interval", "arrival"] = "interval"
+    arrival_overlap: Annotated[timedelta | int, BeforeValidator(_overlap)] = Field(
+        default="PT1H", validate_default=True
+    )
+    rescan: int = Field(default=31, ge=1)
     bill_from: date
     columns: Columns
     meter: Meter
@@ -143,7 +167,19 @@ class SourceSettings(Settings):
             )
         if not self.approval and (self.approvers or self.approval_timeout_hours is not None):
             raise ValueError("approvers and approval_timeout_hours need approval: true, without which nobody is asked")
-        reserved = {"event_id", "time", "account", "quantity", "reasons"}
+        if self.period == "interval" and self.incremental == "arrival":
+            raise ValueError(
+                "incremental: arrival finds the usage periods that a row touches, and with period: interval only a "
+                "run's own interval is one: choose hour, day, week or month"
+            )
+        if (self.incremental == "arrival") != (self.columns.arrival is not None):
+            raise ValueError(
+                f"incremental is {self.incremental}, and columns.arrival is {self.columns.arrival or 'missing'}: "
+                "set both, incremental: arrival and the column of arrivals.sql by which it grows, or neither"
+            )
+        reserved = {"event_id", "time", "account", "quantity", "reasons"} | (
+            {"deleted"} if self.columns.deleted else set()
+        )
         if clash := reserved.intersection(self.dimensions):
             raise ValueError(f"dimensions may not be called {', '.join(sorted(clash))}: rename the column in usage.sql")
         return self
@@ -157,6 +193,7 @@ class BillingSource:
     destination: DestinationSettings
     sql: str
     expectations: tuple[Mapping[str, Any], ...]
+    arrivals_sql: str = ""
 
     @property
     def name(self) -> str:
@@ -172,6 +209,21 @@ class BillingSource:
         """Return the whole, closed usage periods that a run of `interval` compares, none of them before `bill_from`."""
         settings = self.settings
         found = usage_periods(settings.period, settings.timezone, interval, settings.lookback)
+        return tuple(period for period in found if period.start >= self.bill_from)
+
+    def recent_periods(self, until: datetime) -> tuple[Period, ...]:
+        """Return what a rescan compares: the last `rescan` usage periods that have ended by `until`, from `bill_from`.
+
+        Raises:
+            Misconfigured: only the runs know the source's usage periods.
+        """
+        settings = self.settings
+        if settings.period == "interval":
+            raise Misconfigured(
+                f"{self.name} cannot be rescanned: with period: interval only a run's own interval is a usage period; "
+                "run the intervals again by a backfill"
+            )
+        found = last_periods(settings.period, settings.timezone, until, settings.rescan)
         return tuple(period for period in found if period.start >= self.bill_from)
 
     def periods_of(self, spans: Iterable[Period]) -> tuple[Period, ...]:
@@ -210,7 +262,7 @@ def load_source(folder: Path, destination_settings: Callable[[str], type[Destina
     """Read the source in `folder`; `destination_settings` gives a destination's own settings by its name.
 
     Raises:
-        Misconfigured: with a line for each fault of the three files: file, key, and what would mend it.
+        Misconfigured: with a line for each fault of its files: file, key, and what would mend it.
     """
     faults: list[str] = []
     values = _read_yaml(folder / "source.yaml", faults)
@@ -221,11 +273,14 @@ def load_source(folder: Path, destination_settings: Callable[[str], type[Destina
         faults.append(
             f"source.yaml: name: {values['name']!r} is not the folder's name {folder.name!r}; make them equal"
         )
-    sql = _read_sql(folder / "usage.sql", faults)
+    sql = _read_sql(folder / "usage.sql", WINDOW_BINDS, "the usage rows between :window_start and :window_end", faults)
+    arrivals_sql = _read_arrivals(folder / "arrivals.sql", values.get("incremental") == "arrival", faults)
     expectations = _read_expectations(folder / "expectations.yaml", faults)
     if faults or settings is None or destination is None:
         raise Misconfigured.all_at_once(f"billing source {folder.name!r} ({folder})", faults)
-    return BillingSource(settings=settings, destination=destination, sql=sql, expectations=expectations)
+    return BillingSource(
+        settings=settings, destination=destination, sql=sql, expectations=expectations, arrivals_sql=arrivals_sql
+    )
 
 
 def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any]:
@@ -286,16 +341,24 @@ def _near(key: str, location: tuple[int | str, ...], model: type[BaseModel]) -> 
     return f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(model.model_fields)}"
 
 
-def _read_sql(path: Path, faults: list[str]) -> str:
+def _read_arrivals(path: Path, needed: bool, faults: list[str]) -> str:  # noqa: FBT001
+    if needed:
+        return _read_sql(path, ARRIVAL_BINDS, "time and arrival of the rows that arrived after :after", faults)
+    if path.exists():
+        faults.append(f"{path.name}: is there, but source.yaml does not say incremental: arrival; add it, or remove it")
+    return ""
+
+
+def _read_sql(path: Path, binds: frozenset[str], selects: str, faults: list[str]) -> str:
     try:
         sql = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        faults.append(f"{path.name}: is missing; it selects the usage rows between :window_start and :window_end")
+        faults.append(f"{path.name}: is missing; it selects {selects}")
         return ""
     found = set(_BIND.findall(re.sub(r"--[^\n]*", "", sql)))
-    if missing := WINDOW_BINDS - found:
-        faults.append(f"{path.name}: does not use {_binds(missing)}; without both it would read other periods")
-    if unknown := found - WINDOW_BINDS:
+    if missing := binds - found:
+        faults.append(f"{path.name}: does not use {_binds(missing)}; without it other rows would be read")
+    if unknown := found - binds:
         faults.append(f"{path.name}: unknown bind {_binds(unknown)}; write \\: for a plain colon")
     return sql
 

@@ -3,6 +3,8 @@
 import csv
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,7 +104,10 @@ def _reconnect(monkeypatch: pytest.MonkeyPatch, connections: dict[str, Any], cha
 
 
 def run_tasks(
-    until: str = "reconcile", interval: tuple[datetime, datetime] = DAY, source: str = "api_calls"
+    until: str = "reconcile",
+    interval: tuple[datetime, datetime] | tuple[None, None] = DAY,
+    source: str = "api_calls",
+    **params: object,
 ) -> dict[str, Any]:
     """Run the operators of one source one after the other, as their tasks would; return the last reference."""
     from usage_billing import operators  # noqa: PLC0415
@@ -112,7 +117,7 @@ def run_tasks(
         operator = getattr(operators, f"{name.title()}Operator")(task_id=name, source=source)
         operator.reference = json.loads(json.dumps(reference))  # What an XCom does to it.
         reference = operator.execute(
-            {"data_interval_start": interval[0], "data_interval_end": interval[1], "params": {}}
+            {"data_interval_start": interval[0], "data_interval_end": interval[1], "params": params}
         )
         if name == until:
             break
@@ -376,3 +381,81 @@ def test_the_log_tells_the_story_to_whoever_is_on_call(
     told += capsys.readouterr().out + caplog.text
     assert "quarantined 1 rows: subscription 'acct-9999' is unknown to maxio:us:acme (for example r3)" in told
     assert "sandbox-acme-key" not in told
+
+
+@pytest.fixture
+def by_arrival(installation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The same installation, where the calls go by arrival, and the rows so far arrived as numbers 1 to 4."""
+    folder = tmp_path / "sources" / "api_calls"
+    shutil.copytree(CHECKOUT / "include" / "sources" / "api_calls", folder)
+    text = (folder / "source.yaml").read_text()
+    columns = "incremental: arrival\narrival_overlap: 0\ncolumns:\n  arrival: arrived\n  deleted: gone\n"
+    (folder / "source.yaml").write_text(text.replace("columns:\n", columns))
+    (folder / "usage.sql").write_text((folder / "usage.sql").read_text().replace("calls\n", "calls, gone\n", 1))
+    (folder / "arrivals.sql").write_text("SELECT requested_at, arrived FROM api_calls WHERE arrived > :after")
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(folder.parent))
+    with duckdb.connect(str(installation.warehouse)) as warehouse:
+        warehouse.execute("ALTER TABLE api_calls ADD COLUMN arrived BIGINT")
+        warehouse.execute("ALTER TABLE api_calls ADD COLUMN gone BOOLEAN DEFAULT FALSE")
+        warehouse.execute("UPDATE api_calls SET arrived = CAST(substr(request_id, 2) AS BIGINT)")
+    return installation
+
+
+def change(installation: SimpleNamespace, statement: str) -> None:
+    """Change the warehouse."""
+    with duckdb.connect(str(installation.warehouse)) as warehouse:
+        warehouse.execute(statement)
+
+
+def test_the_operators_take_up_what_arrived(by_arrival: SimpleNamespace) -> None:
+    """A late row, an update and a tombstone of the 5th are billed by the run of the 9th; then nothing is left to do."""
+    run_tasks()
+    assert billed(by_arrival) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+    change(
+        by_arrival,
+        "INSERT INTO api_calls VALUES ('late', TIMESTAMPTZ '2026-10-05 20:00:00+00', 'acct-0002', 100, 5, FALSE)",
+    )
+    change(by_arrival, "UPDATE api_calls SET calls = 5, arrived = 6 WHERE request_id = 'r1'")
+    change(by_arrival, "UPDATE api_calls SET gone = TRUE, arrived = 7 WHERE request_id = 'r2'")
+    ninth = (DAY[0] + timedelta(days=4), DAY[1] + timedelta(days=4))
+    with pytest.raises(NeedsDecision, match="max_withdraw_share"):
+        run_tasks(interval=ninth)
+    allowed = Path(os.environ["AIRFLOW__USAGE_BILLING__SOURCES_FOLDER"]) / "api_calls" / "source.yaml"
+    allowed.write_text(allowed.read_text() + "max_withdraw_share: 1\n")
+    reference = run_tasks(interval=ninth)
+    days = [(DAY[0] + timedelta(days=n), DAY[1] + timedelta(days=n)) for n in (0, 1, 4)]
+    spans = [[days[0][0].isoformat(), days[1][1].isoformat()], [edge.isoformat() for edge in days[2]]]
+    assert reference["spans"] == spans
+    assert billed(by_arrival) == {"acct-0001": Decimal(5), "acct-0002": Decimal(209)}
+    before = by_arrival.sandbox.requests("maxio:us:acme")["writing"]
+    with pytest.raises(AirflowSkipException, match="nothing to bill"):
+        run_tasks(interval=ninth)
+    assert by_arrival.sandbox.requests("maxio:us:acme")["writing"] == before
+
+
+def test_arrivals_of_a_day_that_is_not_over_skip_the_run_and_stay_listed(by_arrival: SimpleNamespace) -> None:
+    """A run that ends inside a usage period takes up what arrived all the same, and the next one bills it."""
+    from usage_billing import installation as ours  # noqa: PLC0415
+
+    with pytest.raises(AirflowSkipException, match="4 rows of api_calls arrived"):
+        run_tasks(interval=(DAY[0], DAY[0] + timedelta(hours=6)))
+    assert (ours.ledger().watermark("api_calls"), len(ours.ledger().touched("api_calls"))) == ("4", 2)
+    run_tasks(interval=(DAY[1] + timedelta(days=1), DAY[1] + timedelta(days=2)))
+    assert billed(by_arrival) == {"acct-0001": Decimal(7), "acct-0002": Decimal(109)}
+    assert ours.ledger().touched("api_calls") == ()
+
+
+def test_a_rescan_needs_no_interval_and_finds_what_vanished(
+    installation: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triggered with the param alone, it compares the last days before the ledger's present, for any source."""
+    from usage_billing import installation as ours  # noqa: PLC0415
+
+    run_tasks()
+    change(installation, "DELETE FROM api_calls WHERE request_id = 'r4'")
+    change(installation, "UPDATE api_calls SET calls = 9 WHERE request_id = 'r3'")
+    monkeypatch.setattr(type(ours.ledger()), "now", lambda _ledger: datetime(2026, 10, 8, 12, tzinfo=UTC))
+    reference = run_tasks("plan", interval=(None, None), rescan=True)
+    assert reference["spans"] == [["2026-10-01T04:00:00+00:00", "2026-10-08T04:00:00+00:00"]]
+    run_tasks(interval=(None, None), rescan=True)
+    assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(9)}

@@ -364,3 +364,18 @@ def test_integers_beyond_64_bits_stay_exact(staging):
         Hook(lambda: ServerCursors(["event_id", "time", "account", "quantity"], answer), "mysql", "%s"), SQL, WINDOW, 5
     )
     assert read(staging, extract(reader, make_source(), staging, "run"))["quantity"].to_pylist() == [str(2**80)]
+
+
+@pytest.mark.parametrize("flags", [[True, False, None], [1, 0, None]], ids=["booleans", "numbers"])
+def test_rows_that_are_marked_as_deleted_are_left_out(flags):
+    """A tombstone is there to be seen arriving; what is not marked, or marked by nothing, is usage."""
+    columns = {"event_id": "event_id", "time": "time", "account": "account", "quantity": "quantity", "deleted": "gone"}
+    rows = pa.table(
+        {"event_id": ["a", "b", "c"], "time": [START] * 3, "account": ["x"] * 3, "quantity": [1] * 3, "gone": flags}
+    )
+    source = make_source(columns=columns)
+    assert normalise(rows, source).column("event_id").to_pylist() == ["b", "c"]
+    assert "gone" not in normalise(rows, source).column_names
+    assert "gone: string is no yes or no" in faults(
+        rows.set_column(4, "gone", pa.array(["no", "no", "yes"])), columns=columns
+    )

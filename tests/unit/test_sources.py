@@ -1,6 +1,6 @@
 """A billing source's folder: read whole, or refused with every fault at once."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 import pytest
@@ -41,10 +41,11 @@ class SiteSettings(DestinationSettings):
 def load(tmp_path):
     """Write the three files, any of them replaced, and load the source."""
 
-    def write_and_load(source=SOURCE, sql=SQL, suite=SUITE):
+    def write_and_load(source=SOURCE, sql=SQL, suite=SUITE, arrivals=None):
         folder = tmp_path / "calls"
         folder.mkdir(exist_ok=True)
-        for name, text in {"source.yaml": source, "usage.sql": sql, "expectations.yaml": suite}.items():
+        files = {"source.yaml": source, "usage.sql": sql, "expectations.yaml": suite, "arrivals.sql": arrivals}
+        for name, text in files.items():
             if text is not None:
                 (folder / name).write_text(text, encoding="utf-8")
         return load_source(folder, {"site": SiteSettings}.get)
@@ -164,3 +165,60 @@ def test_a_beginning_inside_a_period_is_refused(load, period, day):
     source = SOURCE.replace("period: day", f"period: {period}").replace("bill_from: 2026-10-01", f"bill_from: {day}")
     (fault,) = faults(load, source=source)
     assert f"take the first day of a {period}" in fault
+
+
+BY_ARRIVAL = SOURCE.replace("quantity: calls}", "quantity: calls, arrival: seen}") + "incremental: arrival\n"
+ARRIVALS = "SELECT at, seen FROM calls WHERE seen > :after\n"
+
+
+def test_a_source_by_arrival_has_a_second_query(load):
+    """The overlap is a span of time or a number of ids, and names nothing of what is billed."""
+    source = load(source=BY_ARRIVAL, arrivals=ARRIVALS)
+    assert source.arrivals_sql == ARRIVALS
+    assert source.settings.arrival_overlap == timedelta(hours=1)
+    assert load(source=BY_ARRIVAL + "arrival_overlap: 500\n", arrivals=ARRIVALS).settings.arrival_overlap == 500
+    assert load(source=BY_ARRIVAL + "arrival_overlap: PT5M\n", arrivals=ARRIVALS).definition() == source.definition()
+
+
+def test_the_definition_of_a_source_does_not_hang_on_how_it_is_read(load):
+    """A source may be changed from interval to arrival under its history."""
+    before = load().definition()
+    assert load(source=BY_ARRIVAL, arrivals=ARRIVALS).definition() == before
+
+
+@pytest.mark.parametrize(
+    ("source", "arrivals", "told"),
+    [
+        (
+            BY_ARRIVAL,
+            None,
+            "arrivals.sql: is missing; it selects time and arrival of the rows that arrived after :after",
+        ),
+        (BY_ARRIVAL, "SELECT at, seen FROM calls", "arrivals.sql: does not use :after"),
+        (BY_ARRIVAL, ARRIVALS + "AND at < :window_end", "arrivals.sql: unknown bind :window_end"),
+        (SOURCE, ARRIVALS, "arrivals.sql: is there, but source.yaml does not say incremental: arrival"),
+        (
+            SOURCE + "incremental: arrival\n",
+            ARRIVALS,
+            "source.yaml: incremental is arrival, and columns.arrival is missing",
+        ),
+        (BY_ARRIVAL.replace("period: day", "period: interval"), ARRIVALS, "only a run's own interval is one"),
+        (
+            BY_ARRIVAL + "arrival_overlap: an hour\n",
+            ARRIVALS,
+            "source.yaml: arrival_overlap: 'an hour' is neither a span",
+        ),
+        (BY_ARRIVAL + "arrival_overlap: -1\n", ARRIVALS, "source.yaml: arrival_overlap: -1 is neither a span of time"),
+        (BY_ARRIVAL + "rescan: 0\n", ARRIVALS, "source.yaml: rescan: "),
+    ],
+)
+def test_faults_of_a_source_by_arrival_are_told(load, source, arrivals, told):
+    """Half of it is never taken for the whole."""
+    assert told in "\n".join(faults(load, source=source, arrivals=arrivals))
+
+
+def test_a_source_by_interval_has_no_periods_of_its_own_to_rescan(load):
+    """Only its runs know where one ends."""
+    source = load(source=SOURCE.replace("period: day", "period: interval"))
+    with pytest.raises(Misconfigured, match="cannot be rescanned"):
+        source.recent_periods(datetime(2026, 10, 5, tzinfo=UTC))

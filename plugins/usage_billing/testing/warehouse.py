@@ -142,6 +142,8 @@ def as_query(rows: Sequence[Row], source: BillingSource) -> pa.Table:
     }
     if columns.quantity:
         table[columns.quantity] = pa.array([row.quantity for row in rows], pa.string())
+    if columns.deleted:
+        table[columns.deleted] = pa.array([False for _ in rows], pa.bool_())
     for dimension in source.settings.dimensions:
         table[dimension] = pa.array([row.region for row in rows], pa.string())
     return pa.table(table)

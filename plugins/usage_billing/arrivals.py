@@ -1,0 +1,232 @@
+"""Read what is due: the run's own usage periods and, of a source that goes by arrival, those that rows arrived for.
+
+The ledger keeps a watermark, up to where arrivals were taken up, and the list of usage periods that they touched. A run
+looks for what arrived since, takes the closed periods of the list, and reads just these, whole. The watermark moves in
+the transaction that lists what it passes, so nothing is passed that is not listed; a period leaves the list when every
+difference of it is written down (`done`). Whatever ends between two of these steps, the next run goes on from the list.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from usage_billing.errors import Misconfigured
+from usage_billing.extract import Hook, as_times, extract, open_query, open_reader
+from usage_billing.ledger import Ledger
+from usage_billing.ledger.leases import kept
+from usage_billing.ledger.marker import confirm
+from usage_billing.periods import period_holding
+from usage_billing.records import Arrived, Period, Reading, Staged, Tally, joined
+from usage_billing.sources import BillingSource
+from usage_billing.staging import Staging
+
+log = logging.getLogger(__name__)
+
+_LEASE_LASTS, _LEASE_WAIT = timedelta(seconds=30), timedelta(minutes=15)
+_MOST_SPANS = 400
+"""How many statements a run makes at most, one for each span of periods without a gap; the rest stays on the list."""
+_FIRST_TIME, _FIRST_ID = datetime(1970, 1, 1, tzinfo=UTC), -(2**31)
+_LAST_TIME = np.datetime64("9000-01-01", "us")
+"""What comes later is no usage, and the calendar ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a run has read: the rows of `periods`, whole; nothing (`events` is None) where no period is due.
+
+    `deleted` counts rows that are marked as deleted: they were read, and are not among the events.
+    """
+
+    number: int
+    periods: tuple[Period, ...]
+    folder: str
+    events: Staged | None = None
+    deleted: int = 0
+    arrived: int = 0
+
+
+def read(
+    source: BillingSource, interval: Period, own: Sequence[Period], warehouse: Hook, ledger: Ledger, staging: Staging
+) -> Taken:
+    """Read the usage periods `own`, and those that arrivals touched, as one numbered extraction.
+
+    Touched periods are taken that have ended by the end of `interval`, so that a backfill of old days takes up no new
+    ones. Arrivals are looked for before any row is read: what arrives in between is read now, and seen again next time.
+
+    Raises:
+        Misconfigured: a query does not return what ``source.yaml`` says it does.
+        NotApplied: another run kept the source's lease, or this one lost it.
+    """
+    by_arrival = source.settings.incremental == "arrival"
+    # One at a time, so that the later number belongs to the later snapshot.
+    with kept(ledger, f"extract:{source.name}", _LEASE_LASTS, wait=_LEASE_WAIT) as held:
+        arrived = _look(source, warehouse, ledger) if by_arrival else None
+        periods = _due(source, interval, own, arrived, ledger) if arrived else tuple(own)
+        spans = joined(periods)
+        reader = _rows(source, warehouse, spans)
+        window = Period.around(periods) if periods else interval
+        number = ledger.begin_extraction(held.lease, source.name, interval, window, arrived)
+        confirm(ledger, staging, source.name, number)
+        folder = f"{source.name}/{interval.start:%Y%m%dT%H%M%SZ}-{interval.end:%Y%m%dT%H%M%SZ}/{number:08d}"
+        taken = Taken(number, periods, folder, arrived=arrived.rows if arrived else 0)
+        if len(spans) > 1:
+            # Each span is a statement, and a snapshot: all of them before those of the next number.
+            return _staged(reader, taken, source, ledger, staging)
+    return _staged(reader, taken, source, ledger, staging) if spans else taken
+
+
+def done(source: BillingSource, reading: Reading, periods: Sequence[Period], tally: Tally, ledger: Ledger) -> None:
+    """Take compared periods off the list of touched ones, once every difference is settled or stands in the ledger."""
+    if source.settings.incremental == "arrival" and not tally.unsettled:
+        ledger.take_off(source.name, reading, periods)
+
+
+# --- what arrived ---------------------------------------------------------------------------------------------------
+
+
+def _look(source: BillingSource, warehouse: Hook, ledger: Ledger) -> Arrived:
+    mark = ledger.watermark(source.name)
+    since = {"after": after(source, mark)}
+    batches = open_query(warehouse, source.arrivals_sql, since, source.settings.batch_rows)
+    arrived = find(batches, source, mark, ledger.now())
+    log.info("%d rows arrived for %d usage periods, after %s", arrived.rows, len(arrived.periods), since["after"])
+    return arrived
+
+
+def after(source: BillingSource, mark: str) -> datetime | int:
+    """Return the value after which arrivals are looked for: the watermark, less the overlap.
+
+    Where there is none yet, or one of another kind since the column was changed, all that ever arrived is taken up.
+    """
+    overlap = source.settings.arrival_overlap
+    known = _parsed(mark, overlap)
+    if isinstance(overlap, timedelta):
+        return max(known - overlap, _FIRST_TIME) if isinstance(known, datetime) else _FIRST_TIME
+    return known - overlap if isinstance(known, int) else _FIRST_ID
+
+
+def _parsed(mark: str, overlap: timedelta | int) -> datetime | int | None:
+    try:
+        return datetime.fromisoformat(mark) if isinstance(overlap, timedelta) and ":" in mark else int(mark)
+    except ValueError:
+        return None
+
+
+def find(batches: Iterable[pa.Table], source: BillingSource, mark: str, now: datetime) -> Arrived:
+    """Return what arrived: the usage periods of these rows, and how far the watermark has come.
+
+    It never comes past `now`: an arrival of tomorrow, by a clock that is wrong, must not hide those of today.
+
+    Raises:
+        Misconfigured: with every fault at once: missing columns, a time without a zone, an arrival of another kind.
+    """
+    overlap = source.settings.arrival_overlap
+    known = _parsed(mark, overlap)
+    latest = known if isinstance(known, datetime) == isinstance(overlap, timedelta) else None
+    touched: set[Period] = set()
+    rows = 0
+    for batch in batches:
+        times, arrivals = _columns(batch, source)
+        rows += batch.num_rows
+        touched.update(_holding(times, source))
+        newest = pc.max(arrivals).as_py()
+        if newest is not None and isinstance(newest, datetime):
+            newest = min(newest, now)
+        if newest is not None:
+            latest = newest if latest is None else max(latest, newest)
+    text = "" if latest is None else latest.isoformat() if isinstance(latest, datetime) else str(latest)
+    return Arrived(tuple(sorted(touched)), rows, text)
+
+
+def _columns(batch: pa.Table, source: BillingSource) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    settings = source.settings
+    named = {"time": settings.columns.time, "arrival": str(settings.columns.arrival)}
+    faults = [
+        f"{word}: the query returns no column, or several, called {name!r}; it returns {', '.join(batch.column_names)}"
+        for word, name in named.items()
+        if batch.column_names.count(name) != 1
+    ]
+    if not faults:
+        times = as_times(batch.column(named["time"]), named["time"], settings.naive_times, faults)
+        arrivals = batch.column(named["arrival"])
+        if isinstance(settings.arrival_overlap, timedelta):
+            if pa.types.is_integer(arrivals.type):
+                faults.append(f"{named['arrival']}: is a number, so say how many ids late: arrival_overlap: 10000")
+            else:
+                arrivals = as_times(arrivals, named["arrival"], settings.naive_times, faults)
+        elif not (pa.types.is_integer(arrivals.type) or pa.types.is_null(arrivals.type)):
+            faults.append(f"{named['arrival']}: {arrivals.type} is no id; arrival_overlap of a time is a span: PT1H")
+    if faults:
+        told = [fault.replace("usage.sql", "arrivals.sql") for fault in faults]
+        raise Misconfigured.all_at_once(f"arrivals.sql of {source.name}", told)
+    return times, arrivals
+
+
+def _holding(times: pa.ChunkedArray, source: BillingSource) -> Iterator[Period]:
+    """Yield the usage periods of some instants, none before `bill_from`: one step for each period, not for each row."""
+    kind, zone = source.settings.period, source.settings.timezone
+    moments = np.unique(times.drop_null().to_numpy().astype("datetime64[us]"))
+    first = np.datetime64(source.bill_from.replace(tzinfo=None), "us")
+    moments = moments[(moments >= first) & (moments < _LAST_TIME)]
+    place = 0
+    while place < len(moments):
+        period = period_holding(kind, zone, moments[place].astype(object).replace(tzinfo=UTC))
+        yield period
+        place = int(np.searchsorted(moments, np.datetime64(period.end.replace(tzinfo=None), "us")))
+
+
+# --- what is due ----------------------------------------------------------------------------------------------------
+
+
+def _due(
+    source: BillingSource, interval: Period, own: Sequence[Period], arrived: Arrived, ledger: Ledger
+) -> tuple[Period, ...]:
+    """Return the periods to compare now: the run's own, and of the listed ones those that are closed, oldest first."""
+    closed_by = min(interval.end, ledger.now())
+    listed = sorted({*ledger.touched(source.name), *arrived.periods})
+    closed = [period for period in listed if period.end <= closed_by and period.start >= source.bill_from]
+    spans, end = 0, None
+    for place, period in enumerate(closed):
+        spans += period.start != end
+        end = period.end
+        if spans > _MOST_SPANS:
+            log.warning("%d touched usage periods, with gaps: %d of them now", len(closed), place)
+            closed = closed[:place]
+            break
+    return tuple(sorted({*own, *closed}))
+
+
+def _rows(source: BillingSource, warehouse: Hook, spans: Sequence[Period]) -> Iterator[pa.Table]:
+    """Return an iterator over the rows of each span in turn; the first statement is executed when this returns."""
+    if not spans:
+        return iter(())
+    window = Period(spans[0].start, spans[-1].end)
+    log.info("extracting %s for %d usage periods, %s", source.name, len(source.periods_of(spans)), window)
+    size = source.settings.batch_rows
+    first = open_reader(warehouse, source.sql, spans[0], size)
+    others = (open_reader(warehouse, source.sql, span, size) for span in spans[1:])
+    return chain(first, chain.from_iterable(others))
+
+
+def _staged(reader: Iterator[pa.Table], taken: Taken, source: BillingSource, ledger: Ledger, staging: Staging) -> Taken:
+    seen = 0
+
+    def counted() -> Iterator[pa.Table]:
+        nonlocal seen
+        for table in reader:
+            seen += table.num_rows
+            yield table
+
+    events = extract(counted(), source, staging, taken.folder)
+    ledger.record_read(taken.number, events.rows)
+    deleted = seen - events.rows
+    log.info("read %d rows as extraction %d", events.rows, taken.number)
+    if deleted:
+        log.info("and %d that are marked as deleted, which bill nothing", deleted)
+    return Taken(taken.number, taken.periods, taken.folder, events, deleted, taken.arrived)

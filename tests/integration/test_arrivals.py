@@ -1,0 +1,354 @@
+"""Sources that go by arrival, against the sandbox: each run compares what was touched, and nothing is passed over."""
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arrivals import MOMENT, ArrivalHouse, an_arrival_house, arriving
+from stories import SITES, a_day
+from usage_billing.deliver import Manners
+from usage_billing.errors import Stale
+from usage_billing.sources import BillingSource
+
+ACCOUNT = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
+OTHER = {"api_calls": "acct-0002", "platform_events": "orbit-02", "voip_minutes": "pkg-002"}
+ALONE = Manners(threads=1, lease_lasts=timedelta(seconds=3), patience=timedelta(seconds=20))
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[ArrivalHouse]:
+    """A sandbox, a ledger, a warehouse and staging."""
+    with an_arrival_house(tmp_path) as found:
+        yield found
+
+
+@pytest.fixture(params=sorted(ACCOUNT))
+def source(request: pytest.FixtureRequest) -> BillingSource:
+    """Each of the shipped sources, by arrival."""
+    return arriving(request.param)
+
+
+def noon(source: BillingSource, day: int) -> datetime:
+    """Return noon of a day of October 2026 in the billing zone."""
+    return a_day(source, day).start + timedelta(hours=12)
+
+
+def used(house: ArrivalHouse, source: BillingSource, arrived: int | str, event: str, day: int, quantity: int) -> None:
+    """Let a row of the source's account arrive."""
+    house.warehouse.put(arrived, event, noon(source, day), ACCOUNT[source.name], quantity)
+
+
+def billed(house: ArrivalHouse, source: BillingSource) -> Decimal:
+    """Return what the site billed to the source's account."""
+    return house.billed(source).get(ACCOUNT[source.name], Decimal(0))
+
+
+def test_the_first_run_takes_up_all_that_ever_arrived(house: ArrivalHouse, source: BillingSource) -> None:
+    """Nobody has to run the days before the first one: the first run bills each closed day from `bill_from` on."""
+    for day in range(1, 8):
+        used(house, source, day, f"e{day}", day, day)
+    house.warehouse.put(8, "before", source.bill_from - timedelta(seconds=1), ACCOUNT[source.name], 1000)
+    done = house.increment(source, a_day(source, 6))
+    assert [period.start.day for period in done.taken.periods] == [1, 2, 3, 4, 5, 6]
+    assert billed(house, source) == 21
+    assert house.ledger.watermark(source.name) == "8"
+    assert house.ledger.touched(source.name) == (a_day(source, 7),)
+
+
+def test_a_late_row_bills_its_own_day_and_reads_no_other(house: ArrivalHouse, source: BillingSource) -> None:
+    """The days between the late row's and the run's own are neither read nor compared, and nothing of them vanishes."""
+    for number in range(1, 701):
+        used(house, source, number, f"e{number}", 1 + number % 7, 1)
+    house.increment(source, a_day(source, 7))
+    before = house.writing_requests(source)
+    used(house, source, 1000, "late", 3, 5)
+    used(house, source, 1001, "new", 8, 9)
+    rows = house.rows_of(lambda: house.increment(source, a_day(source, 8)))
+    assert billed(house, source) == 714
+    assert house.ledger.touched(source.name) == ()
+    # Two that arrived; a hundred of the late row's day, and itself; the new day's one.
+    assert rows == 2 + 101 + 1
+    assert house.writing_requests(source) - before <= 2
+    before = house.writing_requests(source)
+    house.increment(source, a_day(source, 8))
+    assert house.writing_requests(source) == before
+
+
+def test_a_row_that_was_committed_behind_the_watermark_is_seen(house: ArrivalHouse, source: BillingSource) -> None:
+    """Ids are given out before the commit: a smaller one that shows up later is looked for within the overlap."""
+    source = arriving(source.name, overlap=100)
+    used(house, source, 500, "first", 2, 1)
+    house.increment(source, a_day(source, 6))
+    used(house, source, 401, "slow", 3, 10)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 11
+    assert house.ledger.watermark(source.name) == "500"
+    used(house, source, 400, "too-slow", 4, 100)
+    house.increment(source, a_day(source, 8))
+    assert billed(house, source) == 11
+    house.increment(source, a_day(source, 9), rescan=True)
+    assert billed(house, source) == 111
+
+
+def test_times_of_arrival_overlap_by_a_span(house: ArrivalHouse) -> None:
+    """The same with moments: within the hour nothing is passed over, and an arrival of tomorrow hides nobody."""
+    source = arriving("api_calls", timedelta(hours=1))
+    start = datetime(2026, 10, 8, 12, tzinfo=UTC)
+    used(house, source, start.strftime(MOMENT), "first", 2, 1)
+    house.increment(source, a_day(source, 6))
+    assert house.ledger.watermark(source.name) == start.isoformat()
+    used(house, source, (start - timedelta(minutes=59)).strftime(MOMENT), "slow", 3, 10)
+    used(house, source, "2099-01-01 00:00:00", "wrong-clock", 4, 100)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 111
+    assert house.ledger.watermark(source.name) < "2026-10-21"
+    used(house, source, house.ledger.now().strftime(MOMENT), "after", 5, 1000)
+    house.increment(source, a_day(source, 8))
+    assert billed(house, source) == 1111
+
+
+def test_a_row_that_was_updated_is_corrected(house: ArrivalHouse, source: BillingSource) -> None:
+    """Its arrival moves with the update, so its day is compared again: more is sent, less is taken back."""
+    used(house, source, 1, "row", 2, 10)
+    used(house, source, 2, "same", 2, 100)
+    house.increment(source, a_day(source, 6))
+    used(house, source, 1000, "row", 2, 15)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 115
+    used(house, source, 2000, "row", 2, 4)
+    house.increment(source, a_day(source, 8))
+    assert billed(house, source) == 104
+
+
+def test_a_tombstone_takes_back_what_was_billed(house: ArrivalHouse, source: BillingSource) -> None:
+    """A row that is marked as deleted touches its day and bills nothing."""
+    used(house, source, 1, "gone", 2, 10)
+    used(house, source, 2, "stays", 2, 100)
+    house.increment(source, a_day(source, 6))
+    house.warehouse.delete("gone", tombstone=1000)
+    done = house.increment(source, a_day(source, 7))
+    assert done.taken.deleted == 1
+    assert billed(house, source) == 100
+    assert house.ledger.touched(source.name) == ()
+
+
+def test_a_tombstone_that_is_all_that_is_left_says_itself_what_is_gone(house: ArrivalHouse) -> None:
+    """No row is left of all days that the run compares; nobody has to be asked, since the row is there to say so."""
+    source = arriving("api_calls")
+    used(house, source, 1, "gone", 2, 10)
+    used(house, source, 2, "stays", 3, 100)
+    house.increment(source, a_day(source, 6))
+    house.warehouse.delete("gone", tombstone=1000)
+    done = house.increment(source, a_day(source, 7))
+    assert (done.taken.deleted, done.taken.events.rows if done.taken.events else None) == (1, 0)
+    assert billed(house, source) == 100
+    assert house.ledger.touched(source.name) == ()
+
+
+def test_what_vanished_without_a_trace_is_found_by_a_rescan(house: ArrivalHouse, source: BillingSource) -> None:
+    """No arrival tells of it; a rescan compares the last days whole, and finds it there."""
+    used(house, source, 1, "gone", 2, 10)
+    used(house, source, 2, "stays", 2, 100)
+    house.increment(source, a_day(source, 6))
+    house.warehouse.delete("gone")
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 110
+    done = house.increment(source, a_day(source, 8), rescan=True)
+    assert len(done.taken.periods) == 8
+    assert billed(house, source) == 100
+
+
+def test_a_rescan_reaches_as_far_back_as_the_source_says(house: ArrivalHouse) -> None:
+    """`rescan: 3` compares three days, whatever is older."""
+    source = arriving("api_calls", rescan=3)
+    assert source.recent_periods(a_day(source, 8).end) == tuple(a_day(source, day) for day in (6, 7, 8))
+    assert source.recent_periods(noon(source, 8)) == tuple(a_day(source, day) for day in (5, 6, 7))
+    assert len(house.increment(source, a_day(source, 8), rescan=True).taken.periods) == 3
+
+
+def test_a_day_that_is_not_over_waits_on_the_list(house: ArrivalHouse, source: BillingSource) -> None:
+    """What arrives for a day before it ends is billed by a later run, also if the day's own run never takes place."""
+    used(house, source, 1, "early", 9, 10)
+    done = house.increment(source, a_day(source, 8))
+    assert billed(house, source) == 0
+    assert house.ledger.touched(source.name) == (a_day(source, 9),)
+    assert done.taken.periods == (a_day(source, 8),)
+    house.increment(source, a_day(source, 12))
+    assert billed(house, source) == 10
+    assert house.ledger.touched(source.name) == ()
+
+
+def test_a_backfill_of_an_old_day_reads_that_day_and_takes_up_no_newer(house: ArrivalHouse) -> None:
+    """It compares what its interval holds, as ever; what arrived for newer days waits for their run."""
+    source = arriving("api_calls")
+    for day in (2, 3, 9):
+        used(house, source, day, f"e{day}", day, day)
+    house.increment(source, a_day(source, 9))
+    house.warehouse.delete("e2")
+    used(house, source, 50, "late", 9, 100)
+    used(house, source, 51, "more", 2, 1)
+    done = house.increment(source, a_day(source, 2))
+    assert done.taken.periods == (a_day(source, 2),)
+    assert billed(house, source) == 13
+    assert house.ledger.touched(source.name) == (a_day(source, 9),)
+    house.increment(source, a_day(source, 10))
+    assert billed(house, source) == 113
+
+
+def test_a_cleared_run_of_before_sends_nothing(house: ArrivalHouse, source: BillingSource) -> None:
+    """Of two runs that took up the same day the later extraction has the say; its own entry stays until it is done."""
+    used(house, source, 1, "row", 2, 10)
+    old, planned = house.read(source, a_day(source, 6))
+    used(house, source, 2, "row", 2, 7)
+    new, later = house.read(source, a_day(source, 6))
+    assert planned is not None
+    assert later is not None
+    house.plan(source, later, new.folder)
+    with pytest.raises(Stale, match="stale"):
+        house.settle(source, old, planned)
+    assert house.writing_requests(source) == 0
+    assert house.ledger.touched(source.name) == (a_day(source, 2),)
+    house.settle(source, new, later)
+    assert billed(house, source) == 7
+    assert house.ledger.touched(source.name) == ()
+
+
+def test_an_older_run_that_ends_late_leaves_a_newer_arrival_on_the_list(house: ArrivalHouse) -> None:
+    """A run that read a day before the late row came may not take the day off the list for it."""
+    source = arriving("api_calls")
+    used(house, source, 1, "row", 2, 10)
+    old, planned = house.read(source, a_day(source, 6))
+    used(house, source, 2, "late", 2, 5)
+    house.read(source, a_day(source, 1))  # A backfill that sees it arrive, and takes up nothing of the 2nd.
+    assert planned is not None
+    house.settle(source, old, planned)
+    assert billed(house, source) == 10
+    assert house.ledger.touched(source.name) == (a_day(source, 2),)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 15
+
+
+def test_raw_events_that_come_late_send_only_themselves(house: ArrivalHouse) -> None:
+    """With `mode: events` a late row is one event more; one that is marked as deleted is listed by name."""
+    source = arriving("platform_events", max_withdraw_share=1.0)
+    destination = source.destination.model_copy(update={"mode": "events"})
+    source = BillingSource(source.settings, destination, source.sql, source.expectations, source.arrivals_sql)
+    for day in range(1, 6):
+        used(house, source, day, f"e{day}", day, day)
+    house.increment(source, a_day(source, 5))
+    assert billed(house, source) == 15
+    before = len(house.sandbox.records(SITES[source.name]))
+    used(house, source, 1000, "late", 2, 100)
+    house.warehouse.delete("e4", tombstone=1001)
+    house.increment(source, a_day(source, 6))
+    assert billed(house, source) == 115
+    assert len(house.sandbox.records(SITES[source.name])) == before + 1
+    left = house.ledger.open_items(source.name, a_day(source, 4))
+    assert [(row.state, "e4" in row.reason) for row in left.itertuples()] == [("held", True)]
+    assert house.ledger.touched(source.name) == ()
+
+
+class Killed(BaseException):
+    """The process ended here."""
+
+
+class Mortal:
+    """Counts every call to what it wraps, and ends the process right before or right after one of them."""
+
+    def __init__(self, at: int, *, after: bool) -> None:
+        self.calls = 0
+        self.struck = ""
+        self._at, self._after = at, after
+
+    def watch(self, found: Any, name: str) -> Any:
+        """Return `found` with its calls counted."""
+        return _Watched(found, name, self)
+
+    def call(self, name: str, body: Callable[[], Any]) -> Any:
+        """Carry out a call, or not."""
+        if self.struck:
+            raise Killed(self.struck)  # A dead process does nothing more.
+        self.calls += 1
+        if self.calls != self._at:
+            return body()
+        self.struck = f"{'after' if self._after else 'before'} {name}"
+        if self._after:
+            body()
+        raise Killed(self.struck)
+
+
+_EFFECTS = {"get_conn", "watermark", "touched", "begin_extraction", "write", "record_read", "record_validation"}
+_EFFECTS |= {"begin_comparison", "reserve", "begin_sending", "accept", "take_off"}
+"""Where a process may end; leases are not among them, since waiting for one to end would only take time."""
+
+
+class _Watched:
+    def __init__(self, found: Any, name: str, mortal: Mortal) -> None:
+        self._found, self._name, self._mortal = found, name, mortal
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._found, name)
+        if name not in _EFFECTS:
+            return value
+        return lambda *args, **kwargs: self._mortal.call(f"{self._name}.{name}", lambda: value(*args, **kwargs))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_run_that_is_killed_anywhere_loses_no_arrival(house: ArrivalHouse, after: bool) -> None:
+    """Killed before or after each of its effects, and never tried again: the next day's run bills all it had seen."""
+    source = arriving("api_calls")
+    struck: list[str] = []
+    used(house, source, 1, "e0", 2, 1)
+    house.increment(source, a_day(source, 5), manners=ALONE)
+    for at in range(1, 200):
+        # Two days with a gap, so that two statements are made; one of them is not over yet.
+        used(house, source, 3 * at, f"a{at}", 2, 1)
+        used(house, source, 3 * at + 1, f"b{at}", 4, 2)
+        mortal = Mortal(at, after=after)
+        house.watched = mortal.watch
+        try:
+            house.increment(source, a_day(source, 6), manners=ALONE)
+        except Killed as end:
+            struck.append(str(end))
+        house.watched = lambda found, _name: found
+        house.increment(source, a_day(source, 7), manners=ALONE)
+        assert house.billed(source) == house.owed_by_account(source), struck[-1:]
+        assert house.ledger.touched(source.name) == ()
+        if not mortal.struck:
+            break
+    assert {name.split(".")[1] for name in struck} == _EFFECTS
+    assert house.accepted_by_day(source) == house.warehouse.owed(source.settings.timezone)
+
+
+def test_two_runs_at_once_bill_what_arrived_once(house: ArrivalHouse) -> None:
+    """Both take up the same late row; the later reading has the say, and the earlier one's other days go their way."""
+    source = arriving("api_calls")
+    used(house, source, 1, "late", 2, 10)
+    used(house, source, 2, "own", 6, 5)
+    first, one = house.read(source, a_day(source, 6))
+    second, other = house.read(source, a_day(source, 7))
+    assert one is not None
+    assert other is not None
+    house.settle(source, second, other)
+    with pytest.raises(Stale):
+        house.settle(source, first, one)
+    assert billed(house, source) == 15
+    assert house.ledger.touched(source.name) == ()
+
+
+def test_what_an_account_that_is_unknown_used_leaves_the_list_by_name(house: ArrivalHouse) -> None:
+    """A quarantined row is on a list of its own: its day need not be read by every run from then on."""
+    source = arriving(
+        "api_calls", quarantine=arriving("api_calls").settings.quarantine.model_copy(update={"max_share": 1})
+    )
+    house.warehouse.put(1, "stranger", noon(source, 2), "acct-9999", 5)
+    used(house, source, 2, "known", 2, 7)
+    done = house.increment(source, a_day(source, 6))
+    assert done.comparison is not None
+    assert done.comparison.rows_quarantined == 1
+    assert billed(house, source) == 7
+    assert house.ledger.touched(source.name) == ()
