@@ -258,6 +258,15 @@ ELSEWHERE = {
         "tests/integration/test_flow.py",
         "test_the_preview_command_says_what_the_run_then_sends",
     ),
+    "usage-billing ledger decide 0000000000000000000000000000000000000000000000000000000000000000 release "
+    '--because "the customer agreed"': (
+        "tests/integration/test_late_usage.py",
+        "test_what_is_held_is_listed_and_released_by_name",
+    ),
+    "usage-billing ledger list api_calls --state held": (
+        "tests/integration/test_late_usage.py",
+        "test_what_is_held_is_listed_and_released_by_name",
+    ),
     "make demo": ("tests/acceptance/test_demo.py", "test_first_demo_bills_what_is_owed"),
     "make up": ("tests/test_docs.py", "test_up_prints_address_and_login_and_ends_on_ctrl_c"),
 }

@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from usage_billing.errors import NeedsDecision, UsageBillingError
+from usage_billing.errors import Misconfigured, NeedsDecision, UsageBillingError
+from usage_billing.periods import local_midnight
 from usage_billing.records import Comparison, Period, Reading
 
 if TYPE_CHECKING:
@@ -52,8 +53,14 @@ def _parser() -> argparse.ArgumentParser:
         "--leave-unmatched", action="store_true", help="a person has looked at the records that match nothing: go on"
     )
     adopt.set_defaults(command=_ledger_adopt)
-    decide = actions.add_parser("decide", help="write down what a person decided about one delivery")
-    decide.add_argument("token", help="the delivery's uniqueness token")
+    listing = actions.add_parser("list", help="tell what is open of a billing source, by name")
+    listing.add_argument("source", help="the billing source")
+    listing.add_argument("--from", dest="first", help="first day, in the source's billing zone", **days | _OPTIONAL)
+    listing.add_argument("--to", dest="after", help="day after the last one", **days | _OPTIONAL)
+    listing.add_argument("--state", choices=_OPEN, help="only what stands there")
+    listing.set_defaults(command=_ledger_list)
+    decide = actions.add_parser("decide", help="write down what a person decided about one delivery or several")
+    decide.add_argument("tokens", nargs="+", metavar="token", help="the delivery's uniqueness token; all or none")
     decide.add_argument("outcome", choices=sorted(_OUTCOMES), help="; ".join(_OUTCOMES.values()))
     decide.add_argument("--counted", type=Decimal, help="with accepted: how much of it the site counts")
     decide.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
@@ -100,7 +107,11 @@ def _ledger_init(_options: argparse.Namespace) -> str:
     )
 
 
+_OPTIONAL = {"required": False}
+_OPEN = ("held", "in_doubt", "refused", "reserved", "sending")
+
 _OUTCOMES = {
+    "release": "release: what is held is billed by the next run or sweep, as the site bills it today",
     "write-off": "write-off: what is held or refused is never billed by us",
     "accepted": "accepted: what is in doubt is at the site, see --counted",
     "absent": "absent: what is in doubt is not at the site, and is sent again",
@@ -112,10 +123,43 @@ def _ledger_decide(options: argparse.Namespace) -> str:
     from usage_billing.records import DECIDED, State  # noqa: PLC0415
 
     states = {"write-off": State.WRITTEN_OFF, "accepted": State.ACCEPTED, "absent": State.RESERVED}
+    states["release"] = State.HELD
     book = ledger()
     by = f"{DECIDED}{book.now():%Y-%m-%d} by {getpass.getuser()}: {options.because}"
-    book.decide(options.token, states[options.outcome], by, options.counted)
-    return f"{options.token}: {options.outcome}; {by}"
+    book.decide(options.tokens, states[options.outcome], by, options.counted)
+    return "\n".join(f"{token}: {options.outcome}; {by}" for token in options.tokens)
+
+
+def _ledger_list(options: argparse.Namespace) -> str:
+    """Tell what is open, by the ledger alone; a line for what it is, one for where it stands.
+
+    Raises:
+        Misconfigured: the ledger knows no such source, or only one of the two days is given.
+    """
+    from usage_billing.installation import billing_source, ledger  # noqa: PLC0415
+
+    book, window = ledger(), None
+    if (known := book.sources()) and options.source not in known:
+        raise Misconfigured(f"the ledger knows no billing source {options.source!r}, only {', '.join(known)}")
+    if options.first or options.after:
+        if not (options.first and options.after):
+            raise Misconfigured("--from and --to go together: the first day, and the day after the last one")
+        zone = billing_source(options.source).settings.timezone
+        window = Period(local_midnight(options.first, zone), local_midnight(options.after, zone))
+    items = book.open_items(options.source, window)
+    if options.state:
+        items = items[items["state"] == options.state]
+    lines = [line for row in items.sort_values(["period_start", "identity"]).to_dict("records") for line in _item(row)]
+    return "\n".join([*lines, f"{len(items)} open of {options.source}"])
+
+
+def _item(row: dict[Any, Any]) -> list[str]:
+    """Return one open delivery as lines for a person."""
+    period = Period(row["period_start"], row["period_end"])
+    whose = f"{row['account']} (subscription {row['subscription']})" if row["subscription"] else "raw events"
+    since = f"since {row['reserved_at']:%Y-%m-%d %H:%M} UTC"
+    lines = [f"{row['token']}", f"  {row['state']} {row['quantity']} of {whose}, {period}, {since}: {row['reason']}"]
+    return [*lines, f"  released: {row['released']}"] if row["released"] else lines
 
 
 def _ledger_adopt(options: argparse.Namespace) -> str:

@@ -17,6 +17,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
 from usage_billing.records import NOBODY_CAN_TELL, Delivery, Plan, Reading, Receipt, State, Window
+from usage_billing.release import reissue
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
 from usage_billing.workers import Means, Worker
@@ -88,6 +89,7 @@ def deliver(
         current = first
         for _ in range(_ROUNDS):
             moved = work.reserve(current, reading, staging)
+            work.reissue()
             ended = work.until_settled()
             # A doubt that nothing ended blocks its key as before: planning again would only ask the same.
             freed = ended or (current.tally.blocked if current is first else 0)
@@ -107,7 +109,9 @@ def deliver(
 
 
 def resume(destination: Destination, ledger: Ledger, manners: Manners, means: Means) -> Delivered:
-    """Send again what was sent before, turned out not to be at the site, and still stands: whatever its usage period.
+    """Send what stands and needs no run for it, whatever its usage period.
+
+    It was sent before and turned out not to be at the site, or a person released it.
 
     Raises:
         Misconfigured, NotApplied: as `deliver`.
@@ -159,6 +163,13 @@ class _Work:
         self._progress.expect(written + already)
         log.info("reserved in the ledger: %d new, %d from an earlier try", written, already)
         return moved
+
+    def reissue(self) -> None:
+        """Reserve what a person released, in the form of today; what cannot be asked for now stays held."""
+        try:
+            reissue(self._destination, self._ledger, self._window)
+        except NotApplied as error:
+            log.warning("what was released waits: %s", error)
 
     def until_settled(self) -> int:
         """Send and settle until nothing of the window is on its way, or patience has run out.

@@ -15,7 +15,7 @@ from usage_billing import quantities
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
 from usage_billing.ledger import ADOPTED, Ledger
-from usage_billing.records import UNAPPROVED, Comparison, Plan, Staged, State, Tally
+from usage_billing.records import UNAPPROVED, WITHHELD, Comparison, Plan, Staged, State, Tally
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
@@ -39,6 +39,7 @@ _COLUMNS = [
     "quantity",
     *_ATTRIBUTES,
     "open_until",
+    "released",
     "body",
 ]
 _EVERYTHING_ABOVE = "g"
@@ -115,7 +116,7 @@ def _compare(totals: pa.Table, standing: pd.DataFrame, decimals: int) -> pd.Data
         name: _filled(both[name]) for name in ("owed", "settled", "waiting", "events", "extraction", "validation")
     }
     revision = both["revision"].fillna(-1).astype("int64")
-    texts = {name: both[name].fillna("") for name in ("state", "token", "reason")}
+    texts = {name: both[name].fillna("") for name in ("state", "token", "reason", "released")}
     return both.assign(**numbers, **texts, revision=revision)
 
 
@@ -160,17 +161,20 @@ def _propose(
     # takes is asked each time.
     judged_again = (state == State.HELD) & same & ~stays
     judged_again &= ~this_one | (difference < 0) | compared["reason"].astype(str).str.startswith(UNAPPROVED)
+    # What a person let go, they let go as it was: another quantity is for them to look at again.
+    let_go = compared["released"].where(same & state.isin([State.HELD, State.RESERVED]), "")
     stays |= (state == State.HELD) & same & ~judged_again
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
-    chosen = compared.assign(difference=difference, replaceable=replaceable, judged_again=judged_again)[proposed]
-    chosen = chosen.reset_index(drop=True)
+    chosen = compared.assign(difference=difference, replaceable=replaceable, judged_again=judged_again, released=let_go)
+    chosen = chosen[proposed].reset_index(drop=True)
     written = _written_out(chosen, comparison, destination, targets)
     still_held = chosen["judged_again"] & (written["state"] == State.HELD)
+    confirmed = written.assign(**chosen[["token", "revision"]], supersedes=chosen["token"])[still_held]
     chosen, written = chosen[~still_held], written[~still_held]
     sending = written["state"] == State.RESERVED
-    # What quarantine withholds is not withdrawn, and must not stop the others' bill.
-    withdraws = (chosen["difference"] < 0) & (sending | (not comparison.rows_quarantined))
+    # What quarantine withholds is not withdrawn, and must not stop the others' bill; a person knows what they released.
+    withdraws = (chosen["difference"] < 0) & (sending | (not comparison.rows_quarantined)) & (chosen["released"] == "")
     tally = Tally(
         new=int((sending & (written["revision"] == 0)).sum()),
         corrections=int((sending & (written["revision"] > 0)).sum()),
@@ -186,7 +190,8 @@ def _propose(
         negative=quantities.total(chosen["difference"][withdraws]),
         events=int(compared["events"].sum()),
     )
-    return written[_COLUMNS].reset_index(drop=True), tally
+    proposals = pd.concat([written, confirmed])[_COLUMNS].sort_values("identity", kind="stable", ignore_index=True)
+    return proposals, tally
 
 
 def _written_out(
@@ -212,9 +217,9 @@ def _written_out(
         },
     )
     goes, reason = destination.judge(rows)
-    withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined) & (reason == "")
-    why = "rows are in quarantine, and quarantine withholds, it never withdraws"
-    reason = reason.astype(object).mask(withheld, why)
+    # Whatever else speaks against it: a person may overrule the rest.
+    withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined)
+    reason = reason.astype(object).mask(withheld, WITHHELD)
     state = np.select([chosen["difference"] == 0, reason != ""], [State.SUPERSEDED, State.HELD], State.RESERVED)
     goes = goes.where(state == State.RESERVED, rows["quantity"])
     rows = rows.assign(state=state, reason=reason, partial=goes != rows["quantity"], quantity=goes)

@@ -8,6 +8,7 @@ chunks; what is in them tells the archive.
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from decimal import Decimal
 from typing import cast
 
@@ -95,6 +96,7 @@ def _look(destination: Destination, ledger: Ledger, window: Window) -> Reconcili
     if destination.metric not in _ADD_UP:
         why = f"the site computes the {destination.metric} of the events, and no sum of ours can be tied out with that"
         return Reconciliation(0, 0, 0, 0, Decimal(0), Decimal(0), note=why)
+    where = _Where(joined(window), frozenset(accepted["open_until"].dropna()))
     if destination.stream:
         component = accepted["component"].iloc[0]
         billed = sorted(
@@ -105,8 +107,8 @@ def _look(destination: Destination, ledger: Ledger, window: Window) -> Reconcili
                 for name in some.column("subscription").unique().to_pylist()
             }
         )
-        return _by_total(destination, ledger, billed, window)
-    return _by_total(destination, ledger, sorted(accepted["subscription"].unique()), window)
+        return _by_total(destination, ledger, billed, where)
+    return _by_total(destination, ledger, sorted(accepted["subscription"].unique()), where)
 
 
 @dataclass
@@ -250,14 +252,28 @@ def _whose(record: SiteRecord) -> str:
     )
 
 
-def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], window: Window) -> Reconciliation:
-    spans = joined(window)
-    totals = [total for total in destination.totals(billed) or [] if any(_touch(total.period, span) for span in spans)]
+@dataclass(frozen=True)
+class _Where:
+    """Where the usage of a window may be counted: in billing periods that touch it, and in those that end so.
+
+    What came late is counted after its time.
+    """
+
+    spans: tuple[Period, ...]
+    ends: frozenset[datetime]
+
+    def takes(self, period: Period) -> bool:
+        """Say whether a billing period may count some of it; the site may have moved its end since."""
+        return any(_touch(period, span) for span in self.spans) or any(period.start < end <= period.end for end in self.ends)
+
+
+def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], where: _Where) -> Reconciliation:
+    totals = [total for total in destination.totals(billed) or [] if where.takes(total.period)]
     matched = 0
     ours_sum = theirs_sum = Decimal(0)
     different, missing, unknown = _Found(), _Found(), _Found()
     for subscription in sorted(set(billed) - {total.subscription for total in totals}):
-        missing.add(f"subscription {subscription}: the site gives no total for {Period.around(spans)}")
+        missing.add(f"subscription {subscription}: the site gives no total for {Period.around(where.spans)}")
     for (period, component), some in _grouped(totals).items():
         names = [total.subscription for total in some]
         sums = _sums_here(destination, ledger, names, component, period, (State.ACCEPTED,))

@@ -80,6 +80,10 @@ DECIDED = "decided on "
 """How the reason of a delivery begins that a person has decided about."""
 
 
+WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws"
+"""The reason of a negative difference that waits for its run's quarantined rows, whatever else speaks against it."""
+
+
 UNAPPROVED = "not approved: "
 """How the reason of a delivery begins that a person was asked about, and did not approve. Each plan asks again."""
 
@@ -268,7 +272,7 @@ class Delivery:
 
     `body` is the exact JSON text of the record and `address` where it goes: a doubt is settled with these, never with
     what today's settings would give. `open_until` is when the billing period ends in which it was found right to send,
-    `reason` what was last said of it.
+    `reason` what was last said of it; `period` is its usage period.
     """
 
     token: str
@@ -282,6 +286,7 @@ class Delivery:
     reserved_at: datetime | None = None
     open_until: datetime | None = None
     reason: str = ""
+    period: Period | None = None
 
     def __post_init__(self) -> None:
         if not self.quantity.is_finite() or self.quantity == 0:

@@ -20,6 +20,7 @@ from usage_billing.installation import billing_source, destination_of, ledger, s
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
 from usage_billing.records import NOBODY_CAN_TELL, PERSON_DECIDES, Period, State
+from usage_billing.release import reissue
 from usage_billing.settle import Swept, sweep
 from usage_billing.sources import source_names
 from usage_billing.workers import Means
@@ -35,6 +36,8 @@ _MANNERS = Manners(threads=1, patience=timedelta(minutes=2))
 
 class SweepOperator(BaseOperator):
     """Settle every doubt of `sources` (None: of all), whatever its usage period, and send again what is not there.
+
+    What a person released goes as well: nobody has to wait for a run of its period.
 
     It makes one request at a time, so one slot of the site's pool is enough. A source of which nothing is open makes no
     request. No source keeps another from being swept: the faults of all are raised at the end.
@@ -77,12 +80,13 @@ class SweepOperator(BaseOperator):
         book.register(name, destination.site, source.definition())
         with marked(book, staging(), name):
             swept = sweep(destination, book, self._stop.is_set)
+            reissue(destination, book)
             sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
         self._tell(name, swept, sent)
 
     def _tell(self, name: str, swept: Swept, sent: Delivered) -> None:
         self.log.info(
-            "swept %s: %d found at the site, %d not there, %d sent again, %d still in doubt",
+            "swept %s: %d found at the site, %d not there, %d sent, %d still in doubt",
             name,
             swept.settled.found,
             swept.settled.absent,
@@ -226,7 +230,8 @@ def _names(sources: Sequence[str] | None) -> Sequence[str]:
 
 
 def _is_anything_open(book: Ledger, name: str) -> bool:
-    return bool(book.in_the_air(name) or book.doubts(name) or book.resumable(name, limit=1))
+    open_ones = book.in_the_air(name) or book.doubts(name) or book.resumable(name, limit=1)
+    return bool(open_ones) or not book.released(name).empty
 
 
 def _raise(faults: Mapping[str, UsageBillingError]) -> None:

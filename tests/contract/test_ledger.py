@@ -17,10 +17,10 @@ from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError
 
 from usage_billing.errors import Misconfigured, NotApplied, Stale
-from usage_billing.ledger import Lease, Ledger
+from usage_billing.ledger import ADOPTED, Lease, Ledger, Reserved
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import PERSON_DECIDES, Arrived, Decision, Period, Reading, Receipt, State
+from usage_billing.records import PERSON_DECIDES, WITHHELD, Arrived, Decision, Period, Reading, Receipt, State
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -474,6 +474,74 @@ def test_a_person_decides_about_what_waits_and_about_nothing_else(world: SimpleN
     rows = world.ledger.standing("calls", DAY).set_index("token")
     assert rows.loc[first, ["state", "reason"]].tolist() == ["written_off", "decided by somebody: credited by hand"]
     assert rows.loc[second, "state"] == "held"
+
+
+def test_what_is_released_waits_for_whoever_sends_it_next(world: SimpleNamespace) -> None:
+    """All or none, by name: it stays held with who and why, and its next revision is written once, ready to be sent."""
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    held = proposals({"a": "10", "b": "20", "c": "30"}, state=State.HELD, reason="its billing period is closed")
+    world.ledger.reserve("calls", "maxio:us:acme", reading, held)
+    tokens = dict(zip(held["subscription"], held["token"], strict=True))
+    with pytest.raises(Misconfigured, match=r"(?s)2 faults.*no such delivery.*no such delivery"):
+        world.ledger.decide([tokens["a"], "e" * 64, "f" * 64], State.HELD, "a person: let it go")
+    assert world.ledger.released("calls").empty
+    world.ledger.decide([tokens["a"], tokens["b"]], State.HELD, "a person: let it go")
+    found = world.ledger.released("calls", DAY)
+    assert sorted(found["subscription"]) == ["a", "b"]
+    assert set(found["released"]) == {"a person: let it go"}
+    world.ledger.explain_released({tokens["b"]: "there is no balance"})
+    again = [uniqueness_token(key, 1) for key in found["identity"]]
+    revisions = found.assign(supersedes=found["token"], token=again, revision=1, body="{}")
+    assert world.ledger.reissue("calls", "maxio:us:acme", revisions) == 2
+    assert world.ledger.reissue("calls", "maxio:us:acme", revisions) == 0
+    assert sorted(one.token for one in world.ledger.resumable("calls", 10)) == sorted(again)
+    assert sorted(one.token for one in world.ledger.reserved("calls", reading, 10)) == sorted(again)
+    rows = world.ledger.standing("calls", DAY).set_index("token")
+    assert rows.loc[tokens["b"], ["state", "reason"]].tolist() == ["superseded", "there is no balance"]
+    assert rows.loc[again, "released"].tolist() == ["a person: let it go"] * 2
+
+
+def test_what_a_later_reading_has_not_confirmed_is_not_released(world: SimpleNamespace) -> None:
+    """It may owe another quantity: only once it has listed the same one does its release count again."""
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    held = proposals({"a": "10"}, state=State.HELD, reason="late")
+    world.ledger.reserve("calls", "maxio:us:acme", reading, held)
+    world.ledger.decide(held["token"].item(), State.HELD, "a person: let it go")
+    later = extraction(world)
+    world.ledger.begin_comparison("calls", later, [DAY])
+    assert world.ledger.released("calls").empty
+    confirmed = held.assign(supersedes=held["token"], reason="late as ever")
+    assert world.ledger.reserve("calls", "maxio:us:acme", later, confirmed) == Reserved(0, 0, 0)
+    found = world.ledger.released("calls")
+    assert found["reason"].tolist() == ["late as ever"]
+    world.ledger.decide(held["token"].item(), State.WRITTEN_OFF, "a person: no")
+    latest = extraction(world)
+    world.ledger.begin_comparison("calls", latest, [DAY])
+    assert world.ledger.reserve("calls", "maxio:us:acme", latest, confirmed) == Reserved(0, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "raw", "told"),
+    [
+        (f"{ADOPTED}2026-10-05 by somebody: forgotten", False, "could bill it twice"),
+        (WITHHELD, False, "mend the rows"),
+        ("its billing period is closed", True, "not released by name"),
+    ],
+)
+def test_what_nobody_can_bill_soundly_is_not_released(
+    world: SimpleNamespace, reason: str, raw: bool, told: str
+) -> None:
+    """What the site may have, what quarantine withholds, and chunks of events: each says what to do instead."""
+    more = {"subscription": ""} if raw else {}
+    held = proposals({"a": "10"}, state=State.HELD, reason=reason).assign(**more)
+    world.ledger.reserve("calls", "maxio:us:acme", extraction(world), held)
+    with pytest.raises(Misconfigured, match=told):
+        world.ledger.decide(held["token"].item(), State.HELD, "a person: let it go")
+    world.ledger.decide(held["token"].item(), State.WRITTEN_OFF, "a person: no")
+    with pytest.raises(Misconfigured, match="it is written_off; release can be decided of what is held"):
+        world.ledger.decide(held["token"].item(), State.HELD, "a person: yes, after all")
 
 
 def replaced_refusal(world: SimpleNamespace) -> str:

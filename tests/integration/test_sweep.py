@@ -18,6 +18,7 @@ from usage_billing.errors import InDoubt, Misconfigured, NotApplied
 from usage_billing.hooks import MaxioHook
 from usage_billing.ledger import Ledger, marker
 from usage_billing.ledger.tables import delivery
+from usage_billing.records import State
 from usage_billing.sources import BillingSource
 from usage_billing.sweep import ListDoubtsOperator, SweepOperator
 
@@ -163,6 +164,23 @@ def test_one_sweep_ends_the_doubts_of_every_source_and_bills_each_unit_once(hous
         counts = house.sandbox.requests(site)
         assert (counts["reading"], counts["writing"]) == (0, 0)
     assert listed() == []
+
+
+def test_a_sweep_bills_what_a_person_released(house: SweptHouse) -> None:
+    """Nobody has to run its period again; another sweep asks nobody anything."""
+    source = shipped("platform_events")
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    house.run(source, a_day(source, 30), usage(source, 30))
+    sweep("platform_events")
+    assert house.billed(source) == {}
+    tokens = house.ledger.open_items(source.name, None)["token"].tolist()
+    house.ledger.decide(tokens, State.HELD, "decided by somebody: bill it")
+    sweep("platform_events")
+    assert house.billed(source) == expected(source)
+    house.sandbox.reset_requests()
+    sweep("platform_events")
+    counts = house.sandbox.requests(SITES[source.name])
+    assert (counts["reading"], counts["writing"]) == (0, 0)
 
 
 def test_a_doubt_of_any_period_is_swept_and_what_a_newer_reading_replaced_is_not_sent(house: SweptHouse) -> None:

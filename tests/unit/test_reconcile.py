@@ -29,7 +29,11 @@ def looked(
 ) -> tuple[Any, list[float]]:
     """Reconcile what the ledger accepted by subscription with what the site answers at each look."""
     rows, sent = (
-        [{"subscription": name, "quantity": quantity, "body": ""} for name, some in side.items() for quantity in some]
+        [
+            {"subscription": name, "quantity": quantity, "body": "", "open_until": None}
+            for name, some in side.items()
+            for quantity in some
+        ]
         for side in (here, under_way or {})
     )
     answers = iter(there)

@@ -123,7 +123,8 @@ class Destination(ABC):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Return, per proposal, why it may not be sent now (text), or an empty text.
 
-        `proposals` has the columns of `encode`.
+        `proposals` has the columns of `encode`, and perhaps ``released``: who let it go, though its billing period is
+        closed. Such a one is held for nothing but what the site cannot do.
         """
 
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -265,6 +266,13 @@ class Destination(ABC):
     def totals(self, subscriptions: Sequence[str]) -> list[SiteTotal] | None:
         """Return what the site counts for each subscription over its billing periods; None where `records` lists."""
         return None
+
+
+def let_go(proposals: pd.DataFrame) -> np.ndarray:
+    """Say of each proposal whether a person released it."""
+    if "released" not in proposals:
+        return np.zeros(len(proposals), dtype=bool)
+    return (proposals["released"] != "").to_numpy(dtype=bool)
 
 
 def joined(*parts: str | pd.Series) -> pd.Series:

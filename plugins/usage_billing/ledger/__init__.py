@@ -48,6 +48,7 @@ from usage_billing.ledger.tables import (
 )
 from usage_billing.records import (
     PERSON_DECIDES,
+    WITHHELD,
     Approval,
     Arrived,
     Decision,
@@ -66,8 +67,9 @@ _DECISIONS: Mapping[State, tuple[State, ...]] = {
     State.WRITTEN_OFF: (State.HELD, State.REFUSED),
     State.ACCEPTED: (State.IN_DOUBT,),
     State.RESERVED: (State.IN_DOUBT,),
+    State.HELD: (State.HELD,),
 }
-"""What a person may decide, and of what."""
+"""What a person may decide, and of what; what is held and stays so is released."""
 
 ADOPTED = "adopted on "
 """How the reason of each adopted delivery begins. One that is held with it waits for a person, whatever the warehouse
@@ -405,7 +407,8 @@ class Ledger:
         `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or
         ``held``, or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has
         another last revision than the plan saw is not written: it has moved, and has to be planned again.
-        So does one for whose usage period a later reading was compared.
+        So does one for whose usage period a later reading was compared. One that names itself in ``supersedes`` stands
+        there already, held, and stays: this reading confirms it, with its reason of now.
 
         What a chunk of raw events may hold hangs on all others of its usage period: proposals of chunks, one period in
         one call, have a column ``basis`` (see `bases`), and move where the ledger has another one by now.
@@ -428,18 +431,24 @@ class Ledger:
             ours = (known["extraction"] == reading.extraction) & (known["validation"] == reading.validation)
             ours &= ~(chunks & (known["state"] == State.SUPERSEDED))
             already = proposals["token"].isin(known.loc[ours, "token"])
-            sound = ~already & (base == proposals["revision"] - 1) & ~proposals["period_start"].isin(stale)
+            stays = proposals["supersedes"] == proposals["token"]
+            seen = proposals["revision"] - (~stays).astype(int)
+            sound = ~already & (base == seen) & ~proposals["period_start"].isin(stale)
             if chunks:
                 found = bases(known)
                 sound &= proposals["basis"] == [found.get(start, "") for start in proposals["period_start"]]
-            if not self._supersede(connection, proposals.loc[sound, "supersedes"], now):
+            if not (
+                self._supersede(connection, proposals.loc[sound & ~stays, "supersedes"], now)
+                and self._confirm(connection, proposals[sound & stays], reading)
+            ):
                 # A worker took one of them between the plan and here: nothing of this batch holds any more.
                 connection.rollback()
                 return Reserved(0, 0, len(proposals))
-            fresh = proposals[sound & (proposals["state"] != State.SUPERSEDED)]
+            fresh = proposals[sound & ~stays & (proposals["state"] != State.SUPERSEDED)]
             if not fresh.empty:
                 connection.execute(insert(delivery), _rows(fresh, name, site, reading, now))
-        return Reserved(written=int(sound.sum()), already=int(already.sum()), moved=int((~already & ~sound).sum()))
+        moved = int((~already & ~sound).sum())
+        return Reserved(written=int((sound & ~stays).sum()), already=int((already & ~stays).sum()), moved=moved)
 
     def reserved(self, name: str, reading: Reading, limit: int, after: str = "") -> list[Delivery]:
         """Return up to `limit` deliveries of one reading that are ready to be sent, by token, above `after`."""
@@ -449,7 +458,10 @@ class Ledger:
             return [_delivery(row) for row in connection.execute(queries.RESERVED, binds).mappings()]
 
     def resumable(self, name: str, limit: int, after: str = "") -> list[Delivery]:
-        """Return up to `limit` deliveries, by token, that were sent, turned out not to be there, and still stand."""
+        """Return up to `limit` deliveries, by token, that stand and for which no run is needed.
+
+        They were sent and turned out not to be there, or a person released them.
+        """
         binds = {"of": name, "after": after, "most": limit}
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESUMABLE, binds).mappings()]
@@ -462,6 +474,44 @@ class Ledger:
                 this_one = update(delivery).where(delivery.c.token == token, delivery.c.state == State.RESERVED)
                 held += connection.execute(this_one.values(state=State.HELD, reason=reason)).rowcount
         return held
+
+    def released(self, name: str, window: Period | None = None) -> pd.DataFrame:
+        """Return what a person released of a source in `window`, or in all, and is held still, by identity.
+
+        Only what the newest reading owes just so, and no more of what waits for quarantined rows. Columns: token,
+        identity, revision, quantity (text), account, subscription, component, price_point, dimensions, period_start,
+        period_end, address, reason, released.
+        """
+        found = self._frame(queries.released(name, window))
+        return found.assign(**{edge: pd.to_datetime(found[edge], utc=True) for edge in ("period_start", "period_end")})
+
+    def reissue(self, name: str, site: str, revisions: pd.DataFrame) -> int:
+        """Write down new revisions of what was released, ready to be sent; return how many were still to be replaced.
+
+        `revisions` has the columns of `delivery` up to `body`, without a state, and in ``supersedes`` the token that is
+        held. What has moved since it was read stays as it is by now.
+        """
+        if revisions.empty:
+            return 0
+        fresh = revisions.assign(state=State.RESERVED, reason="")
+        written = 0
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            now = self._now(connection)
+            rows = _rows(fresh, name, site, Reading(0), now)
+            for row, held in zip(rows, fresh["supersedes"], strict=True):
+                # The reading that has the say about it by now, which may have confirmed it meanwhile.
+                taken = connection.execute(queries.TAKE_RELEASED, {"of": held, "now": now}).mappings().one_or_none()
+                if taken is not None:
+                    connection.execute(insert(delivery), [row | dict(taken)])
+                    written += 1
+        return written
+
+    def explain_released(self, reasons: Mapping[str, str]) -> None:
+        """Write down, by token, why what was released cannot go yet."""
+        with self._writing() as connection:
+            for token, why in reasons.items():
+                connection.execute(queries.EXPLAIN_RELEASED, {"of": token, "why": why})
 
     def begin_sending(self, tokens: Sequence[str], held: Lease) -> frozenset[str]:
         """Put reserved deliveries in the air under a lease; return those that are now ours to send, and only those.
@@ -532,29 +582,38 @@ class Ledger:
             settled = self._now(connection) if state in {State.ACCEPTED, State.REFUSED} else None
             return connection.execute(this_one.values(state=state, settled_at=settled, **values)).rowcount == 1
 
-    def decide(self, token: str, state: State, by: str, counted: Decimal | None = None) -> None:
-        """Write down what a person decided about one delivery, with who and why as its reason.
+    def decide(self, tokens: str | Sequence[str], state: State, by: str, counted: Decimal | None = None) -> None:
+        """Write down what a person decided about one delivery or several, of all or none, with who and why.
 
-        What is held or refused can be `written_off`: it is settled, and never billed. A doubt that no waiting ends can
-        be `accepted` (`counted` is how much of it the site counts) or `reserved` (it has none of it: it is sent again).
+        What is held or refused can be `written_off`: it is settled, and never billed. What is held can be released (as
+        `held`): it goes with the next run of its period or the next sweep. A doubt that no waiting ends can be
+        `accepted` (`counted` is how much of it the site counts) or `reserved` (it has none of it: it is sent again).
         Any other doubt is for the site to settle: what a person saw there may have changed since.
 
         Raises:
-            Misconfigured: there is no such delivery, or it does not stand where this can be decided.
+            Misconfigured: there is no such delivery, or it does not stand where this can be decided; with every fault.
         """
-        leaves = _DECISIONS[state]
+        names = [tokens] if isinstance(tokens, str) else sorted(set(tokens))
         with self._writing() as connection:
-            found = select(delivery).where(delivery.c.token == token).with_for_update()
-            row: Any = connection.execute(found).one_or_none()
-            _raise_if_undecidable(token, row, state, leaves, counted)
-            if state is State.WRITTEN_OFF:
-                _raise_if_followed(connection, row)
-            if counted is not None:
-                _raise_if_too_fine(counted, connection.execute(select(source).where(source.c.name == row.source)).one())
-            settled = None if state is State.RESERVED else self._now(connection)
-            values = {"state": state, "reason": by, "settled_at": settled}
-            values["applied"] = "" if counted is None else f"{counted:f}"
-            connection.execute(update(delivery).where(delivery.c.token == token).values(values))
+            rows = {name: self._to_decide(connection, name) for name in names}
+            faults = [
+                f"token {name}: {wrong}"
+                for name, row in rows.items()
+                if (wrong := _why_undecidable(connection, row, state, counted))
+            ]
+            if faults:
+                raise Misconfigured(faults[0]) if len(names) == 1 else Misconfigured.all_at_once("not decided", faults)
+            values: dict[str, Any] = {"released": by}
+            if state is not State.HELD:
+                settled = None if state is State.RESERVED else self._now(connection)
+                values = {"state": state, "reason": by, "settled_at": settled}
+                values["applied"] = "" if counted is None else f"{counted:f}"
+            for some in _batches(names):
+                connection.execute(update(delivery).where(delivery.c.token.in_(some)).values(values))
+
+    @staticmethod
+    def _to_decide(connection: Connection, token: str) -> Any:
+        return connection.execute(select(delivery).where(delivery.c.token == token).with_for_update()).one_or_none()
 
     # --- adopting ----------------------------------------------------------------------------------------------------
 
@@ -646,10 +705,15 @@ class Ledger:
     ) -> pd.DataFrame:
         """Return what all sources had accepted for one component of a site: subscription, period_start, quantity, body.
 
-        A usage period that `window` cuts in two is there with its `body`, which tells where it was billed; others have
-        an empty one. `states` are those to look for instead.
+        A usage period that `window` cuts in two is there with its `body`, which tells where it was billed, and so is
+        one that may have come late, into a later billing period; others have an empty one. `states` are those to look
+        for instead.
         """
-        cut = or_(delivery.c.period_start < window.start, delivery.c.period_end > window.end)
+        cut = or_(
+            delivery.c.period_start < window.start,
+            delivery.c.period_end > window.end,
+            delivery.c.open_until > window.end,
+        )
         body = case((cut, delivery.c.body), else_="").label("body")
         parts = [
             self._frame(
@@ -657,8 +721,7 @@ class Ledger:
                     delivery.c.site == site,
                     delivery.c.component == component,
                     delivery.c.subscription.in_(some),
-                    delivery.c.period_start < window.end,
-                    delivery.c.period_end > window.start,
+                    queries.may_count_in(window),
                     delivery.c.state.in_(states),
                 )
             )
@@ -681,16 +744,15 @@ class Ledger:
             delivery.c.site == site,
             delivery.c.component == component,
             delivery.c.subscription == "",
-            delivery.c.period_start < window.end,
-            delivery.c.period_end > window.start,
+            queries.may_count_in(window),
             delivery.c.state.in_(states),
         )
         with self._reading() as connection:
             found = connection.execute(statement.order_by(delivery.c.token)).scalars()
             return [json.loads(address) for address in found]
 
-    def open_items(self, name: str, window: Window) -> pd.DataFrame:
-        """Return what is listed by name for `window`: reserved, sending, in doubt, held, refused, and why."""
+    def open_items(self, name: str, window: Window | None) -> pd.DataFrame:
+        """Return what is listed by name for `window`, or all: reserved, sending, in doubt, held, refused, and why."""
         states = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD, State.REFUSED)
         statement = select(delivery).where(queries.in_window(name, window), delivery.c.state.in_(states))
         return self._frame(statement.order_by(delivery.c.state, delivery.c.identity))
@@ -727,6 +789,16 @@ class Ledger:
     def _deliveries(self, statement: Select[Any]) -> list[Delivery]:
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(statement).mappings()]
+
+    @staticmethod
+    def _confirm(connection: Connection, held: pd.DataFrame, reading: Reading) -> bool:
+        """Let a reading have the say about what stays held; False if one of them moved meanwhile."""
+        same = {"number": reading.extraction, "outcome": reading.validation}
+        binds = [
+            {"of": row.token, "last": row.revision, "why": row.reason, **same}
+            for row in held[["token", "revision", "reason"]].itertuples()
+        ]
+        return all(connection.execute(queries.CONFIRM, bind).rowcount == 1 for bind in binds)
 
     @staticmethod
     def _supersede(connection: Connection, tokens: pd.Series, now: datetime) -> bool:
@@ -805,6 +877,7 @@ def _periods(proposals: pd.DataFrame) -> list[Period]:
 def _rows(fresh: pd.DataFrame, name: str, site: str, reading: Reading, now: datetime) -> list[dict[str, Any]]:
     columns = "token identity revision account subscription component price_point dimensions".split()
     columns += "quantity state reason address body".split()
+    columns += ["released"] if "released" in fresh else []
     rows = fresh[columns].astype({"revision": object})
     rows = rows.assign(source=name, site=site, reserved_at=now, **asdict(reading))
     for column in ("period_start", "period_end"):
@@ -820,33 +893,57 @@ def _proof(receipt: Receipt) -> dict[str, str]:
     return {"record": receipt.record_id, "note": receipt.note, "counted": counted}
 
 
-def _raise_if_undecidable(token: str, row: Any, state: State, leaves: Sequence[State], counted: Decimal | None) -> None:
-    wrong = ""
+def _why_undecidable(connection: Connection, row: Any, state: State, counted: Decimal | None) -> str:
+    """Return why a person cannot decide this of a delivery, or an empty text."""
+    leaves, wrong = _DECISIONS[state], ""
     if row is None:
         wrong = "the ledger has no such delivery"
     elif row.state not in leaves:
-        wrong = f"it is {row.state}; {state} can be decided of what is {' or '.join(leaves)}"
+        wanted = "release" if state is State.HELD else state
+        wrong = f"it is {row.state}; {wanted} can be decided of what is {' or '.join(leaves)}"
     elif row.state == State.IN_DOUBT and not row.reason.startswith(PERSON_DECIDES):
         wrong = "the site is still being asked; the sweep ends this doubt, or says that a person has to"
     elif (state is State.ACCEPTED) != (counted is not None):
         wrong = "accepted, and nothing else, needs the quantity that the site counts"
-    elif counted is not None and not row.subscription and counted != Decimal(row.quantity):
-        wrong = f"a chunk of raw events counts whole ({row.quantity}) or not at all: which of them count is not known"
-    if wrong:
-        raise Misconfigured(f"token {token}: {wrong}")
+    elif state is State.HELD:
+        wrong = _why_unreleasable(row)
+    elif state is State.WRITTEN_OFF and _is_followed(connection, row):
+        wrong = "a later revision has replaced it, and holds what is owed"
+    elif counted is not None:
+        of = connection.execute(select(source).where(source.c.name == row.source)).one()
+        wrong = _why_miscounted(row, counted, of)
+    return wrong
 
 
-def _raise_if_followed(connection: Connection, row: Any) -> None:
-    """Refuse to write off what a later revision has replaced: it would settle the same usage a second time."""
+def _is_followed(connection: Connection, row: Any) -> bool:
+    """Say whether a later revision holds what is owed: to write both off would settle the same usage twice."""
     later = select(delivery.c.token).where(delivery.c.identity == row.identity, delivery.c.revision > row.revision)
-    if connection.execute(later.limit(1)).first() is not None:
-        raise Misconfigured(f"token {row.token}: a later revision has replaced it, and holds what is owed")
+    return connection.execute(later.limit(1)).first() is not None
 
 
-def _raise_if_too_fine(counted: Decimal, of: Any) -> None:
+def _why_unreleasable(row: Any) -> str:
+    if row.reason.startswith(ADOPTED):
+        return (
+            "nobody can tell how much of it the site has, so sending it could bill it twice: compare the totals, bill "
+            "the difference by hand, and write it off"
+        )
+    if row.reason.startswith(WITHHELD):
+        return f"{WITHHELD}: mend the rows, and the next run of its period judges it anew"
+    if not row.subscription:
+        return (
+            "raw events are not released by name: what came late is decided for the whole source; what is gone or has "
+            "changed no call takes back"
+        )
+    return ""
+
+
+def _why_miscounted(row: Any, counted: Decimal, of: Any) -> str:
+    if not row.subscription and counted != Decimal(row.quantity):
+        return f"a chunk of raw events counts whole ({row.quantity}) or not at all: which of them count is not known"
     decimals = int(json.loads(of.definition).get("meter", {}).get("decimals", 0))
     if not counted.is_finite() or counted != round(counted, decimals):
-        raise Misconfigured(f"{counted} is no quantity of {decimals} decimal places, in which {of.name!r} is measured")
+        return f"{counted} is no quantity of {decimals} decimal places, in which {of.name!r} is measured"
+    return ""
 
 
 def _extraction(row: RowMapping) -> Extraction:
@@ -867,4 +964,5 @@ def _delivery(row: RowMapping) -> Delivery:
         reserved_at=row["reserved_at"],
         open_until=row["open_until"],
         reason=row["reason"],
+        period=Period(row["period_start"], row["period_end"]),
     )

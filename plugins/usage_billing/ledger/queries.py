@@ -19,6 +19,7 @@ from sqlalchemy import (
     delete,
     exists,
     false,
+    not_,
     or_,
     select,
     text,
@@ -27,7 +28,7 @@ from sqlalchemy import (
 )
 
 from usage_billing.ledger.tables import UtcDateTime, approval, compared_period, delivery, lease, touched_period
-from usage_billing.records import Period, Reading, State, Window, joined
+from usage_billing.records import WITHHELD, Period, Reading, State, Window, joined
 
 
 def alive(now: Any) -> ColumnElement[bool]:
@@ -55,10 +56,16 @@ def in_window(source: str, window: Window | None) -> ColumnElement[bool]:
     return and_(ours, or_(false(), *inside))
 
 
+def may_count_in(window: Period) -> ColumnElement[bool]:
+    """Say of a delivery whether it may be counted in a billing period: its usage period is there, or it came late."""
+    reaches = or_(delivery.c.period_end > window.start, delivery.c.open_until > window.start)
+    return and_(delivery.c.period_start < window.end, reaches)
+
+
 def standing(source: str, window: Window, low: str, high: str) -> Select[Any]:
     """Select every revision of a source's identities in ``[low, high)`` for usage periods in `window`, sorted."""
     names = "identity revision state quantity applied extraction validation token reason account subscription component"
-    names += " price_point dimensions period_start period_end address"
+    names += " price_point dimensions period_start period_end address released"
     return (
         select(*(delivery.c[name] for name in names.split()))
         .where(in_window(source, window), delivery.c.identity >= low, delivery.c.identity < high)
@@ -119,6 +126,7 @@ def approvals(source: str, reading: Reading, digest: str) -> Select[Any]:
 
 
 _TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until reason"
+_TO_SEND += " period_start period_end"
 TO_SEND = [delivery.c[name] for name in _TO_SEND.split()]
 """The columns that a `Delivery` is made of."""
 
@@ -159,19 +167,61 @@ RECORD_OWED = (
     .values(owed=bindparam("sum"))
 )
 
-# What was sent, turned out not to be at the site, and still stands: a sweep sends it again.
+# What was sent, turned out not to be at the site, and still stands: a sweep sends it again. It also sends what a person
+# let go: no run has to come for that.
 RESUMABLE = (
     select(*TO_SEND)
     .where(
         delivery.c.source == bindparam("of"),
         delivery.c.state == State.RESERVED,
-        delivery.c.sends > 0,
+        or_(delivery.c.sends > 0, delivery.c.released != ""),
         ~_OUTDATED,
         delivery.c.token > bindparam("after"),
     )
     .order_by(delivery.c.token)
     .limit(bindparam("most"))
 )
+
+# Held, and let go by a person: the newest reading still owes just this. What quarantine withholds waits for it.
+_RELEASED = and_(
+    delivery.c.state == State.HELD,
+    delivery.c.released != "",
+    not_(delivery.c.reason.startswith(WITHHELD, autoescape=True)),
+    ~_OUTDATED,
+)
+
+TAKE_RELEASED = (
+    update(delivery)
+    .where(delivery.c.token == bindparam("of"), _RELEASED)
+    .values(state=State.SUPERSEDED, settled_at=_NOW)
+    .returning(delivery.c.extraction, delivery.c.validation, delivery.c.released)
+)
+
+EXPLAIN_RELEASED = (
+    update(delivery)
+    .where(delivery.c.token == bindparam("of"), _RELEASED, delivery.c.reason != bindparam("why"))
+    .values(reason=bindparam("why"))
+)
+
+# A later reading owes just what an earlier one listed: it has the say about it from now on.
+CONFIRM = (
+    update(delivery)
+    .where(
+        delivery.c.token == bindparam("of"),
+        delivery.c.revision == bindparam("last"),
+        or_(delivery.c.state == State.HELD, delivery.c.state == State.REFUSED),
+    )
+    .values(extraction=bindparam("number"), validation=bindparam("outcome"), reason=bindparam("why"))
+)
+
+
+def released(source: str, window: Period | None) -> Select[Any]:
+    """Select what a person let go of a source in `window`, None for any, as it is held; by identity."""
+    names = "token identity revision quantity account subscription component price_point dimensions period_start"
+    names += " period_end address reason released"
+    columns = [delivery.c[name] for name in names.split()]
+    return select(*columns).where(in_window(source, window), _RELEASED).order_by(delivery.c.identity)
+
 
 # The last look before a request: the claim is fresh and its lease alive, both by the ledger's clock.
 MAY_SEND = select(

@@ -200,6 +200,7 @@ delivery = Table(
     Column("settled_at", UtcDateTime),
     Column("record_id", Text, nullable=False, server_default="", comment="The billing site's own id."),
     Column("applied", Text, nullable=False, server_default="", comment="How much of it counted; empty: all of it."),
+    Column("released", Text, nullable=False, server_default="", comment="Who let it go, when and why, held as it was."),
     UniqueConstraint("identity", "revision", name="delivery_revision"),
     CheckConstraint(f"state IN ({_states})", name="delivery_state"),
 )

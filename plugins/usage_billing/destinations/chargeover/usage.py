@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, negative
+from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, let_go, negative
 from usage_billing.destinations.chargeover.client import FEW, LIMIT, ChargeOverSite, Json, record_id
 from usage_billing.destinations.chargeover.line_item import LineItems
 from usage_billing.destinations.http import exact_number, record_number
@@ -40,6 +40,7 @@ _KEPT_DECIMALS = 4
 """How many decimal places an account is trusted to keep: what has more was not stored before it was read back."""
 _REFUSED_AGAIN = "refused when it was sent again, perhaps because its first request arrived after all"
 _NOT_SHOWN = "; the account has not shown it since"
+_FIRST_HOUR = timedelta(hours=1)
 _INVOICED = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
 
 
@@ -95,7 +96,7 @@ class ChargeOverUsage(Destination):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold negative differences unless the connection allows them, and what belongs to an invoiced cycle."""
         below = negative(proposals["quantity"])
-        late = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
+        late = _late(proposals) & ~let_go(proposals)
         # What vanished whole has no account in this run, and a credit to an invoiced cycle might never be made.
         unknown = below & proposals["open_from"].isna().to_numpy(dtype=bool)
         why_minus = (
@@ -135,16 +136,29 @@ class ChargeOverUsage(Destination):
         return _INVOICED if target.open_from is not None and start < target.open_from else ""
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
-        """Return each proposal as one usage record, the token as its external key."""
+        """Return each proposal as one usage record, the token as its external key.
+
+        One whose cycle is invoiced, where it goes at all, is dated in the first hour of the open cycle, with both ends,
+        so that it is billed whichever of them decides; ``custom_1`` then names its usage period.
+        """
+        late = pd.Series(_late(proposals), index=proposals.index)
         # The last second of a period belongs to it: the account reads `to` as included. In the hour that autumn
         # repeats, two periods bear the same times; the external key tells them apart.
-        start = by_value(proposals["period_start"], self.client.local)
-        end = by_value(proposals["period_end"], lambda end: self.client.local(end - timedelta(seconds=1)))
+        start, end = self._times(proposals["period_start"], proposals["period_end"])
+        note = joined(',"custom_1":"usage of ', start, " to ", end, '"').where(late, "")
+        if late.any():
+            opened = proposals["open_from"]
+            first, last = self._times(opened[late], opened[late] + _FIRST_HOUR)
+            start, end = (first.reindex(start.index).fillna(start), last.reindex(end.index).fillna(end))
         line = by_value(proposals["address"], lambda address: str(int(json.loads(address)["line_item_id"])))
         return joined(
             '{"line_item_id":', line, ',"usage_value":', proposals["quantity"], ',"from":"', start, '","to":"', end,
-            '","external_key":"', proposals["token"], '"}',
+            '","external_key":"', proposals["token"], '"', note, "}",
         )  # fmt: skip
+
+    def _times(self, starts: pd.Series, ends: pd.Series) -> tuple[pd.Series, pd.Series]:
+        """Return `from` and `to` of spans as the account reads them."""
+        return by_value(starts, self.client.local), by_value(ends - timedelta(seconds=1), self.client.local)
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
         """Store the chunk: singly, as a batch whose records are each answered, or as a bulk that is read back."""
@@ -333,11 +347,22 @@ class ChargeOverUsage(Destination):
         return answers
 
     def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
-        """Yield the records of the line items that `deliveries` went to, over the span of their periods."""
+        """Yield the records of the line items that `deliveries` went to, over the span of their periods.
+
+        What came late is dated later: whatever of `deliveries` is not there is looked for until its cycle ends, where
+        ``open_until`` tells.
+        """
         for address, some in deliveries.groupby("address"):
             line = json.loads(str(address))["line_item_id"]
             since, until = some["period_start"].min().to_pydatetime(), some["period_end"].max().to_pydatetime()
-            yield from self._records({"line_item_id": line}, Period(since, until))
+            wanted = set(some["token"])
+            for record in self._records({"line_item_id": line}, Period(since, until)):
+                wanted.discard(record.token)
+                yield record
+            ends = some["open_until"][some["token"].isin(wanted)].max() if "open_until" in some else None
+            if ends is not None and ends > until:
+                later = self._records({"line_item_id": line}, Period(until, ends))
+                yield from (record for record in later if record.token in wanted)
 
     def elsewhere(self, span: Period) -> Iterator[SiteRecord]:
         """Yield every record of the account over a span: an upgrade leaves those of before on a line that is gone."""
@@ -364,13 +389,20 @@ class ChargeOverUsage(Destination):
             target = today.get(str(address["account"]))
             if target is None or target.address["line_item_id"] == address["line_item_id"]:
                 continue
-            is_open = some["period_start"] >= target.open_from if target.open_from else some["period_start"].notna()
+            # What came late lies where the cycle was open when it was sent.
+            lies = some["open_until"].fillna(some["period_end"])
+            is_open = lies > target.open_from if target.open_from else lies.notna()
             if count := int(is_open.sum()):
                 yield Moved(
                     count,
                     f"account {target.account}: {count} deliveries are stored on line {address['line_item_id']}, which "
                     f"was replaced by {target.address['line_item_id']}; no document says that they are billed",
                 )
+
+
+def _late(proposals: pd.DataFrame) -> np.ndarray:
+    """Say of each proposal whether the cycle in which its usage period begins is invoiced, as far as that is known."""
+    return (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
 
 
 def _some(words: Iterable[str]) -> str:

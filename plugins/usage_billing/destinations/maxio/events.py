@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from usage_billing.archive import Archived
-from usage_billing.destinations.base import Answer, by_value, joined
+from usage_billing.destinations.base import Answer, by_value, joined, let_go, negative
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
@@ -35,6 +35,7 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 _SHARE_AFTER_REFUSAL = 10
 _MOST_IN_VAIN = 200
 """How many replays in a row may be refused before the stream is taken to want nothing at all."""
+_TOO_LITTLE = "a deduction waits: the open billing period counts too little, and a sum below 0 may be lost"
 _NAMED = 20
 """How many refused events of a chunk are named."""
 
@@ -135,15 +136,38 @@ class MaxioEvents(MaxioDestination):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
         unknown = proposals["open_from"].isna().to_numpy(dtype=bool)
-        closed = (proposals["period_end"] <= proposals["open_from"]).to_numpy(dtype=bool)
+        closed = _closed(proposals) & ~let_go(proposals)
         why_unknown = "its account has no usage in this run, so its open billing period is not known"
         why_closed = "its billing period is closed: the site would take the event and never bill it"
         texts = np.select([unknown, closed], [why_unknown, why_closed], "")
         return pd.Series(texts, index=proposals.index, dtype=object)
 
+    def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+        """Let all go whole, but what takes away from an open billing period what was counted in a closed one.
+
+        No document says that a sum below 0 is billed, so the site's own count of the open period has to take it whole.
+        """
+        why = self.hold_reason(proposals)
+        late_minus = _closed(proposals) & negative(proposals["quantity"]) & (why == "").to_numpy()
+        room: dict[str, Decimal] = {}
+        for place in map(int, np.flatnonzero(late_minus)):
+            number, less = str(proposals["subscription"].iloc[place]), -Decimal(proposals["quantity"].iloc[place])
+            if number not in room:
+                room[number] = self._counted_in(number, proposals["open_from"].iloc[place])
+            if less > room[number]:
+                why.iloc[place] = f"{_TOO_LITTLE}: it counts {room[number]}"
+            else:
+                room[number] -= less
+        return proposals["quantity"], why
+
+    def _counted_in(self, number: str, start: datetime) -> Decimal:
+        """Return what the site counts by now for a subscription in the billing period that began then."""
+        return sum((total.quantity for total in self.totals([number]) if total.period.start == start), Decimal(0))
+
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one event, its dimensions as properties."""
-        # A usage period that the renewal cut in two still bills, in the billing period that is open.
+        # A usage period that the renewal cut in two still bills, in the billing period that is open; and so does one
+        # before it, where it goes at all.
         starts = proposals["period_start"].where(
             ~(proposals["period_start"] < proposals["open_from"]), proposals["open_from"]
         )
@@ -340,6 +364,11 @@ class MaxioEvents(MaxioDestination):
         for name in (name for name, count in names.items() if count > 1):
             where = "dimensions, property, subscription_by"
             yield f"{where}: {name!r} would stand twice in an event; rename one in usage.sql"
+
+
+def _closed(proposals: pd.DataFrame) -> np.ndarray:
+    """Say of each proposal whether its usage period lies in a billing period that is closed, where that is known."""
+    return (proposals["period_end"] <= proposals["open_from"]).to_numpy(dtype=bool)
 
 
 class _Clock:

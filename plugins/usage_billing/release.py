@@ -1,0 +1,96 @@
+"""What a person released: held deliveries become new revisions, in the form in which the site bills them today.
+
+A run judges what it owes anew, and so does this, without one: the ledger alone says how much is owed, since the newest
+reading has listed just that. What cannot go all the same (the subscription has ended, no balance takes a deduction)
+stays held, released as it is, and says so.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import pandas as pd
+
+from usage_billing.destinations.base import Destination
+from usage_billing.ledger import Ledger
+from usage_billing.records import Delivery, Period, Target
+from usage_billing.uniqueness import uniqueness_token
+
+log = logging.getLogger(__name__)
+
+_IN_PART = "no part of what was released goes alone, and the balance takes only a part of it"
+
+
+def reissue(destination: Destination, ledger: Ledger, window: Period | None = None) -> int:
+    """Write down a new revision of whatever is released and can go, in `window` or at all; return how many.
+
+    Whoever sends what is reserved sends these; two that do this at once write each of them once.
+
+    Raises:
+        Misconfigured, NotApplied: the site could not be asked; nothing was changed.
+    """
+    name = destination.source.name
+    held = ledger.released(name, window)
+    if held.empty:
+        return 0
+    rows, why = _as_of_today(held, destination, ledger.now())
+    can_go = why == ""
+    ledger.explain_released(dict(zip(rows["supersedes"][~can_go], why[~can_go], strict=True)))
+    written = ledger.reissue(name, destination.site, rows[can_go].reset_index(drop=True))
+    log.info("released: %d go now, %d wait", written, int((~can_go).sum()))
+    return written
+
+
+def _as_of_today(held: pd.DataFrame, destination: Destination, now: datetime) -> tuple[pd.DataFrame, pd.Series]:
+    """Return the next revisions as the site would bill them today, and of each why it cannot go, or an empty text."""
+    targets = {target.account: target for target in destination.resolve(sorted(held["account"].unique()))}
+    today = [targets[account] for account in held["account"]]
+    revisions = held["revision"] + 1
+    rows = held.assign(
+        supersedes=held["token"],
+        revision=revisions,
+        token=[uniqueness_token(key, revision) for key, revision in zip(held["identity"], revisions, strict=True)],
+        address=[json.dumps(dict(target.address), sort_keys=True) for target in today],
+        **{
+            edge: pd.to_datetime(pd.Series([getattr(target, edge) for target in today], index=held.index), utc=True)
+            for edge in ("open_from", "open_until")
+        },
+    )
+    places = zip(held["subscription"], held["component"], today, strict=True)
+    why = pd.Series([_why_elsewhere(*place) for place in places], index=held.index, dtype=object)
+    here = why == ""
+    if here.any():
+        goes, reasons = destination.judge(rows[here])
+        why[here] = reasons.mask((reasons == "") & (goes != rows.loc[here, "quantity"]), _IN_PART)
+    rows["body"] = destination.encode(rows.assign(address=rows["address"].where(here, held["address"])))
+    sound = [_delivery(row) for row in rows[why == ""].to_dict("records")]
+    found = destination.recheck(sound, now) if sound else {}
+    now_too = pd.Series([found.get(token, "") for token in rows["token"]], index=rows.index, dtype=object)
+    return rows, why.where(why != "", now_too)
+
+
+def _why_elsewhere(subscription: str, component: str, today: Target) -> str:
+    """Return why an account does not lead any more to where a delivery belongs, or an empty text."""
+    if today.unknown:
+        return today.unknown
+    if (today.subscription, today.component) != (subscription, component):
+        return f"account {today.account!r} leads to subscription {today.subscription} by now, which did not use it"
+    return ""
+
+
+def _delivery(row: Mapping[Any, Any]) -> Delivery:
+    """Return a revision as it would be sent."""
+    until = row["open_until"]
+    return Delivery(
+        token=row["token"],
+        identity=row["identity"],
+        revision=row["revision"],
+        quantity=Decimal(row["quantity"]),
+        address=Delivery.address_from(row["address"]),
+        body=row["body"],
+        open_until=None if pd.isna(until) else until.to_pydatetime(),
+        period=Period(row["period_start"], row["period_end"]),
+    )

@@ -1,0 +1,350 @@
+"""Usage whose billing period has closed: held by name, released by a person, billed once in the period that is open."""
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import requests
+
+from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
+from usage_billing.cli import main
+from usage_billing.deliver import Delivered, resume
+from usage_billing.errors import Misconfigured
+from usage_billing.records import Period, State
+from usage_billing.release import reissue
+from usage_billing.sources import BillingSource
+from usage_billing.workers import Means
+
+ACCOUNTS = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
+DATED = ("platform_events", "voip_minutes")
+AFTER_THE_RENEWAL = "2026-11-02T12:00:00Z"
+NOT_BILLED_LATE = {
+    "platform_events": ({"late_event": "never_billed"}, {"late_event": "next_period"}),
+    "voip_minutes": (
+        {"late_usage": "never_billed", "cycle_by": "from"},
+        {"late_usage": "never_billed", "cycle_by": "to"},
+        {"late_usage": "next_invoice", "cycle_by": "to"},
+    ),
+}
+SITES_OF_DATED = [(name, switches) for name in DATED for switches in NOT_BILLED_LATE[name]]
+
+
+class Held(House):
+    """A house in which people decide about what is held."""
+
+    allow_negative = False
+
+    def destination(self, source: BillingSource) -> Any:
+        """Return the destination; the account may say that it takes negative usage."""
+        found: Any = super().destination(source)
+        if self.allow_negative and source.name == "voip_minutes":
+            found.client.settings = replace(found.client.settings, negative_usage="allowed")
+        return found
+
+    def open_items(self, source: BillingSource, day: Period) -> pd.DataFrame:
+        """Return what is listed by name for a day."""
+        return self.ledger.open_items(source.name, Period.around(source.periods(day)))
+
+    def listed(self, source: BillingSource, day: Period) -> list[tuple[str, str]]:
+        """Return state and quantity of what is listed by name for a day."""
+        left = self.open_items(source, day)
+        return list(zip(left["state"], left["quantity"], strict=True))
+
+    def release(self, source: BillingSource, day: Period) -> None:
+        """Let go whatever is held for a day."""
+        held = self.open_items(source, day)
+        tokens = held["token"][held["state"] == State.HELD].tolist()
+        self.ledger.decide(tokens, State.HELD, "decided on a day by somebody: the customer agreed")
+
+    def sweep(self, source: BillingSource) -> Delivered:
+        """Send what was released, as a sweep does."""
+        destination = self.destination(source)
+        reissue(destination, self.ledger)
+        return resume(destination, self.ledger, GENTLE, Means(stop=threading.Event()))
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[Held]:
+    """A sandbox, a ledger and staging."""
+    with a_house(tmp_path, Held) as found:
+        assert isinstance(found, Held)
+        yield found
+
+
+def used(source: BillingSource, day: Period, quantity: str, account: str = "") -> list[Event]:
+    """Make one event of a day."""
+    dimensions = ("eu", "premium")[: len(source.settings.dimensions)]
+    whose = account or ACCOUNTS[source.name]
+    return [Event(f"{whose}-{day.start:%m%d}", whose, quantity, day.start + timedelta(hours=9), dimensions)]
+
+
+def cancel_subscription(house: House) -> None:
+    """Let the customer end the subscription at the site."""
+    url = f"{house.sandbox.maxio_url('orbit')}/subscriptions/lookup.json?reference={ACCOUNTS['platform_events']}"
+    keys = ("sandbox-orbit-key", "x")
+    number = requests.get(url, auth=keys, timeout=5).json()["subscription"]["id"]
+    url = f"{house.sandbox.maxio_url('orbit')}/subscriptions/{number}.json"
+    assert requests.delete(url, auth=keys, timeout=5).status_code == 200
+
+
+def cancel_package(house: House) -> None:
+    """Let the customer end the package at the site."""
+    keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
+    url = f"{house.sandbox.chargeover_url('telco')}/api/v3/package/713?action=cancel"
+    assert requests.post(url, json={}, auth=keys, timeout=5).status_code == 200
+
+
+ENDS = {"platform_events": cancel_subscription, "voip_minutes": cancel_package}
+
+
+def lenient(name: str, **changes: Any) -> BillingSource:
+    """Return a shipped source with leave to withdraw everything, and other keys of its destination."""
+    source = shipped(name)
+    destination = type(source.destination).model_validate(source.destination.model_dump() | changes)
+    settings = source.settings.model_copy(update={"max_withdraw_share": 1.0})
+    return replace(source, settings=settings, destination=destination)
+
+
+def billed(house: House, source: BillingSource) -> Decimal:
+    """Return what the site billed the account."""
+    return house.billed(source).get(ACCOUNTS[source.name], Decimal(0))
+
+
+def nothing_is_sent_again(house: Held, source: BillingSource, day: Period, quantity: str) -> None:
+    """Run the day and the sweep once more, and compare with the site."""
+    before, sums = house.writing_requests(source), billed(house, source)
+    house.run(source, day, used(source, day, quantity))
+    house.sweep(source)
+    assert house.writing_requests(source) == before
+    assert billed(house, source) == sums
+    found = house.reconcile(source, day)
+    assert found.ties_out, found.examples
+    assert found.matched > 0
+
+
+# --- released ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "switches"), SITES_OF_DATED)
+@pytest.mark.parametrize("by", ["sweep", "run"])
+def test_what_a_person_released_is_billed_once_in_the_open_period(
+    house: Held, name: str, switches: dict[str, str], by: str
+) -> None:
+    """Whatever the site does with late usage: it is dated where the site bills, and the ledger keeps who and why."""
+    source, day = lenient(name), a_day(shipped(name), 30)
+    house.sandbox.switch(SITES[name], **switches)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    assert (house.listed(source, day), house.writing_requests(source)) == ([("held", "7")], 0)
+    house.release(source, day)
+    if by == "sweep":
+        assert house.sweep(source).accepted == 1
+    else:
+        house.run(source, day, used(source, day, "7"))
+    assert billed(house, source) == Decimal(7)
+    assert house.states(source, day) == {"superseded": 1, "accepted": 1}
+    rows = house.ledger.standing(source.name, Period.around(source.periods(day)))
+    assert set(rows["released"]) == {"decided on a day by somebody: the customer agreed"}
+    nothing_is_sent_again(house, source, day, "7")
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_run_and_a_sweep_at_once_bill_what_was_released_once(house: Held, name: str) -> None:
+    """Both find it released: one writes its next revision, one sends it."""
+    source, day = lenient(name), a_day(shipped(name), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    house.release(source, day)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    both = [
+        threading.Thread(target=house.deliver, args=(source, comparison, folder)),
+        threading.Thread(target=house.sweep, args=(source,)),
+        threading.Thread(target=house.sweep, args=(source,)),
+    ]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    house.sweep(source)
+    assert billed(house, source) == Decimal(7)
+    assert house.listed(source, day) == []
+    nothing_is_sent_again(house, source, day, "7")
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_another_quantity_than_the_released_one_is_for_the_person_again(house: Held, name: str) -> None:
+    """They let 7 go, and 9 are owed by now: neither is sent before they have seen it."""
+    source, day = lenient(name), a_day(shipped(name), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    house.release(source, day)
+    house.run(source, day, used(source, day, "9"))
+    house.sweep(source)
+    assert (house.listed(source, day), billed(house, source)) == ([("held", "9")], 0)
+    house.release(source, day)
+    house.sweep(source)
+    assert billed(house, source) == Decimal(9)
+    nothing_is_sent_again(house, source, day, "9")
+
+
+def test_a_released_deduction_from_events_waits_until_the_open_period_takes_it(house: Held) -> None:
+    """No document says that a sum below 0 is billed: 3 go once the open period counts 5."""
+    source, day, later = (
+        lenient("platform_events"),
+        a_day(shipped("platform_events"), 30),
+        a_day(shipped("platform_events"), 31),
+    )
+    november = Period(later.end, later.end + timedelta(days=1))
+    house.run(source, day, used(source, day, "10"))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    house.release(source, day)
+    assert house.sweep(source).accepted == 0
+    (why,) = house.open_items(source, day)["reason"]
+    assert "counts too little" in why
+    house.run(source, november, used(source, november, "5"))
+    assert house.sweep(source).accepted == 1
+    assert billed(house, source) == Decimal(12)
+    nothing_is_sent_again(house, source, day, "7")
+    assert house.reconcile(source, november).ties_out
+
+
+def test_a_release_does_not_say_that_the_account_takes_negative_usage(house: Held) -> None:
+    """That the connection says: until then it waits, released, and goes by the next sweep after."""
+    source, day = lenient("voip_minutes"), a_day(shipped("voip_minutes"), 30)
+    house.run(source, day, used(source, day, "10"))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    house.release(source, day)
+    assert house.sweep(source).accepted == 0
+    assert house.listed(source, day) == [("held", "-3")]
+    assert "negative_usage" in house.open_items(source, day)["reason"].item()
+    house.allow_negative = True
+    assert house.sweep(source).accepted == 1
+    assert billed(house, source) == Decimal(7)
+    nothing_is_sent_again(house, source, day, "7")
+
+
+def test_a_released_deduction_from_a_balance_goes_as_soon_as_that_takes_it_whole(house: Held) -> None:
+    """No part of it goes by a sweep, which could list the rest nowhere."""
+    source, day = lenient("api_calls"), a_day(shipped("api_calls"), 5)
+    house.run(source, day, used(source, day, "100"))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "91"))
+    house.release(source, day)
+    assert house.sweep(source).accepted == 0
+    later = a_day(source, 6)
+    house.run(source, later, used(source, later, "4"))
+    assert house.sweep(source).accepted == 0
+    assert house.listed(source, day) == [("held", "-9")]
+    house.run(source, later, used(source, later, "20"))
+    assert house.sweep(source).accepted == 1
+    assert billed(house, source) == Decimal(111)
+    nothing_is_sent_again(house, source, day, "91")
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_what_is_released_of_a_customer_who_left_waits_and_says_so(house: Held, name: str) -> None:
+    """Nothing bills it any more: it stays listed, with that reason, until somebody writes it off."""
+    source, day = lenient(name), a_day(shipped(name), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    house.release(source, day)
+    ENDS[name](house)
+    before = house.writing_requests(source)
+    assert house.sweep(source).accepted == 0
+    (why,) = house.open_items(source, day)["reason"]
+    assert "not be billed" in why or "would not bill" in why
+    assert house.writing_requests(source) == before
+    house.ledger.decide(house.open_items(source, day)["token"].item(), State.WRITTEN_OFF, "somebody: charged by hand")
+    house.sweep(source)
+    assert (house.listed(source, day), house.writing_requests(source)) == ([], before)
+
+
+def test_what_quarantine_withholds_is_not_released_and_what_was_released_waits_for_it(house: Held) -> None:
+    """A row that is put aside may be the one that seems to be gone: until it is mended nothing is withdrawn."""
+    house.allow_negative = True
+    source, day = lenient("voip_minutes"), a_day(shipped("voip_minutes"), 30)
+    unfit = [replace(event, event_id="unfit", quantity="-1") for event in used(source, day, "1")]
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0})
+    source = replace(source, settings=source.settings.model_copy(update={"quarantine": limits}))
+    house.run(source, day, used(source, day, "10"))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, [*used(source, day, "7"), *unfit])
+    with pytest.raises(Misconfigured, match="quarantine withholds"):
+        house.release(source, day)
+    house.run(source, day, used(source, day, "7"))
+    house.release(source, day)
+    house.run(source, day, [*used(source, day, "7"), *unfit])
+    assert house.sweep(source).accepted == 0
+    assert (house.listed(source, day), billed(house, source)) == ([("held", "-3")], 10)
+    house.run(source, day, used(source, day, "7"))
+    assert (house.listed(source, day), billed(house, source)) == ([], 7)
+    nothing_is_sent_again(house, source, day, "7")
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def commands(house: Held, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """A house whose ledger the command finds."""
+    from usage_billing import installation  # noqa: PLC0415
+
+    connection = {"conn_type": "sqlite", "host": house.ledger_url.removeprefix("sqlite:///")}
+    monkeypatch.setenv("AIRFLOW_CONN_USAGE_LEDGER", json.dumps(connection))
+    yield house
+    installation.ledger().close()
+    installation._ledger.cache_clear()
+
+
+def test_what_is_held_is_listed_and_released_by_name(commands: Held, capsys: pytest.CaptureFixture[str]) -> None:
+    """The list names token, customer, period, quantity, reason and age; several are let go in one command, or none."""
+    house, source = commands, lenient("voip_minutes")
+    days = [a_day(source, 30), a_day(source, 31)]
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    for number, day in enumerate(days):
+        house.run(source, day, used(source, day, f"{7 + number}"))
+    assert main(["ledger", "list", source.name, "--state", "held"]) == 0
+    told = capsys.readouterr().out
+    tokens = [line for line in told.splitlines() if len(line) == 64]
+    assert "held 7 of pkg-001 (subscription package:pkg-001), 2026-10-30T05:00Z to 2026-10-31T05:00Z, since " in told
+    assert told.endswith("2 open of voip_minutes\n")
+    because = ["--because", "agreed by mail"]
+    assert main(["ledger", "decide", *tokens, "f" * 64, "release", *because]) == 1
+    assert "no such delivery" in capsys.readouterr().err
+    assert house.ledger.released(source.name).empty
+    assert main(["ledger", "decide", *tokens, "release", *because]) == 0
+    assert main(["ledger", "list", source.name, "--from", "2026-10-31", "--to", "2026-11-01"]) == 0
+    told = capsys.readouterr().out
+    assert "released: decided on " in told
+    assert "agreed by mail" in told
+    assert told.endswith("1 open of voip_minutes\n")
+    house.sweep(source)
+    assert billed(house, source) == Decimal(15)
+    assert main(["ledger", "list", source.name]) == 0
+    assert capsys.readouterr().out == "0 open of voip_minutes\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["voip_minuts"], "knows no billing source 'voip_minuts'"),
+        (["voip_minutes", "--from", "2026-10-01"], "together"),
+    ],
+)
+def test_a_list_that_nobody_can_make_says_why(
+    commands: Held, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    """A misspelt source is not one without open items."""
+    source = shipped("voip_minutes")
+    commands.ledger.register(source.name, SITES[source.name], source.definition())
+    assert main(["ledger", "list", *arguments]) == 1
+    assert told in capsys.readouterr().err
