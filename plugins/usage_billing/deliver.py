@@ -7,7 +7,7 @@ a delivery in doubt, and a doubt is settled by asking the site, never by sending
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -16,7 +16,7 @@ from functools import partial
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
-from usage_billing.records import NOBODY_CAN_TELL, Delivery, Plan, Reading, Receipt, State, Window
+from usage_billing.records import NOBODY_CAN_TELL, PASSES, Delivery, Plan, Reading, Receipt, State, Window
 from usage_billing.release import reissue
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
@@ -120,6 +120,9 @@ def resume(destination: Destination, ledger: Ledger, manners: Manners, means: Me
     with Worker.at_work(ledger, f"deliver:{source}", manners.lease_lasts, means) as worker:
         work = _Work(partial(ledger.resumable, source), None, destination, ledger, worker, manners)
         work.send_ready()
+        if work.reopened:
+            work.reissue()
+            work.send_ready()
     return work.done
 
 
@@ -277,10 +280,18 @@ class _Work:
         except NotApplied as error:
             self._setback = error
             return []
-        self._count(held=self._ledger.hold(reasons))
+        self._hold(reasons)
         # From the end of the asking: however long it takes, the first chunks go.
         self._judged_at = self._ledger.now()
         return [delivery for delivery in page if delivery.token not in reasons]
+
+    def _hold(self, reasons: Mapping[str, str]) -> int:
+        """Hold deliveries; what the source lets pass is written anew by the next round. Return how many were held."""
+        policy = f"late_usage: {self._destination.late_usage}, grace: {self._destination.source.destination.grace}"
+        held = self._ledger.hold(reasons, policy)
+        self._count(held=held)
+        self.reopened += sum(reason.startswith(PASSES) for reason in reasons.values())
+        return held
 
     def _may_have_changed(self, delivery: Delivery, now: datetime) -> bool:
         """Say whether time has passed over a delivery: an earlier try, a long way here, the end of its period."""
@@ -302,8 +313,7 @@ class _Work:
                 self._judged_at = self._ledger.now()
                 if delivery.token not in reasons:
                     self._send_chunk([delivery])
-                elif held := self._ledger.hold(reasons):
-                    self._count(held=held)
+                elif held := self._hold(reasons):
                     self.reopened += held  # A part of it may go: planning again tells.
         except NotApplied as error:
             self._setback = error

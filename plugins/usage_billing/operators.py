@@ -389,11 +389,13 @@ def _log_tally(log: Any, tally: Tally, destination: Destination) -> None:
         owed, settled = (to_decimal(scaled, meter.decimals) for scaled in (tally.owed, tally.settled))
         log.info("owed %s, settled before %s", owed, settled)
     log.info(
-        "to send: %d new, %d corrections; unchanged %d, held %d, waiting %d, withdrawn %d, blocked by a doubt %d",
+        "to send: %d new, %d corrections; unchanged %d, held %d, refused here %d, waiting %d, withdrawn %d, "
+        "blocked by a doubt %d",
         tally.new,
         tally.corrections,
         tally.unchanged,
         tally.held,
+        tally.refused,
         tally.waiting,
         tally.withdrawn,
         tally.blocked,

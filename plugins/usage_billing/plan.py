@@ -15,7 +15,7 @@ from usage_billing import quantities
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
 from usage_billing.ledger import ADOPTED, Ledger
-from usage_billing.records import UNAPPROVED, WITHHELD, Comparison, Plan, Staged, State, Tally
+from usage_billing.records import REFUSED_HERE, UNAPPROVED, WITHHELD, Comparison, Plan, Staged, State, Tally
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
@@ -153,23 +153,25 @@ def _propose(
     same = difference == compared["waiting"]
     # What an earlier reading reserved may not be sent any more: it is written down anew, as this one's.
     ours = (state == State.RESERVED) & this_one & same
-    # What a site refused it would refuse again; what was held may have become possible, so it is judged anew.
-    stays = (state == State.REFUSED) & same
+    # What a site refused it would refuse again; what was held, or refused by the source itself, is judged anew.
+    by_us = compared["reason"].astype(str).str.startswith(REFUSED_HERE)
+    waits = (state == State.HELD) | ((state == State.REFUSED) & by_us)
+    stays = (state == State.REFUSED) & same & ~waits
     # Of what was adopted as held the site may have any part: no difference is known, whatever the totals say now.
     stays |= (state == State.HELD) & compared["reason"].astype(str).str.startswith(ADOPTED)
     # It is judged with what this extraction knows of the site, unless its own delivery knew better; what a balance
     # takes is asked each time.
-    judged_again = (state == State.HELD) & same & ~stays
+    judged_again = waits & same & ~stays
     judged_again &= ~this_one | (difference < 0) | compared["reason"].astype(str).str.startswith(UNAPPROVED)
     # What a person let go, they let go as it was: another quantity is for them to look at again.
     let_go = compared["released"].where(same & state.isin([State.HELD, State.RESERVED]), "")
-    stays |= (state == State.HELD) & same & ~judged_again
+    stays |= waits & same & ~judged_again
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
     chosen = compared.assign(difference=difference, replaceable=replaceable, judged_again=judged_again, released=let_go)
     chosen = chosen[proposed].reset_index(drop=True)
     written = _written_out(chosen, comparison, destination, targets)
-    still_held = chosen["judged_again"] & (written["state"] == State.HELD)
+    still_held = chosen["judged_again"] & (written["state"] == chosen["state"])
     confirmed = written.assign(**chosen[["token", "revision"]], supersedes=chosen["token"])[still_held]
     chosen, written = chosen[~still_held], written[~still_held]
     sending = written["state"] == State.RESERVED
@@ -180,6 +182,7 @@ def _propose(
         corrections=int((sending & (written["revision"] > 0)).sum()),
         unchanged=int((~blocked & ~stays & ~proposed & ~ours).sum()),
         held=int((written["state"] == State.HELD).sum()),
+        refused=int((written["state"] == State.REFUSED).sum()),
         blocked=int(blocked.sum()),
         waiting=int((stays | ours).sum() + still_held.sum()),
         withdrawn=int((written["state"] == State.SUPERSEDED).sum()),
@@ -220,7 +223,11 @@ def _written_out(
     # Whatever else speaks against it: a person may overrule the rest.
     withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined)
     reason = reason.astype(object).mask(withheld, WITHHELD)
-    state = np.select([chosen["difference"] == 0, reason != ""], [State.SUPERSEDED, State.HELD], State.RESERVED)
+    state = np.select(
+        [chosen["difference"] == 0, reason.str.startswith(REFUSED_HERE), reason != ""],
+        [State.SUPERSEDED, State.REFUSED, State.HELD],
+        State.RESERVED,
+    )
     goes = goes.where(state == State.RESERVED, rows["quantity"])
     rows = rows.assign(state=state, reason=reason, partial=goes != rows["quantity"], quantity=goes)
     return rows.assign(body=destination.encode(rows))

@@ -264,7 +264,9 @@ class _Where:
 
     def takes(self, period: Period) -> bool:
         """Say whether a billing period may count some of it; the site may have moved its end since."""
-        return any(_touch(period, span) for span in self.spans) or any(period.start < end <= period.end for end in self.ends)
+        return any(_touch(period, span) for span in self.spans) or any(
+            period.start < end <= period.end for end in self.ends
+        )
 
 
 def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], where: _Where) -> Reconciliation:

@@ -80,6 +80,14 @@ DECIDED = "decided on "
 """How the reason of a delivery begins that a person has decided about."""
 
 
+REFUSED_HERE = "never sent, as late_usage says: "
+"""How the reason of a refusal begins that the source asks for, and no site gave."""
+
+
+PASSES = "its billing period closed before it was sent; it goes into the open one, as the source says"
+"""The reason of a delivery that was right when it was planned, and is written anew for the billing period of today."""
+
+
 WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws"
 """The reason of a negative difference that waits for its run's quarantined rows, whatever else speaks against it."""
 
@@ -371,7 +379,8 @@ class Tally:
     """How many identities the plan found in each case, and the scaled sums behind them.
 
     `partial` counts those of which only a part may go now: what is left is planned again once that part has landed.
-    `released` counts those that the ledger lists as held, and that may go by now.
+    `released` counts those that the ledger lists as held or refused, and that may go by now; `refused` those that the
+    source itself refuses.
     """
 
     new: int = 0
@@ -383,6 +392,7 @@ class Tally:
     withdrawn: int = 0
     partial: int = 0
     released: int = 0
+    refused: int = 0
     owed: int = 0
     settled: int = 0
     negative: int = 0
@@ -391,7 +401,8 @@ class Tally:
     @property
     def unsettled(self) -> int:
         """How many identities owe a difference that nobody has written down yet, or that a doubt blocks."""
-        return self.new + self.corrections + self.held + self.withdrawn + self.blocked - self.released
+        listed = self.held + self.refused
+        return self.new + self.corrections + listed + self.withdrawn + self.blocked - self.released
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

@@ -16,7 +16,7 @@ import pandas as pd
 
 from usage_billing.destinations.base import Destination
 from usage_billing.ledger import Ledger
-from usage_billing.records import Delivery, Period, Target
+from usage_billing.records import Delivery, Period, Target, Window
 from usage_billing.uniqueness import uniqueness_token
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _IN_PART = "no part of what was released goes alone, and the balance takes only a part of it"
 
 
-def reissue(destination: Destination, ledger: Ledger, window: Period | None = None) -> int:
+def reissue(destination: Destination, ledger: Ledger, window: Window | None = None) -> int:
     """Write down a new revision of whatever is released and can go, in `window` or at all; return how many.
 
     Whoever sends what is reserved sends these; two that do this at once write each of them once.

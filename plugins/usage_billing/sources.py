@@ -16,7 +16,16 @@ from zoneinfo import ZoneInfo, available_timezones
 
 import yaml
 from croniter import croniter
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from usage_billing.errors import Misconfigured
 from usage_billing.periods import PeriodKind, last_periods, local_midnight, usage_periods
@@ -67,6 +76,15 @@ def _overlap(value: object) -> timedelta | int:
     return span
 
 
+_SPANS = {"h": "hours", "d": "days"}
+
+
+def _span(value: str) -> str:
+    if not re.fullmatch(r"\d{1,3}[hd]", value):
+        raise ValueError(f"{value!r} is no time: write hours as 24h, days as 1d")
+    return value
+
+
 class Columns(Settings):
     """Which columns of ``usage.sql`` hold what: our word to the query's; `arrival` is a column of ``arrivals.sql``."""
 
@@ -106,14 +124,24 @@ class FirstRun(Settings):
 
 
 class DestinationSettings(Settings):
-    """What every destination asks of ``source.yaml``; each destination adds its own keys."""
+    """What every destination asks of ``source.yaml``; each destination adds its own keys.
 
-    free: ClassVar[frozenset[str]] = frozenset({"connection", "threads"})
+    Each has its own `late_usage`: what becomes of usage whose billing period is closed. `grace` lets the last usage of
+    a billing period pass all the same: what ended so short before the renewal goes into the period that is open.
+    """
+
+    free: ClassVar[frozenset[str]] = frozenset({"connection", "threads", "late_usage", "grace"})
     """The keys that name nothing of what is billed, and so may change under history."""
 
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
+    grace: Annotated[str, AfterValidator(_span)] = "0h"
+
+    @property
+    def passes(self) -> timedelta:
+        """How long before the end of a billing period usage may have ended, and still passes after it."""
+        return timedelta(**{_SPANS[self.grace[-1]]: int(self.grace[:-1])})
 
     def naming(self) -> dict[str, Any]:
         """Return the keys that name what is billed."""

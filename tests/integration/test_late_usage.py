@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -196,12 +196,8 @@ def test_another_quantity_than_the_released_one_is_for_the_person_again(house: H
 
 def test_a_released_deduction_from_events_waits_until_the_open_period_takes_it(house: Held) -> None:
     """No document says that a sum below 0 is billed: 3 go once the open period counts 5."""
-    source, day, later = (
-        lenient("platform_events"),
-        a_day(shipped("platform_events"), 30),
-        a_day(shipped("platform_events"), 31),
-    )
-    november = Period(later.end, later.end + timedelta(days=1))
+    source = lenient("platform_events")
+    day, later = a_day(source, 30), november(source)
     house.run(source, day, used(source, day, "10"))
     house.sandbox.move_clock(AFTER_THE_RENEWAL)
     house.run(source, day, used(source, day, "7"))
@@ -209,11 +205,11 @@ def test_a_released_deduction_from_events_waits_until_the_open_period_takes_it(h
     assert house.sweep(source).accepted == 0
     (why,) = house.open_items(source, day)["reason"]
     assert "counts too little" in why
-    house.run(source, november, used(source, november, "5"))
+    house.run(source, later, used(source, later, "5"))
     assert house.sweep(source).accepted == 1
     assert billed(house, source) == Decimal(12)
     nothing_is_sent_again(house, source, day, "7")
-    assert house.reconcile(source, november).ties_out
+    assert house.reconcile(source, later).ties_out
 
 
 def test_a_release_does_not_say_that_the_account_takes_negative_usage(house: Held) -> None:
@@ -288,6 +284,146 @@ def test_what_quarantine_withholds_is_not_released_and_what_was_released_waits_f
     house.run(source, day, used(source, day, "7"))
     assert (house.listed(source, day), billed(house, source)) == ([], 7)
     nothing_is_sent_again(house, source, day, "7")
+
+
+# --- as the source says -----------------------------------------------------------------------------------------------
+
+SWITCHES = {"api_calls": ({},), **NOT_BILLED_LATE}
+GOES = {"api_calls": "bill_now", "platform_events": "now", "voip_minutes": "now"}
+ALL = [(name, switches) for name in GOES for switches in SWITCHES[name]]
+
+
+def november(source: BillingSource) -> Period:
+    """Return the first of November in the source's billing zone."""
+    zone = source.settings.timezone
+    return Period(datetime(2026, 11, 1, tzinfo=zone), datetime(2026, 11, 2, tzinfo=zone))
+
+
+@pytest.mark.parametrize(("name", "switches"), ALL)
+def test_late_usage_is_billed_now_where_the_source_says_so(house: Held, name: str, switches: dict[str, str]) -> None:
+    """First, more, and less: each lands in the open period, whatever the site does with what is dated before it."""
+    house.allow_negative = True
+    source = lenient(name, late_usage=GOES[name])
+    day, other = a_day(source, 29), november(source)
+    house.sandbox.switch(SITES[name], **switches)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, other, used(source, other, "50"))
+    for quantity in ("7", "9", "4"):
+        house.run(source, day, used(source, day, quantity))
+        assert (house.listed(source, day), billed(house, source)) == ([], 50 + Decimal(quantity))
+    assert house.states(source, day) == {"accepted": 3}
+    nothing_is_sent_again(house, source, day, "4")
+    nothing_is_sent_again(house, source, other, "50")
+
+
+@pytest.mark.parametrize(("name", "switches"), ALL)
+@pytest.mark.parametrize("policy", ["hold", "refuse"])
+@pytest.mark.parametrize("quantity", ["12", "7"])
+def test_late_corrections_are_held_or_refused_where_the_source_says_so(
+    house: Held, name: str, switches: dict[str, str], policy: str, quantity: str
+) -> None:
+    """What was billed in its time stays; the difference is listed by name, not sent, and can be written off."""
+    house.allow_negative = True
+    source = lenient(name, late_usage=policy)
+    day, other = a_day(source, 30), november(source)
+    house.sandbox.switch(SITES[name], **switches)
+    house.run(source, day, used(source, day, "10"))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, other, used(source, other, "50"))
+    house.run(source, day, used(source, day, quantity))
+    state = {"hold": "held", "refuse": "refused"}[policy]
+    difference = f"{Decimal(quantity) - 10}"
+    assert (house.listed(source, day), billed(house, source)) == ([(state, difference)], 60)
+    nothing_is_sent_again(house, source, day, quantity)
+    assert house.states(source, day) == {"accepted": 1, state: 1}, "running again made no other revision"
+    house.ledger.decide(house.open_items(source, day)["token"].item(), State.WRITTEN_OFF, "somebody: so be it")
+    nothing_is_sent_again(house, source, day, quantity)
+    assert house.listed(source, day) == []
+
+
+@pytest.mark.parametrize("name", GOES)
+def test_what_the_source_refuses_no_person_releases_but_another_policy_bills(house: Held, name: str) -> None:
+    """A refusal is the source's word, so the source takes it back: held again, or billed."""
+    source, day = lenient(name, late_usage="refuse"), a_day(shipped(name), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    assert house.listed(source, day) == [("refused", "7")]
+    token, reason = house.open_items(source, day)[["token", "reason"]].iloc[0]
+    assert reason.startswith("never sent, as late_usage says: ")
+    with pytest.raises(Misconfigured, match="it is refused; release can be decided of what is held"):
+        house.ledger.decide(token, State.HELD, "somebody: no, send it")
+    held = lenient(name, late_usage="hold")
+    house.run(held, day, used(held, day, "7"))
+    assert house.listed(held, day) == [("held", "7")]
+    goes = lenient(name, late_usage=GOES[name])
+    house.run(goes, day, used(goes, day, "7"))
+    assert (house.listed(goes, day), billed(house, goes)) == ([], 7)
+    nothing_is_sent_again(house, goes, day, "7")
+
+
+@pytest.mark.parametrize(("name", "switches"), ALL)
+@pytest.mark.parametrize("policy", ["hold", "refuse"])
+def test_grace_lets_the_last_day_of_a_billing_period_pass(
+    house: Held, name: str, switches: dict[str, str], policy: str
+) -> None:
+    """Its run comes after the renewal: it goes into the open period; the day before it is late, as ever."""
+    source = lenient(name, late_usage=policy, grace="24h")
+    last, before, other = a_day(source, 31), a_day(source, 30), november(source)
+    house.sandbox.switch(SITES[name], **switches)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, last, used(source, last, "7"))
+    house.run(source, before, used(source, before, "5"))
+    assert billed(house, source) == Decimal(7)
+    assert house.listed(source, last) == []
+    assert house.listed(source, before) == [({"hold": "held", "refuse": "refused"}[policy], "5")]
+    nothing_is_sent_again(house, source, last, "7")
+    house.run(source, other, used(source, other, "50"))
+    assert billed(house, source) == Decimal(57)
+    assert house.reconcile(source, other).ties_out
+
+
+@pytest.mark.parametrize("late_usage", ["never_billed", "next_invoice"])
+def test_chargeover_usage_goes_with_its_own_time_where_the_source_says_so(house: Held, late_usage: str) -> None:
+    """It is for accounts of which a person knows that they bill it: of another one nothing would be billed."""
+    source, day = lenient("voip_minutes", late_usage="original_time"), a_day(shipped("voip_minutes"), 30)
+    house.sandbox.switch(SITES["voip_minutes"], late_usage=late_usage)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, used(source, day, "7"))
+    assert house.states(source, day) == {"accepted": 1}
+    assert billed(house, source) == (7 if late_usage == "next_invoice" else 0)
+    nothing_is_sent_again(house, source, day, "7")
+
+
+ENDS_AS = {"hold": ("held", 0), "refuse": ("refused", 0), "now": ("accepted", 7), "bill_now": ("accepted", 7)}
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "grace"),
+    [
+        *((name, policy, "0h") for name, goes in GOES.items() for policy in ("hold", "refuse", goes)),
+        *((name, "refuse", "2d") for name in GOES),
+    ],
+)
+def test_what_a_renewal_overtakes_ends_as_the_source_says(house: Held, name: str, policy: str, grace: str) -> None:
+    """Right when it was planned, late when its turn comes: no body of before goes under its token."""
+    source = lenient(name, late_usage=policy, grace=grace)
+    day = a_day(source, 30)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    first = house.plan(source, comparison, folder)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.deliver(source, comparison, folder, first=first)
+    state, quantity = ENDS_AS[policy if grace == "0h" else GOES[name]]
+    rows = house.ledger.standing(source.name, Period.around(source.periods(day)))
+    assert rows["state"].iloc[-1] == state
+    assert billed(house, source) == Decimal(quantity)
+    if quantity:
+        nothing_is_sent_again(house, source, day, "7")
+        return
+    before = house.writing_requests(source)
+    house.run(source, day, used(source, day, "7"))
+    house.sweep(source)
+    assert (house.writing_requests(source), billed(house, source)) == (before, 0)
+    assert [each for each, _ in house.listed(source, day)] == [state]
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_nothing_before_bill_from_is_compared(load):
 
 def test_the_definition_holds_what_names_the_bill_and_nothing_else(load):
     """Another connection or more threads may be set at any time; another stream may not."""
-    other = load(source=SOURCE.replace("site_acme", "site_acme_2, threads: 9"))
+    other = load(source=SOURCE.replace("site_acme", "site_acme_2, threads: 9, grace: 1d"))
     assert other.definition() == load().definition()
     assert load(source=SOURCE.replace("stream: calls", "stream: other")).definition() != load().definition()
 

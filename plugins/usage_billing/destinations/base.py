@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from usage_billing.archive import Archive
 from usage_billing.errors import InDoubt, Misconfigured, Refused
-from usage_billing.records import Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
+from usage_billing.records import PASSES, REFUSED_HERE, Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
 Answer = Receipt | Refused | InDoubt | None
@@ -63,6 +63,9 @@ class Destination(ABC):
     archive: Archive | None = None
     """Where chunks of events are kept; whoever makes a destination with a `stream` hands one in."""
 
+    why_late: ClassVar[str] = "its billing period is closed"
+    """What speaks against sending usage whose billing period is closed."""
+
     client: Any
     """The plain client of the site; its `settings` tell the site's name and how many requests it takes at once."""
 
@@ -86,6 +89,29 @@ class Destination(ABC):
     def ask_after(self) -> timedelta:
         """How long after a request was sent `settle` may be asked about it: no sooner than its answer holds."""
         return self.settle_after
+
+    @property
+    def late_usage(self) -> str:
+        """What becomes of usage whose billing period is closed, as the source says."""
+        policy: str = getattr(self.source.destination, "late_usage", "hold")
+        return policy
+
+    @property
+    def _against_late(self) -> str:
+        """What speaks against late usage that nothing lets pass, by the source's policy; empty where it goes anyway."""
+        return {"hold": self.why_late, "refuse": f"{REFUSED_HERE}{self.why_late}"}.get(self.late_usage, "")
+
+    def _why_late(self, proposals: pd.DataFrame, late: np.ndarray) -> np.ndarray:
+        """Return, per proposal, what speaks against it if it is `late`; nothing if its grace or a person lets it go."""
+        grace = self.source.destination.passes
+        passes = (proposals["period_end"] > proposals["open_from"] - grace).to_numpy(dtype=bool) & bool(grace)
+        return np.where(late & ~passes & ~let_go(proposals), self._against_late, "")
+
+    def _why_late_now(self, delivery: Delivery, open_from: datetime) -> str:
+        """Return what speaks against a delivery of which the billing period closed since it was planned."""
+        grace = self.source.destination.passes
+        within = bool(grace) and delivery.period is not None and delivery.period.end > open_from - grace
+        return (PASSES if within else self._against_late) or PASSES
 
     def check(self) -> None:
         """Ask the site whether this source can be billed at all: credentials, component, kind, decimals.
@@ -144,7 +170,8 @@ class Destination(ABC):
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Return, by token, why what was right when it was planned may not be sent any more.
 
-        Asked right before a request that waited: for a lock, or since an earlier try. `now` is the ledger's time.
+        `PASSES` is the reason of one that is only dated wrong by now: it goes as a new revision. Asked right before a
+        request that waited: for a lock, or since an earlier try. `now` is the ledger's time.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked; nothing may be sent.
@@ -273,6 +300,11 @@ def let_go(proposals: pd.DataFrame) -> np.ndarray:
     if "released" not in proposals:
         return np.zeros(len(proposals), dtype=bool)
     return (proposals["released"] != "").to_numpy(dtype=bool)
+
+
+def closed(proposals: pd.DataFrame) -> np.ndarray:
+    """Say of each proposal whether its usage period lies in a billing period that is closed, where that is known."""
+    return (proposals["period_end"] <= proposals["open_from"]).to_numpy(dtype=bool)
 
 
 def joined(*parts: str | pd.Series) -> pd.Series:

@@ -47,7 +47,9 @@ from usage_billing.ledger.tables import (
     watermark,
 )
 from usage_billing.records import (
+    PASSES,
     PERSON_DECIDES,
+    REFUSED_HERE,
     WITHHELD,
     Approval,
     Arrived,
@@ -404,11 +406,11 @@ class Ledger:
     def reserve(self, name: str, site: str, reading: Reading, proposals: pd.DataFrame) -> Reserved:
         """Write proposals down before anything is sent, in one transaction with the check that they are still right.
 
-        `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved`` or
-        ``held``, or ``superseded`` for a row that only withdraws an open revision. A proposal whose identity has
-        another last revision than the plan saw is not written: it has moved, and has to be planned again.
-        So does one for whose usage period a later reading was compared. One that names itself in ``supersedes`` stands
-        there already, held, and stays: this reading confirms it, with its reason of now.
+        `proposals`, sorted by identity, has the columns of `delivery` up to `body`; `state` is ``reserved``, ``held``,
+        or ``refused`` by the source itself; or ``superseded`` for a row that only withdraws an open one. A proposal
+        whose identity has another last revision than the plan saw is not written: it has moved, and has to be planned
+        again. So does one for whose usage period a later reading was compared. One that names itself in ``supersedes``
+        stands there already, and stays: this reading confirms it, with its reason of now.
 
         What a chunk of raw events may hold hangs on all others of its usage period: proposals of chunks, one period in
         one call, have a column ``basis`` (see `bases`), and move where the ledger has another one by now.
@@ -466,16 +468,25 @@ class Ledger:
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESUMABLE, binds).mappings()]
 
-    def hold(self, reasons: Mapping[str, str]) -> int:
-        """Hold reserved deliveries, each token for its reason; return how many were still reserved."""
+    def hold(self, reasons: Mapping[str, str], let_go: str = "") -> int:
+        """Hold reserved deliveries, each token for its reason, and return how many were still reserved.
+
+        `let_go` is what released those of them that pass; one that the source refuses is refused, unless it was
+        released before.
+        """
         held = 0
         with self._writing() as connection:
             for token, reason in reasons.items():
                 this_one = update(delivery).where(delivery.c.token == token, delivery.c.state == State.RESERVED)
-                held += connection.execute(this_one.values(state=State.HELD, reason=reason)).rowcount
+                values: dict[str, Any] = {"state": State.HELD, "reason": reason}
+                if reason.startswith(REFUSED_HERE):
+                    values["state"] = case((delivery.c.released == "", State.REFUSED), else_=State.HELD)
+                elif reason.startswith(PASSES):
+                    values["released"] = case((delivery.c.released == "", let_go), else_=delivery.c.released)
+                held += connection.execute(this_one.values(values)).rowcount
         return held
 
-    def released(self, name: str, window: Period | None = None) -> pd.DataFrame:
+    def released(self, name: str, window: Window | None = None) -> pd.DataFrame:
         """Return what a person released of a source in `window`, or in all, and is held still, by identity.
 
         Only what the newest reading owes just so, and no more of what waits for quarantined rows. Columns: token,

@@ -298,3 +298,45 @@ def test_a_package_without_a_known_cycle_has_no_known_beginning(package: dict[st
     """Nothing is guessed where the account does not tell."""
     made: Any = destination(USAGE)
     assert made._line_items._open_from(package) is None
+
+
+NOVEMBER = pd.Timestamp(datetime(2026, 11, 1, 5, tzinfo=UTC))
+
+
+def test_late_usage_is_dated_in_the_open_billing_period() -> None:
+    """An event at its start, a ChargeOver record in its first hour with both ends; what it is for stands beside it."""
+    assert '"timestamp":"2026-11-01T05:00:00Z"' in body(
+        destination(EVENTS), open_from=NOVEMBER, address='{"account":"a","stream":"s"}'
+    )
+    usage = destination(USAGE)
+    line = {"address": '{"account":"a","line_item_id":854}', "open_from": NOVEMBER}
+    assert body(usage, **line) == (
+        '{"line_item_id":854,"usage_value":12.5,"from":"2026-11-01 00:00:00","to":"2026-11-01 00:59:59",'
+        f'"external_key":"{TOKEN}","custom_1":"usage of 2026-10-04 23:00:00 to 2026-10-05 22:59:59"}}'
+    )
+    own_time = body(destination({**USAGE, "late_usage": "original_time"}), **line)
+    assert '"from":"2026-10-04 23:00:00"' in own_time
+    assert "custom_1" not in own_time
+
+
+def test_the_memo_of_late_usage_names_its_period_whatever_the_template() -> None:
+    """On the invoice of another billing period nobody would know what it is for."""
+    made = destination({**METERED, "memo": "API calls"})
+    assert body(made).endswith(f'"{TOKEN} API calls"}}}}')
+    assert body(made, open_from=NOVEMBER).endswith(f'"{TOKEN} 2026-10-05 API calls"}}}}')
+    made = destination({**METERED, "memo": "of {period}"})
+    assert body(made, open_from=NOVEMBER).endswith(f'"{TOKEN} of 2026-10-05"}}}}')
+
+
+@pytest.mark.parametrize("grace", ["1 day", "24", "h", "-1d", "1w", "1000d"])
+def test_a_grace_that_is_no_time_is_refused(grace: str) -> None:
+    """Hours or days, told with the mend."""
+    with pytest.raises(ValidationError, match="write hours as 24h, days as 1d"):
+        destination({**METERED, "grace": grace})
+
+
+@pytest.mark.parametrize("keys", [{"late_usage": "now"}, {"late_usage": "refuse"}, {"grace": "1d"}])
+def test_raw_events_have_no_late_policy_yet(keys: dict[str, str]) -> None:
+    """A row has its own time: nothing dates it anew, and the source is told so before anything runs."""
+    with pytest.raises(ValidationError, match="a raw event has its own time"):
+        destination({**EVENTS, "mode": "events", "metric": "count", **keys})

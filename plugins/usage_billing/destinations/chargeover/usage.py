@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, let_go, negative
+from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, negative
 from usage_billing.destinations.chargeover.client import FEW, LIMIT, ChargeOverSite, Json, record_id
 from usage_billing.destinations.chargeover.line_item import LineItems
 from usage_billing.destinations.http import exact_number, record_number
@@ -41,7 +41,6 @@ _KEPT_DECIMALS = 4
 _REFUSED_AGAIN = "refused when it was sent again, perhaps because its first request arrived after all"
 _NOT_SHOWN = "; the account has not shown it since"
 _FIRST_HOUR = timedelta(hours=1)
-_INVOICED = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
 
 
 class ChargeOverUsageSettings(DestinationSettings):
@@ -50,6 +49,8 @@ class ChargeOverUsageSettings(DestinationSettings):
     `package_by` says what the account column holds: the package's external key, or the customer's, who then must have
     one line of the item. `item` is the product's external key. `mode` says how records travel: in batches of 25, each
     with its own answer; singly; or in a bulk of up to 1,000, which no answer accepts and which is therefore read back.
+    `late_usage` says what becomes of usage whose cycle is invoiced: it is held, dated in the open cycle, sent with its
+    own time (for an account of which you know that it bills that), or refused.
     """
 
     free: ClassVar[frozenset[str]] = DestinationSettings.free | {"mode"}
@@ -58,6 +59,7 @@ class ChargeOverUsageSettings(DestinationSettings):
     package_by: Literal["external_key", "customer_external_key"]
     item: str = Field(min_length=1)
     mode: Literal["batch", "single", "bulk"] = "batch"
+    late_usage: Literal["hold", "now", "original_time", "refuse"] = "hold"
 
 
 class ChargeOverUsage(Destination):
@@ -68,6 +70,7 @@ class ChargeOverUsage(Destination):
     """
 
     name = "chargeover_usage"
+    why_late = "its billing cycle is invoiced: whether usage that comes later is ever billed is not documented"
     connection_type = "chargeover"
     settings_model = ChargeOverUsageSettings
     chunk_size = _LARGEST_BATCH
@@ -96,7 +99,6 @@ class ChargeOverUsage(Destination):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold negative differences unless the connection allows them, and what belongs to an invoiced cycle."""
         below = negative(proposals["quantity"])
-        late = _late(proposals) & ~let_go(proposals)
         # What vanished whole has no account in this run, and a credit to an invoiced cycle might never be made.
         unknown = below & proposals["open_from"].isna().to_numpy(dtype=bool)
         why_minus = (
@@ -104,7 +106,8 @@ class ChargeOverUsage(Destination):
         )
         minus = below & (self.client.settings.negative_usage == "hold")
         why_unknown = "its account has no usage in this run, so its open billing cycle is not known"
-        texts = np.select([minus, unknown, late], [why_minus, why_unknown, _INVOICED], "")
+        late = self._why_late(proposals, self._late(proposals))
+        texts = np.select([minus, unknown], [why_minus, why_unknown], late)
         return pd.Series(texts, index=proposals.index, dtype=object)
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
@@ -126,14 +129,17 @@ class ChargeOverUsage(Destination):
             return target.unknown
         if target.address["line_item_id"] != delivery.address["line_item_id"]:
             return "its line item was replaced since it was planned: the next run of its period addresses the new one"
-        return self._why_too_late(delivery, target)
+        if self._why_too_late(delivery, target) and target.open_from is not None:
+            return self._why_late_now(delivery, target.open_from)
+        return ""
 
     def _why_too_late(self, delivery: Delivery, target: Target) -> str:
         """Say why no open cycle has the usage; a line that was replaced is another matter (see `moved`)."""
         if target.unknown:
             return target.unknown
         start = datetime.fromisoformat(json.loads(delivery.body)["from"]).replace(tzinfo=self.client.settings.zone)
-        return _INVOICED if target.open_from is not None and start < target.open_from else ""
+        late = target.open_from is not None and start < target.open_from and self.late_usage != "original_time"
+        return self.why_late if late else ""
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one usage record, the token as its external key.
@@ -141,7 +147,7 @@ class ChargeOverUsage(Destination):
         One whose cycle is invoiced, where it goes at all, is dated in the first hour of the open cycle, with both ends,
         so that it is billed whichever of them decides; ``custom_1`` then names its usage period.
         """
-        late = pd.Series(_late(proposals), index=proposals.index)
+        late = pd.Series(self._late(proposals), index=proposals.index)
         # The last second of a period belongs to it: the account reads `to` as included. In the hour that autumn
         # repeats, two periods bear the same times; the external key tells them apart.
         start, end = self._times(proposals["period_start"], proposals["period_end"])
@@ -155,6 +161,11 @@ class ChargeOverUsage(Destination):
             '{"line_item_id":', line, ',"usage_value":', proposals["quantity"], ',"from":"', start, '","to":"', end,
             '","external_key":"', proposals["token"], '"', note, "}",
         )  # fmt: skip
+
+    def _late(self, proposals: pd.DataFrame) -> np.ndarray:
+        """Say of each proposal whether its own time would put it into an invoiced cycle that bills nothing more."""
+        begun = (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
+        return begun & (self.late_usage != "original_time")
 
     def _times(self, starts: pd.Series, ends: pd.Series) -> tuple[pd.Series, pd.Series]:
         """Return `from` and `to` of spans as the account reads them."""
@@ -398,11 +409,6 @@ class ChargeOverUsage(Destination):
                     f"account {target.account}: {count} deliveries are stored on line {address['line_item_id']}, which "
                     f"was replaced by {target.address['line_item_id']}; no document says that they are billed",
                 )
-
-
-def _late(proposals: pd.DataFrame) -> np.ndarray:
-    """Say of each proposal whether the cycle in which its usage period begins is invoiced, as far as that is known."""
-    return (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
 
 
 def _some(words: Iterable[str]) -> str:

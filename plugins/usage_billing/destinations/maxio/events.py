@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from usage_billing.archive import Archived
-from usage_billing.destinations.base import Answer, by_value, joined, let_go, negative
+from usage_billing.destinations.base import Answer, by_value, closed, joined, negative
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
@@ -50,7 +50,8 @@ class MaxioEventsSettings(MaxioDestinationSettings):
     No API tells the metric's formula, so nobody but you can check that. `fed_by_others` says that somebody else feeds
     the component too: then it is no fault that the site counts more than was sent from here. `activation` says whether
     the preview of each subscription's renewal has to show the component before its usage is sent; ``assumed`` is for a
-    site whose preview leaves out what has no usage yet.
+    site whose preview leaves out what has no usage yet. `late_usage` says what becomes of a usage total whose billing
+    period is closed, which an event at its own time would never bill: it is held, dated in the open one, or refused.
     """
 
     free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"metric", "fed_by_others", "activation"}
@@ -64,6 +65,7 @@ class MaxioEventsSettings(MaxioDestinationSettings):
     metric: Literal["sum", "count", "maximum", "minimum", "average", "unique", "percentile"] = "sum"
     fed_by_others: bool = False
     activation: Literal["checked", "assumed"] = "checked"
+    late_usage: Literal["hold", "now", "refuse"] = "hold"
 
     @model_validator(mode="after")
     def _totals_are_sums(self) -> Self:
@@ -71,6 +73,15 @@ class MaxioEventsSettings(MaxioDestinationSettings):
             raise ValueError(
                 f"metric: is {self.metric}, and mode totals sends signed differences, which only a sum takes in; "
                 "set mode: events"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_have_their_own_time(self) -> Self:
+        if self.mode == "events" and (self.late_usage != "hold" or self.passes):
+            raise ValueError(
+                "late_usage, grace: a raw event has its own time, and is held once its billing period is closed; "
+                "leave both out, or set mode: totals"
             )
         return self
 
@@ -89,6 +100,7 @@ class MaxioEvents(MaxioDestination):
 
     name = "maxio_events"
     settings_model = MaxioEventsSettings
+    why_late = "its billing period is closed: the site would take the event and never bill it"
     kind = "event_based_component"
     chunk_size = 1000
     retry_chunk_size = 1000
@@ -136,10 +148,8 @@ class MaxioEvents(MaxioDestination):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
         unknown = proposals["open_from"].isna().to_numpy(dtype=bool)
-        closed = _closed(proposals) & ~let_go(proposals)
         why_unknown = "its account has no usage in this run, so its open billing period is not known"
-        why_closed = "its billing period is closed: the site would take the event and never bill it"
-        texts = np.select([unknown, closed], [why_unknown, why_closed], "")
+        texts = np.where(unknown, why_unknown, self._why_late(proposals, closed(proposals)))
         return pd.Series(texts, index=proposals.index, dtype=object)
 
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
@@ -148,7 +158,7 @@ class MaxioEvents(MaxioDestination):
         No document says that a sum below 0 is billed, so the site's own count of the open period has to take it whole.
         """
         why = self.hold_reason(proposals)
-        late_minus = _closed(proposals) & negative(proposals["quantity"]) & (why == "").to_numpy()
+        late_minus = closed(proposals) & negative(proposals["quantity"]) & (why == "").to_numpy()
         room: dict[str, Decimal] = {}
         for place in map(int, np.flatnonzero(late_minus)):
             number, less = str(proposals["subscription"].iloc[place]), -Decimal(proposals["quantity"].iloc[place])
@@ -295,6 +305,11 @@ class MaxioEvents(MaxioDestination):
                 found[token] = min((end for *_, end in spans if end is not None), default=_NEVER) - self.settle_after
         return found, resting
 
+    def _opened(self, accounts: Collection[str]) -> dict[str, tuple[datetime | None, datetime | None]]:
+        """Return the ends of each account's open billing period, as far as the site tells."""
+        targets = super().resolve(sorted(accounts))
+        return {target.account: (target.open_from, target.open_until) for target in targets}
+
     def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
         """Return the time of each account's earliest event."""
         if not self.stream:
@@ -317,7 +332,14 @@ class MaxioEvents(MaxioDestination):
                 "those: clear the run from validate on, and the others go"
             )
         ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
-        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | resting
+        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by | resting}
+        if held and not self.stream:
+            late = [delivery for delivery in deliveries if delivery.token in held]
+            opened = self._opened({str(delivery.address["account"]) for delivery in late})
+            starts = {one.token: opened[str(one.address["account"])][0] for one in late}
+            reasons = {one.token: self._why_late_now(one, start) for one in late if (start := starts[one.token])}
+            held |= {token: reason for token, reason in reasons.items() if reason != self.why_late}
+        held |= resting
         return held | {token: ends for token, moment in leave_by.items() if moment <= at}
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
@@ -364,11 +386,6 @@ class MaxioEvents(MaxioDestination):
         for name in (name for name, count in names.items() if count > 1):
             where = "dimensions, property, subscription_by"
             yield f"{where}: {name!r} would stand twice in an event; rename one in usage.sql"
-
-
-def _closed(proposals: pd.DataFrame) -> np.ndarray:
-    """Say of each proposal whether its usage period lies in a billing period that is closed, where that is known."""
-    return (proposals["period_end"] <= proposals["open_from"]).to_numpy(dtype=bool)
 
 
 class _Clock:

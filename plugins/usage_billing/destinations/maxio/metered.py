@@ -18,18 +18,19 @@ import numpy as np
 import pandas as pd
 from pydantic import AfterValidator
 
-from usage_billing.destinations.base import Answer, by_value, joined, negative
+from usage_billing.destinations.base import Answer, by_value, closed, joined, let_go, negative
 from usage_billing.destinations.http import exact_number
 from usage_billing.destinations.maxio.client import MET_WITHIN_THE_HOUR, Json, instant, unwrapped
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
-from usage_billing.records import Delivery, Receipt, SiteRecord, Target
+from usage_billing.records import PASSES, Delivery, Receipt, SiteRecord, Target
 
 _MEMO_LENGTH = 255
 _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TOKEN_LENGTH = 64
 _TOKEN_HONOURED = timedelta(minutes=61)
 _DAY = timedelta(days=1)
+_OPENED = "current_period_started_at"
 _NO_BALANCE = "a deduction waits: the open billing period's balance does not take it, and never falls below 0"
 
 
@@ -44,7 +45,9 @@ class MaxioMeteredSettings(MaxioDestinationSettings):
     """The keys of a source that is billed to a metered component.
 
     `subscription_by` says what the account column holds; `component` and `price_point` are an id or
-    ``handle:<handle>``; `memo` is what the site shows for a usage, after the token.
+    ``handle:<handle>``; `memo` is what the site shows for a usage, after the token. `late_usage` says what becomes of
+    usage whose billing period is closed: it has no date and lands in the open one, so it is billed there, with a memo
+    that names its usage period, or held, or refused.
     """
 
     free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"memo"}
@@ -54,6 +57,7 @@ class MaxioMeteredSettings(MaxioDestinationSettings):
     component: IdOrHandle
     price_point: IdOrHandle | None = None
     memo: Annotated[str, AfterValidator(_memo)] = "{period}"
+    late_usage: Literal["bill_now", "hold", "refuse"] = "bill_now"
 
 
 class MaxioMetered(MaxioDestination):
@@ -63,6 +67,7 @@ class MaxioMetered(MaxioDestination):
     """
 
     name = "maxio_metered"
+    why_late = "its billing period is closed: it has no date, and would land on the invoice of the open one"
     settings_model = MaxioMeteredSettings
     kind = "metered_component"
     chunk_size = 1
@@ -70,36 +75,56 @@ class MaxioMetered(MaxioDestination):
     replay_window = timedelta(0)
 
     def _found(self, accounts: Sequence[str], why_not: Callable[[str, Json, Json], str]) -> list[Target]:
-        # A usage has no date: it lands in whatever period is open, so the end of one closes nothing.
-        return [replace(target, open_until=None) for target in super()._found(accounts, why_not)]
+        # A usage has no date: it lands in whatever period is open, so the end of one closes nothing, unless the source
+        # wants it to.
+        found = super()._found(accounts, why_not)
+        return [replace(target, open_until=None) for target in found] if self._bills_late else found
+
+    @property
+    def _bills_late(self) -> bool:
+        return self.late_usage == "bill_now"
 
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
-        """Hold nothing by itself: how much of a deduction the balance takes is for `judge` to ask."""
-        return pd.Series("", index=proposals.index, dtype=object)
+        """Hold what is late, if the source says so; how much of a deduction the balance takes is for `judge` to ask."""
+        texts = self._why_late(proposals, closed(proposals))
+        return pd.Series(texts, index=proposals.index, dtype=object)
 
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
         """Let a deduction go only as far as the balance takes it: the site keeps 0 and forgets the rest.
 
-        What the same plan adds to a subscription is sent first, so it counts as balance already.
+        What the same plan adds to a subscription is sent first, so it counts as balance already. What a person let go
+        although it is late goes whole or not at all: what is left of it would be late once more.
         """
         goes = proposals["quantity"].to_numpy(dtype=object, copy=True)
-        why = self.hold_reason(proposals).to_numpy(copy=True)
+        why = self.hold_reason(self._with_periods(proposals)).to_numpy(copy=True)
+        whole = let_go(proposals) & (not self._bills_late)
         subscriptions, components = proposals["subscription"].to_numpy(), proposals["component"].to_numpy()
         minus = negative(proposals["quantity"])
         room: dict[tuple[str, str], Decimal] = {}
         unfit: dict[tuple[str, str], str] = {}
-        for place in np.flatnonzero(minus):
+        for place in np.flatnonzero(minus & (why == "")):
             key = (subscriptions[place], components[place])
             if key not in room:
-                added = goes[~minus & (subscriptions == key[0]) & (components == key[1])]
+                added = goes[~minus & (why == "") & (subscriptions == key[0]) & (components == key[1])]
                 room[key] = self._balance(*map(int, key)) + sum(map(Decimal, added), Decimal(0))
                 unfit[key] = self._unfit_for_deductions(self._subscription(int(key[0])))
             part = self._measured(min(-Decimal(goes[place]), room[key]))
-            why[place] = unfit[key] or ("" if part > 0 else _NO_BALANCE)
+            takes = part == -Decimal(goes[place]) if whole[place] else part > 0
+            why[place] = unfit[key] or ("" if takes else _NO_BALANCE)
             if not why[place]:
                 room[key] -= part
                 goes[place] = f"{-part:f}"
         return pd.Series(goes, proposals.index, object), pd.Series(why, proposals.index, object)
+
+    def _with_periods(self, proposals: pd.DataFrame) -> pd.DataFrame:
+        """Return proposals with the start of their billing period also where no usage of this run told it."""
+        unknown = proposals["open_from"].isna()
+        if self._bills_late or not unknown.any():
+            return proposals
+        read = cache(self._subscription)
+        starts = [instant((read(int(name)) or {}).get(_OPENED)) for name in proposals["subscription"][unknown]]
+        found = pd.to_datetime(pd.Series(starts, index=proposals.index[unknown]), utc=True)
+        return proposals.assign(open_from=found.reindex(proposals.index).where(unknown, proposals["open_from"]))
 
     def lock(self, delivery: Delivery) -> str:
         """Send the deductions of one balance one after the other, whichever source they come from."""
@@ -127,6 +152,8 @@ class MaxioMetered(MaxioDestination):
     def _why_not(self, delivery: Delivery, subscription: Json | None) -> str:
         """Return why a delivery may not be sent any more, or an empty text."""
         where = delivery.address
+        if why := self._why_overtaken(delivery, instant((subscription or {}).get(_OPENED))):
+            return why
         if delivery.quantity > 0:
             if subscription is None:
                 return f"subscription {where['subscription_id']} is gone from the site since this was planned"
@@ -136,6 +163,14 @@ class MaxioMetered(MaxioDestination):
             return why
         balance = self._balance(where["subscription_id"], where["component_id"])
         return "" if balance >= -delivery.quantity else f"{_NO_BALANCE} (it is {balance})"
+
+    def _why_overtaken(self, delivery: Delivery, opened: datetime | None) -> str:
+        """Return what speaks against a delivery for which a renewal has come since it was found right."""
+        until, period = delivery.open_until, delivery.period
+        if opened is None or until is None or period is None or until > opened or period.end > opened:
+            return ""
+        why = self._why_late_now(delivery, opened)
+        return "" if why == PASSES else why  # It is the same request, whatever billing period it lands in.
 
     def _unfit_for_deductions(self, subscription: Json | None) -> str:
         reason = "is gone" if subscription is None else self._unbilled(subscription["state"])
@@ -188,16 +223,17 @@ class MaxioMetered(MaxioDestination):
 
     def _memos(self, proposals: pd.DataFrame) -> pd.Series:
         """Return what follows the token, as the inside of a JSON text, cut so that the token never is."""
-        columns = ["period_start", "period_end"]
-        spans = proposals[columns].drop_duplicates()
-        texts = [
-            self._memo_text(start, end) for start, end in zip(spans["period_start"], spans["period_end"], strict=True)
-        ]
-        which = proposals.groupby(columns, sort=False).ngroup().to_numpy()
+        columns = ["period_start", "period_end", "late"]
+        # On the invoice of another billing period nobody would know what it is for.
+        rows = proposals[columns[:2]].assign(late=closed(proposals) & ("{period}" not in self.settings.memo))
+        texts = [self._memo_text(*span) for span in rows.drop_duplicates().itertuples(index=False, name=None)]
+        which = rows.groupby(columns, sort=False).ngroup().to_numpy()
         return pd.Series(np.array(texts, dtype=object)[which], index=proposals.index, dtype=object)
 
-    def _memo_text(self, start: datetime, end: datetime) -> str:
-        text = self.settings.memo.format(period=self._period_text(start, end))
+    def _memo_text(self, start: datetime, end: datetime, late: object) -> str:
+        period = self._period_text(start, end)
+        text = self.settings.memo.format(period=period)
+        text = f"{period} {text}" if late else text
         rest = f" {' '.join(text.split())}".rstrip()[: _MEMO_LENGTH - _TOKEN_LENGTH]
         return json.dumps(rest)[1:-1]
 
