@@ -215,7 +215,7 @@ CONFIRM = (
 )
 
 
-def released(source: str, window: Period | None) -> Select[Any]:
+def released(source: str, window: Window | None) -> Select[Any]:
     """Select what a person let go of a source in `window`, None for any, as it is held; by identity."""
     names = "token identity revision quantity account subscription component price_point dimensions period_start"
     names += " period_end address reason released"
