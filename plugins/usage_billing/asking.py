@@ -14,7 +14,7 @@ from airflow.sdk.exceptions import AirflowSkipException, TaskAwaitingInput
 from usage_billing.approve import told, turn_down
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import Stale
-from usage_billing.guard import unusual
+from usage_billing.guard import owed_by_period, unusual
 from usage_billing.installation import ledger, staging
 from usage_billing.operators import StageOperator
 from usage_billing.preview import digest_of, preview
@@ -85,7 +85,9 @@ class ApproveOperator(StageOperator, ApprovalOperator):
         looked = preview(found, compared, destination, book, area)
         decided = book.decision(run.source, run.reading, looked.digest) if looked.going else None
         if looked.going and (decided is None or decided.decision is not Decision.APPROVED):
-            strange = unusual(found, compared, run.interval, destination, book, area)
+            strange = unusual(
+                found, compared, run.interval, owed_by_period(compared, destination, area), destination, book
+            )
             for line in [*looked.lines(), *(f"unusual: {line}" for line in strange)]:
                 self.log.info(line)
             body = "\n\n".join([*(f"**Unusual:** {line}" for line in strange), looked.markdown()])

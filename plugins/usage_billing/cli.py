@@ -202,6 +202,7 @@ def _preview(options: argparse.Namespace) -> str:
     """Plan what the days owe as if they were read last, in a folder that is removed; tell what would be sent."""
     from usage_billing.adopt import periods_of  # noqa: PLC0415
     from usage_billing.chunks import plan_events  # noqa: PLC0415
+    from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
     from usage_billing.installation import billing_source, destination_of, ledger  # noqa: PLC0415
     from usage_billing.plan import plan  # noqa: PLC0415
     from usage_billing.preview import preview, write_items  # noqa: PLC0415
@@ -218,7 +219,10 @@ def _preview(options: argparse.Namespace) -> str:
         comparison = _read_warehouse(destination, periods, area, "resolve", None)
         how = plan_events if destination.stream else plan
         found = how(comparison, destination, book, area, source.name)
-        told = "\n".join(preview(found, comparison, destination, book, area).lines())
+        lines = preview(found, comparison, destination, book, area).lines()
+        owed = owed_by_period(comparison, destination, area)
+        strange = unusual(found, comparison, Period.around(periods), owed, destination, book)
+        told = "\n".join([*lines, *(f"unusual, as one run: {line}" for line in strange)])
         if options.items is not None:
             with options.items.open("w", encoding="utf-8", newline="") as file:
                 told += f"\n{write_items(found, destination, area, file)} items written to {options.items}"

@@ -68,7 +68,8 @@ def billing_dag(source: str) -> DAG:
             name: Param(None, type=["null", "string"], format="date-time", description=text)
             for name, text in _PARAMS.items()
         }
-        | {"rescan": Param(None, type=["null", "boolean"], description=_RESCAN)},
+        | {"rescan": Param(None, type=["null", "boolean"], description=_RESCAN)}
+        | {"dry_run": Param(default=False, type="boolean", description=_DRY_RUN)},
         tags=["usage billing", destination.name],
         doc_md=f"{settings.description}\n\nBills to `{destination.name}` by connection `{destination.connection}`.",
     ) as dag:
@@ -106,6 +107,9 @@ _PARAMS = {
     "period_end": "Only for a run without a data interval: the instant to stop before, with a zone.",
 }
 _RESCAN = "Compare the source's last usage periods wholly, whatever arrived: finds rows that vanished without a trace."
+
+
+_DRY_RUN = "Only look: the log of plan tells what would be sent, and the run ends there."
 
 
 def sweep_dag(

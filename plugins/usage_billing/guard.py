@@ -4,7 +4,7 @@ None of it need be wrong, and none of it can be taken back. So a plan with anyth
 person is asked about each plan anyway, the answer to that counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from statistics import median_low
 
@@ -23,15 +23,19 @@ _FEWEST = 5
 
 
 def unusual(
-    plan: Plan, comparison: Comparison, interval: Period, destination: Destination, ledger: Ledger, staging: Staging
+    plan: Plan,
+    comparison: Comparison,
+    interval: Period,
+    owed: Mapping[Period, Decimal],
+    destination: Destination,
+    ledger: Ledger,
 ) -> list[str]:
     """Return what a person should know before `plan` is sent, each with the key of ``source.yaml`` that allows it.
 
-    `interval` is the run's own. A plan that sends nothing is never unusual.
+    `interval` is the run's own, `owed` is of `owed_by_period`. A plan that sends nothing is never unusual.
     """
     if not plan.tally.new + plan.tally.corrections:
         return []
-    owed = owed_by_period(comparison, destination, staging)
     first = not ledger.has(destination.source.name, None, State.ACCEPTED, State.SENDING, State.IN_DOUBT)
     found = _first(comparison, owed, destination) if first else _jump(comparison, owed, destination, ledger)
     return [*found, *_long_ago(interval, destination, ledger)]
@@ -51,7 +55,7 @@ def owed_by_period(comparison: Comparison, destination: Destination, staging: St
     return {period: quantities.to_decimal(scaled, decimals) for period, scaled in sums.items()}
 
 
-def _first(comparison: Comparison, owed: dict[Period, Decimal], destination: Destination) -> Iterator[str]:
+def _first(comparison: Comparison, owed: Mapping[Period, Decimal], destination: Destination) -> Iterator[str]:
     limits, window = destination.source.settings.first_run, comparison.window
     days = (window.end - window.start).days
     if days > limits.max_days:
@@ -68,7 +72,7 @@ def _first(comparison: Comparison, owed: dict[Period, Decimal], destination: Des
 
 
 def _jump(
-    comparison: Comparison, owed: dict[Period, Decimal], destination: Destination, ledger: Ledger
+    comparison: Comparison, owed: Mapping[Period, Decimal], destination: Destination, ledger: Ledger
 ) -> Iterator[str]:
     multiple = destination.source.settings.max_multiple
     if multiple is None or not owed:

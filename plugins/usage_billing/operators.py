@@ -5,7 +5,10 @@ Each works alone in anybody's DAG; `flow.billing_dag` composes them. Nothing hap
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from airflow.sdk import BaseHook, BaseOperator, Context
@@ -99,6 +102,10 @@ class ExtractOperator(StageOperator):
             )
         number, periods = taken.number, taken.periods
         if not taken.events.rows:
+            if _is_dry(context):
+                raise AirflowSkipException(
+                    f"a dry run ends here: no usage of {source.name} in {Period.around(periods)}"
+                )
             # What an older extraction reserved is not owed now.
             book.begin_comparison(source.name, Reading(number), periods)
             # Rows that are there, marked as deleted, say themselves what is gone.
@@ -158,8 +165,8 @@ class AggregateOperator(StageOperator):
 class PlanOperator(StageOperator):
     """Compare what is owed with what the ledger holds, and say what would be sent; sends and reserves nothing."""
 
-    def stage(self, context: Context) -> Run:  # noqa: ARG002
-        """Stage the proposals and log the tally.
+    def stage(self, context: Context) -> Run:
+        """Stage the proposals and log the tally; in a dry run log the preview, and end the run there.
 
         Raises:
             NeedsDecision: the plan is unusual, and nobody is asked about it before it is delivered.
@@ -167,11 +174,14 @@ class PlanOperator(StageOperator):
         from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
 
         run, destination = self.handed_over()
+        if _is_dry(context):
+            _log_preview(self.log, run, destination)
+            raise AirflowSkipException("a dry run ends here: nothing was sent, and nothing is planned")
         found, compared = self.planned(run, destination)
         _log_tally(self.log, found.tally, destination)
-        _stop_or_warn(self.log, unusual(found, compared, run.interval, destination, ledger(), staging()), destination)
-        # Only what was not stopped tells later plans what is usual.
         owed = owed_by_period(compared, destination, staging())
+        _stop_or_warn(self.log, unusual(found, compared, run.interval, owed, destination, ledger()), destination)
+        # Only what was not stopped tells later plans what is usual.
         ledger().record_owed(run.source, run.reading, owed)
         return run.with_table("proposals", found.proposals)
 
@@ -350,6 +360,27 @@ def _plan(run: Run, destination: Destination) -> Plan:
 
     how = plan_events if destination.stream else plan
     return how(_comparison(run, destination.source), destination, ledger(), staging(), run.folder)
+
+
+def _is_dry(context: Context) -> bool:
+    """Say whether the run is one that only looks."""
+    return bool((context.get("params") or {}).get("dry_run"))
+
+
+def _log_preview(log: Any, run: Run, destination: Destination) -> None:
+    """Log what a run would send, planned as `usage-billing preview` does: nothing is declared in the ledger."""
+    from usage_billing.chunks import plan_events  # noqa: PLC0415
+    from usage_billing.plan import plan  # noqa: PLC0415
+    from usage_billing.preview import preview  # noqa: PLC0415
+
+    looked = replace(_comparison(run, destination.source), reading=Reading(0))
+    with TemporaryDirectory(prefix="usage-billing-") as folder:
+        if destination.stream:
+            destination.archive = destination.kept().aside(Path(folder))
+        how = plan_events if destination.stream else plan
+        found = how(looked, destination, ledger(), staging(), run.folder)
+        for line in preview(found, looked, destination, ledger(), staging()).lines():
+            log.info(line)
 
 
 def _as_it_is(plan: Plan) -> Plan:

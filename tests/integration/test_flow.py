@@ -223,6 +223,45 @@ def test_the_preview_command_says_what_the_run_then_sends(
     assert "would send 0 deliveries, 0 in all" in capsys.readouterr().out
 
 
+def test_a_dry_run_tells_what_would_be_sent_and_ends_at_the_plan(
+    installation: SimpleNamespace, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the DAG's param: no delivery, no comparison that would make a plan stale, and nothing at the site."""
+    caplog.set_level(logging.INFO)
+    planned = run_tasks("plan")
+    with pytest.raises(AirflowSkipException, match="a dry run ends here"):
+        run_tasks(dry_run=True)
+    assert "would send 2 deliveries, 17 in all" in capsys.readouterr().out + caplog.text
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 0
+    nowhere = (datetime(2026, 10, 20, 4, tzinfo=UTC), datetime(2026, 10, 21, 4, tzinfo=UTC))
+    with pytest.raises(AirflowSkipException, match="a dry run ends here: no usage"):
+        run_tasks(interval=nowhere, dry_run=True)
+    assert ledger().compared_before("api_calls", nowhere[1]) == Period(*DAY)
+    deliver_again(planned)
+    assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_the_preview_command_tells_what_would_stop_the_run(
+    installation: SimpleNamespace,  # noqa: ARG001
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The run that stops and asks sends its reader here, so what is unusual stands here too, and stops nothing."""
+    folder = tmp_path / "sources" / "api_calls"
+    folder.mkdir(parents=True)
+    for file in (CHECKOUT / "include" / "sources" / "api_calls").iterdir():
+        (folder / file.name).write_text(file.read_text())
+    with (folder / "source.yaml").open("a") as file:
+        file.write("first_run: {max_quantity: 16}\n")
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(folder.parent))
+    with pytest.raises(NeedsDecision, match=r"first_run\.max_quantity = 16"):
+        run_tasks("plan")
+    capsys.readouterr()
+    assert main(["preview", "api_calls", "--from", "2026-10-05", "--to", "2026-10-06"]) == 0
+    assert "unusual, as one run: first_run.max_quantity = 16: " in capsys.readouterr().out
+
+
 def test_the_preview_command_of_days_without_rows_says_so(
     installation: SimpleNamespace,  # noqa: ARG001
     capsys: pytest.CaptureFixture[str],

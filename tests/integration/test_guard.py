@@ -42,7 +42,8 @@ def told(house: House, source: BillingSource, interval: Period, events: list[Eve
     """Plan an interval, and return what is unusual about it."""
     comparison, folder = house.totals(source, interval, events)
     plan = house.plan(source, comparison, folder)
-    found = unusual(plan, comparison, interval, house.destination(source), house.ledger, house.staging)
+    owed = owed_by_period(comparison, house.destination(source), house.staging)
+    found = unusual(plan, comparison, interval, owed, house.destination(source), house.ledger)
     if not found:
         _remember(house, source, comparison)
     return found

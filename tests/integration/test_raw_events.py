@@ -18,12 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stories import CHECKOUT, SITES, Event, House, a_day, shipped, small_batches
+from usage_billing.approve import Approved, turn_down
 from usage_billing.deliver import Delivered, Manners
 from usage_billing.destinations.maxio import MaxioEvents
 from usage_billing.errors import Misconfigured, NeedsDecision, Stale
 from usage_billing.ledger import Ledger
+from usage_billing.preview import digest_of
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Comparison, Period
+from usage_billing.records import UNAPPROVED, Comparison, Decision, Period, Plan
 from usage_billing.sandbox import Sandbox
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
@@ -749,3 +751,34 @@ def test_a_day_between_two_that_are_compared_has_lost_no_event(house: RawHouse) 
     house.deliver(source, comparison, folder, first=plan)
     assert house.listed(source, whole) == []
     assert house.billed(source) == owed(rows + late)
+
+
+def decided(house: RawHouse, source: BillingSource, comparison: Comparison, plan: Plan, decision: Decision) -> Approved:
+    """Answer the question about a plan; return what a deliver may send."""
+    digest, _ = digest_of(plan.proposals, house.staging)
+    written = house.ledger.record_decision(source.name, comparison.reading, digest, decision, "vera")
+    if decision is not Decision.APPROVED:
+        turn_down(plan, written, house.destination(source), house.ledger, house.staging)
+    return Approved(source.name, comparison.reading, plan.proposals, house.ledger, house.staging)
+
+
+@pytest.mark.parametrize("again", ["the same reading", "a later one"])
+def test_chunks_that_were_rejected_are_held_and_proposed_again(house: RawHouse, again: str) -> None:
+    """Each chunk is listed by name with who said no, and a yes to a later plan bills each event once."""
+    source, rows = raw(), events(250)
+    comparison, folder = house.totals(source, DAY, rows)
+    plan = house.plan(source, comparison, folder)
+    approved = decided(house, source, comparison, plan, Decision.REJECTED)
+    with pytest.raises(NeedsDecision, match="rejected by vera"):
+        approved.check()
+    listed = house.listed(source, DAY)
+    assert sum(int(quantity) for _, quantity, _ in listed) == 250
+    assert {(state, reason.startswith(UNAPPROVED)) for state, _, reason in listed} == {("held", True)}
+    if again == "a later one":
+        comparison, folder = house.totals(source, DAY, rows)
+    plan = house.plan(source, comparison, folder)
+    approved = decided(house, source, comparison, plan, Decision.APPROVED)
+    approved.check()
+    house.deliver(source, comparison, folder, first=plan)
+    assert house.billed(source) == owed(rows)
+    assert house.listed(source, DAY) == []
