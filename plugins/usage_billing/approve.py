@@ -34,6 +34,7 @@ class Approved:
         Raises:
             NeedsDecision: nobody approved them, or they were rejected; nothing was sent.
         """
+        self._check_earlier()
         digest, going = digest_of(self._proposals, self._staging)
         if not going:
             return
@@ -42,6 +43,18 @@ class Approved:
             raise NeedsDecision(
                 f"{going} deliveries of {self._source!r} wait for an approval, and the ledger has "
                 f"{'none' if last is None else told(last)}: nothing was sent; clear the plan, which asks for it"
+            )
+
+    def _check_earlier(self) -> None:
+        """Make sure that what an earlier try of this reading wrote down was written down after a yes.
+
+        A plan does not propose it again, so nobody was asked about it where the source began to ask only since.
+        """
+        earlier = self._ledger.reserved(self._source, self._reading, 1)
+        if earlier and not self._ledger.has_approval(self._source, self._reading):
+            raise NeedsDecision(
+                f"deliveries of {self._source!r} were written down before the source asked for approvals (token "
+                f"{earlier[0].token}): nothing was sent; clear the run from extract on, which asks about them too"
             )
 
     def within(self, again: Plan) -> Plan:

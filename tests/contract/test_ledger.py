@@ -609,6 +609,9 @@ def test_the_last_word_about_a_plan_counts_for_that_plan_alone(world: SimpleName
     assert ledger.decision("calls", Reading(reading.extraction, 7), digest) is None
     assert ledger.decision("calls", reading, "b" * 64) is None
     assert ledger.decision("others", reading, digest) is None
+    assert ledger.has_approval("calls", reading)
+    assert not ledger.has_approval("calls", other)
+    assert not ledger.has_approval("others", reading)
 
 
 def test_a_reading_without_a_number_declares_nothing(world: SimpleNamespace) -> None:

@@ -373,3 +373,24 @@ def test_where_a_person_is_asked_the_yes_counts_for_what_is_unusual(desk: Desk) 
     assert desk.ask(planned)["body"].startswith("**Unusual:** first_run.max_quantity = 6: ")
     desk.run("deliver", "reconcile", reference=desk.answer(planned, "Approve"))
     assert desk.billed == {"acct-0001": Decimal(3), "acct-0002": Decimal(4)}
+
+
+def test_what_was_written_down_before_the_source_asked_is_not_sent_unasked(desk: Desk) -> None:
+    """A deliver that failed left deliveries behind, and the source asks since then: a new reading asks about them."""
+    text = desk.source.read_text()
+    desk.source.write_text(text.replace("approval: true\n", ""))
+    planned = desk.plan()
+    desk.sandbox.fault(SITE, "unauthorized", count=2)
+    with pytest.raises(Misconfigured):
+        desk.run("deliver", reference=planned)
+    assert {state for _, state, _ in desk.listed()} == {"reserved"}
+    desk.source.write_text(text)
+    # The cleared plan proposes nothing: what it would propose is written down already, for this very reading.
+    passed = desk.run("plan", "approve", reference=planned)
+    with pytest.raises(NeedsDecision, match="clear the run from extract on"):
+        desk.run("deliver", reference=passed)
+    assert desk.billed == {}
+    planned = desk.plan()
+    assert "would send **2 deliveries, 7 in all**" in desk.ask(planned)["body"]
+    desk.run("deliver", "reconcile", reference=desk.answer(planned, "Approve"))
+    assert desk.billed == {"acct-0001": Decimal(3), "acct-0002": Decimal(4)}

@@ -401,6 +401,11 @@ class Ledger:
             return None
         return Approval(name, reading, digest, Decision(row.decision), row.decided_by, row.note, row.decided_at)
 
+    def has_approval(self, name: str, reading: Reading) -> bool:
+        """Say whether any plan of a reading was ever approved."""
+        with self._reading() as connection:
+            return connection.execute(queries.approved(name, reading).limit(1)).first() is not None
+
     # --- delivering --------------------------------------------------------------------------------------------------
 
     def reserve(self, name: str, site: str, reading: Reading, proposals: pd.DataFrame) -> Reserved:

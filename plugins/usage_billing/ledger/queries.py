@@ -28,7 +28,7 @@ from sqlalchemy import (
 )
 
 from usage_billing.ledger.tables import UtcDateTime, approval, compared_period, delivery, lease, touched_period
-from usage_billing.records import WITHHELD, Period, Reading, State, Window, joined
+from usage_billing.records import WITHHELD, Decision, Period, Reading, State, Window, joined
 
 
 def alive(now: Any) -> ColumnElement[bool]:
@@ -121,8 +121,19 @@ def read_as(table: Any) -> Tuple:
 
 def approvals(source: str, reading: Reading, digest: str) -> Select[Any]:
     """Select what was decided about one plan, the last word first."""
-    this_one = and_(read_as(approval) == tuple_(reading.extraction, reading.validation), approval.c.digest == digest)
-    return select(approval).where(approval.c.source == source, this_one).order_by(approval.c.number.desc())
+    this_one = and_(decided(source, reading), approval.c.digest == digest)
+    return select(approval).where(this_one).order_by(approval.c.number.desc())
+
+
+def approved(source: str, reading: Reading) -> Select[Any]:
+    """Select the approvals of any plan of a reading."""
+    return select(approval).where(decided(source, reading), approval.c.decision == Decision.APPROVED)
+
+
+def decided(source: str, reading: Reading) -> ColumnElement[bool]:
+    """Say of a decision whether it is about a plan of this reading."""
+    given = tuple_(reading.extraction, reading.validation)
+    return and_(approval.c.source == source, read_as(approval) == given)
 
 
 _TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until reason"
