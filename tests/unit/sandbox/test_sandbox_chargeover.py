@@ -6,8 +6,12 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from usage_billing.sandbox import Sandbox
+from usage_billing.sandbox.chargeover.views import Views
+from usage_billing.sandbox.switches import SwitchBoard
+from usage_billing.sandbox.world import ChargeOverWorld
 
 SITE = "chargeover:telco"
 WORLDS = Path(__file__).parents[3] / "include" / "sandbox" / "worlds"
@@ -311,3 +315,14 @@ def test_two_accounts_may_use_the_same_ids(tmp_path: Path) -> None:
         assert [sandbox.billed(site)[0].billed for site in (SITE, "chargeover:other")] == [1, 2]
         again = requests.post(f"{sandbox.chargeover_url('telco')}/api/v3/usage", json=body, auth=keys, timeout=10)
         assert again.status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("end", "word"),
+    [("2026-11-01", "mon"), ("2027-10-01", "yrl"), ("2027-01-01", "qtr"), ("2026-10-15", "2wk"), ("2026-10-04", "mon")],
+)
+def test_a_package_names_its_billing_period(end: str, word: str) -> None:
+    """Who reckons when the open cycle began, from the next invoice and the cycle's word, comes to its start."""
+    text = (WORLDS / "telco.yaml").read_text().replace("end: 2026-11-01", f"end: {end}")
+    world = ChargeOverWorld.model_validate(yaml.safe_load(text))
+    assert Views(world, SwitchBoard({}, {})).paycycle == word

@@ -15,6 +15,8 @@ Json = dict[str, Any]
 
 _ELSEWHERE = {"iso_honolulu": ZoneInfo("Pacific/Honolulu")}
 """Zones other than the account's own in which it may be set to show times."""
+_PAYCYCLES = {1: "mon", 2: "2mn", 3: "qtr", 6: "six", 12: "yrl"}
+_PAYCYCLES_BY_DAY = {1: "dly", 7: "1wk", 14: "2wk", 28: "4wk", 30: "30d", 56: "8wk", 84: "12w"}
 
 
 class Views:
@@ -39,6 +41,14 @@ class Views:
         """Return the local date of an instant."""
         return from_micros(instant, self.world.zone).date().isoformat()
 
+    @property
+    def paycycle(self) -> str:
+        """The API's word for the length of a billing period; a length that it has no word for passes for a month."""
+        start, end = self.world.billing_period.start, self.world.billing_period.end
+        if start.day == end.day:
+            return _PAYCYCLES.get((end.year - start.year) * 12 + end.month - start.month, "mon")
+        return _PAYCYCLES_BY_DAY.get((end - start).days, "mon")
+
     def package(self, account: Account, lines: Sequence[Mapping[str, Any]] | None) -> Json:
         """Render a package; `lines` is None where the API leaves its line items out."""
         cancelled = not account.live
@@ -55,7 +65,7 @@ class Views:
             "currency_symbol": "$",
             "currency_iso4217": "USD",
             "paymethod": "inv",
-            "paycycle": "mon",
+            "paycycle": self.paycycle,
             "custom_1": None,
             "custom_2": None,
             "custom_3": None,
@@ -208,7 +218,7 @@ class Views:
             "base": base,
             "minimum": 0,
             "percent": "0.000000",
-            "paycycle": "mon",
+            "paycycle": self.paycycle,
             "pricemodel": "uni",
             "write_datetime": written,
             "mod_datetime": written,
