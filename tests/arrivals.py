@@ -77,6 +77,12 @@ class Warehouse:
             sums[key] = sums.get(key, Decimal(0)) + Decimal(quantity)
         return sums
 
+    def rows_in(self, periods: Sequence[Period]) -> int:
+        """Return how many rows some usage periods have, marked ones too."""
+        query = "SELECT COUNT(*) FROM usage WHERE time >= ? AND time < ?"
+        edges = ([edge.strftime(MOMENT) for edge in (period.start, period.end)] for period in periods)
+        return sum(self._table.execute(query, values).fetchone()[0] for values in edges)
+
     def get_conn(self) -> Any:
         """Return a new connection that counts what is fetched."""
         return _Counting(sqlite3.connect(self._path), self)

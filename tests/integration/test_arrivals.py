@@ -1,8 +1,11 @@
 """Sources that go by arrival, against the sandbox: each run compares what was touched, and nothing is passed over."""
 
+import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,9 @@ from arrivals import MOMENT, ArrivalHouse, an_arrival_house, arriving
 from stories import SITES, a_day
 from usage_billing.deliver import Manners
 from usage_billing.errors import Stale
+from usage_billing.periods import local_midnight
+from usage_billing.reconcile import reconcile
+from usage_billing.records import Period
 from usage_billing.sources import BillingSource
 
 ACCOUNT = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
@@ -352,3 +358,102 @@ def test_what_an_account_that_is_unknown_used_leaves_the_list_by_name(house: Arr
     assert done.comparison.rows_quarantined == 1
     assert billed(house, source) == 7
     assert house.ledger.touched(source.name) == ()
+
+
+DAYS, INCREMENTS, OVERLAP, SLOWEST = 90, 50, 20, 15
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that happens to a row: it arrives, is corrected, marked as deleted, or vanishes, on some day."""
+
+    day: float
+    event: str
+    used_on: int
+    account: str
+    quantity: int
+    kind: str = "put"
+
+
+def history(source: BillingSource, seed: int) -> list[list[tuple[int, Change]]]:
+    """Return 90 days of changes with their arrivals, by increment, in the order in which they become visible.
+
+    A third of the rows arrives late, by up to two months; a twentieth is corrected; some are marked as deleted, and
+    some vanish. Ids are given out in order, and a row may become visible after up to `SLOWEST` later ones.
+    """
+    chance = random.Random(f"{source.name}/{seed}")  # noqa: S311 - a history, no secret.
+    changes = []
+    for day in range(DAYS):
+        for number in range(4):
+            account = (ACCOUNT, OTHER)[number % 2][source.name]
+            event = f"e{day}-{number}"
+            seen = day + chance.random() + (chance.uniform(1, 60) if chance.random() < 1 / 3 else 0)
+            first = Change(min(seen, DAYS - 0.01), event, day, account, chance.randint(1, 50))
+            changes.append(first)
+            kind = chance.choices(["", "put", "mark", "vanish"], [0.89, 0.05, 0.04, 0.02])[0]
+            if kind:
+                later = min(first.day + chance.uniform(0.001, 40), DAYS - 0.001)
+                changes.append(replace(first, day=later, kind=kind, quantity=chance.randint(1, 50)))
+    changes.sort(key=lambda change: change.day)
+    arriving = [(number + chance.randint(0, SLOWEST), number, change) for number, change in enumerate(changes, 1)]
+    # What happens to one row happens in order, however slow its first transaction was.
+    last: dict[str, int] = {}
+    for place, (visible, number, change) in enumerate(arriving):
+        last[change.event] = max(visible, last.get(change.event, 0))
+        arriving[place] = (last[change.event], number, change)
+    visible = [(number, change) for _, number, change in sorted(arriving, key=lambda each: each[:2])]
+    # As many are visible at the end of an increment as had begun: the slow ones come to the next.
+    begun = [sum(change.day < place * DAYS / INCREMENTS for change in changes) for place in range(INCREMENTS + 1)]
+    return [visible[start:end] for start, end in pairwise(begun)]
+
+
+def happen(house: ArrivalHouse, source: BillingSource, changes: list[tuple[int, Change]]) -> set[tuple[str, str]]:
+    """Carry changes out in the warehouse; return the accounts and days of which a row vanished without a trace."""
+    vanished = set()
+    for number, change in changes:
+        day = source.settings.bill_from + timedelta(days=change.used_on)
+        if change.kind == "put":
+            noon = local_midnight(day, source.settings.timezone) + timedelta(hours=12)
+            house.warehouse.put(number, change.event, noon, change.account, change.quantity)
+        elif change.kind == "mark":
+            house.warehouse.delete(change.event, number)
+        else:
+            house.warehouse.delete(change.event)
+            vanished.add((change.account, day.isoformat()))
+    return vanished
+
+
+@pytest.mark.parametrize("name", sorted(ACCOUNT))
+def test_ninety_days_in_fifty_increments_and_a_rescan_bill_what_is_owed(tmp_path: Path, name: str) -> None:
+    """Whatever came late, was corrected or is gone, each account and day is billed, and little is read."""
+    source = arriving(name, OVERLAP, rescan=DAYS)
+    first, zone = source.settings.bill_from, source.settings.timezone
+    days = [timedelta(days=round(place * DAYS / INCREMENTS)) for place in range(INCREMENTS + 1)]
+    intervals = [Period(*edges) for edges in pairwise(local_midnight(first + day, zone) for day in days)]
+    with an_arrival_house(tmp_path, now="2027-01-05T12:00:00Z", until="2027-10-01") as house:
+        vanished: set[tuple[str, str]] = set()
+        for changes, interval in zip(history(source, 1), intervals, strict=True):
+            vanished |= happen(house, source, changes)
+            before = house.warehouse.rows_read
+            taken = house.increment(source, interval).taken
+            # Each row that arrived, or lies in the overlap, makes one day be read; and so do the run's own days.
+            assert taken.arrived <= len(changes) + OVERLAP
+            assert len(taken.periods) <= taken.arrived + 2
+            assert house.warehouse.rows_read - before == taken.arrived + house.warehouse.rows_in(taken.periods)
+        assert set() != differing(house, source) <= vanished
+        house.increment(source, interval, rescan=True)
+        assert differing(house, source) == set()
+        assert house.billed(source) == house.owed_by_account(source)
+        assert reconcile(house.destination(source), house.ledger, source.recent_periods(interval.end)).ties_out
+        assert house.ledger.touched(source.name) == ()
+        before = house.writing_requests(source)
+        house.increment(source, interval, rescan=True)
+        house.increment(source, interval)
+        assert house.writing_requests(source) == before
+
+
+def differing(house: ArrivalHouse, source: BillingSource) -> set[tuple[str, str]]:
+    """Return the accounts and days of which the ledger has not billed what the warehouse owes."""
+    owed = {key: total for key, total in house.warehouse.owed(source.settings.timezone).items() if total}
+    ours = house.accepted_by_day(source)
+    return {key for key in owed.keys() | ours.keys() if owed.get(key) != ours.get(key)}
