@@ -22,7 +22,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.marker import confirm
 from usage_billing.periods import period_holding
-from usage_billing.records import Arrived, Period, Reading, Staged, Tally, joined
+from usage_billing.records import Arrived, Period, Reading, Staged, State, Tally, joined
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
@@ -82,9 +82,16 @@ def read(
 
 
 def done(source: BillingSource, reading: Reading, periods: Sequence[Period], tally: Tally, ledger: Ledger) -> None:
-    """Take compared periods off the list of touched ones, once every difference is settled or stands in the ledger."""
-    if source.settings.incremental == "arrival" and not tally.unsettled:
-        ledger.take_off(source.name, reading, periods)
+    """Take compared periods off the list of touched ones, once every difference is settled or stands in the ledger.
+
+    One of which something is still on its way stays: what is owed beyond it will have to be compared.
+    """
+    if source.settings.incremental == "interval" or tally.unsettled > tally.blocked:
+        return
+    listed = ledger.open_items(source.name, periods)
+    on_their_way = listed["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])
+    waiting = set(listed.loc[on_their_way, "period_start"])
+    ledger.take_off(source.name, reading, [period for period in periods if period.start not in waiting])
 
 
 # --- what arrived ---------------------------------------------------------------------------------------------------

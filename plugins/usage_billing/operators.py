@@ -204,6 +204,7 @@ class DeliverOperator(StageOperator):
             InDoubt: deliveries are still in doubt after the wait; the retry asks again.
             NeedsDecision: the source wants an approval, and the ledger has none for what would be sent.
         """
+        from usage_billing import arrivals  # noqa: PLC0415
         from usage_billing.approve import Approved  # noqa: PLC0415
         from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
         from usage_billing.workers import Means  # noqa: PLC0415
@@ -244,6 +245,8 @@ class DeliverOperator(StageOperator):
         outdated = [period.start for period in book.outdated(source.name, run.reading, periods)]
         unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
         unsettled = unsettled[~unsettled["period_start"].isin(outdated)]  # A newer extraction has the say there.
+        if source.settings.incremental == "arrival" and len(outdated) < len(periods):
+            arrivals.done(source, run.reading, periods, _plan(run, destination).tally, book)
         if not unsettled.empty:
             raise InDoubt(f"{len(unsettled)} deliveries are not settled yet; the next try goes on with them")
         return run
@@ -258,16 +261,13 @@ class ReconcileOperator(StageOperator):
         Raises:
             Refused: deliveries of these periods were refused by the site, or the tie-out found a difference.
         """
-        from usage_billing.arrivals import done  # noqa: PLC0415
         from usage_billing.reconcile import reconcile  # noqa: PLC0415
 
         run, destination = self.handed_over()
         source, book = destination.source, ledger()
         periods = _compared(run, source)
         # The same comparison as before the delivery: by now every key must be settled, or listed with its state.
-        tally = _plan(run, destination).tally
-        unsettled = tally.unsettled
-        done(source, run.reading, periods, tally, book)
+        unsettled = _plan(run, destination).tally.unsettled
         found = reconcile(destination, book, periods)
         left = book.open_items(source.name, periods)
         states = left["state"].value_counts()

@@ -1,6 +1,7 @@
 """Sources that go by arrival, against the sandbox: each run compares what was touched, and nothing is passed over."""
 
 import random
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -11,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from arrivals import MOMENT, ArrivalHouse, an_arrival_house, arriving
+from arrivals import MOMENT, ArrivalHouse, Warehouse, an_arrival_house, arriving
 from stories import SITES, a_day
 from usage_billing.deliver import Manners
-from usage_billing.errors import Stale
+from usage_billing.errors import NotApplied, Stale
 from usage_billing.periods import local_midnight
 from usage_billing.reconcile import reconcile
 from usage_billing.records import Period
@@ -328,6 +329,97 @@ def test_a_run_that_is_killed_anywhere_loses_no_arrival(house: ArrivalHouse, aft
             break
     assert {name.split(".")[1] for name in struck} == _EFFECTS
     assert house.accepted_by_day(source) == house.warehouse.owed(source.settings.timezone)
+
+
+@pytest.mark.parametrize("late", [1, 2, 3], ids=["before the arrivals", "before the rows", "between two statements"])
+def test_what_arrives_while_a_run_reads_is_billed_once(house: ArrivalHouse, late: int) -> None:
+    """Arrivals are looked for before any row is read: one that comes in between is read too, and is seen again."""
+    source = arriving("api_calls")
+    used(house, source, 1, "e2", 2, 1)
+    used(house, source, 2, "e4", 4, 2)
+    used(house, source, 3, "e6", 6, 4)
+    busy = BusyWarehouse(house.warehouse, late, lambda: arrive_on_three_days(house, source))
+    house.watched = lambda found, name: busy if name == "warehouse" else found
+    house.increment(source, a_day(source, 6))
+    assert busy.connections == 4  # The arrivals, and the three days with a gap between each two.
+    house.watched = lambda found, _name: found
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 777
+    assert house.accepted_by_day(source) == house.warehouse.owed(source.settings.timezone)
+    before = house.writing_requests(source)
+    house.increment(source, a_day(source, 8))
+    assert house.writing_requests(source) == before
+
+
+def arrive_on_three_days(house: ArrivalHouse, source: BillingSource) -> None:
+    """Let a late row come for each day."""
+    for number, (day, quantity) in enumerate(((2, 110), (4, 220), (6, 440)), 10):
+        used(house, source, number, f"late{day}", day, quantity)
+
+
+class BusyWarehouse:
+    """A warehouse in which something happens right before one of its connections is opened."""
+
+    conn_type = "sqlite"
+    placeholder = "?"
+
+    def __init__(self, warehouse: Warehouse, at: int, happens: Callable[[], None]) -> None:
+        self.connections = 0
+        self._warehouse, self._at, self._happens = warehouse, at, happens
+
+    def get_conn(self) -> Any:
+        """Return a connection, after what happens."""
+        self.connections += 1
+        if self.connections == self._at:
+            self._happens()
+        return self._warehouse.get_conn()
+
+
+def test_a_run_that_loses_its_lease_between_two_statements_hands_nothing_on(
+    house: ArrivalHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may have read since, under a later number: this one is tried again, and the list has its days."""
+    source = arriving("api_calls")
+    used(house, source, 1, "e2", 2, 10)
+
+    def lose() -> None:
+        house.ahead += timedelta(minutes=5)
+        taken = house.ledger.acquire(f"extract:{source.name}", "another", timedelta(milliseconds=1))
+        assert taken is not None
+        time.sleep(1.0)  # Until the lease should have been renewed.
+
+    monkeypatch.setattr("usage_billing.arrivals._LEASE_LASTS", timedelta(seconds=1))
+    busy = BusyWarehouse(house.warehouse, 3, lose)
+    house.watched = lambda found, name: busy if name == "warehouse" else found
+    with pytest.raises(NotApplied, match="lost on the way"):
+        house.increment(source, a_day(source, 6))
+    house.watched = lambda found, _name: found
+    assert house.ledger.touched(source.name) == (a_day(source, 2),)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 10
+
+
+def test_a_day_of_which_something_is_on_its_way_stays_on_the_list_and_no_other(house: ArrivalHouse) -> None:
+    """What is owed beyond a doubt is not known yet: its day is compared again, once the doubt has ended."""
+    source = arriving("api_calls")
+    used(house, source, 1, "e2", 2, 10)
+    used(house, source, 2, "e4", 4, 20)
+    _, before = house.read(source, a_day(source, 3))
+    assert before is not None
+    (part,) = house.staging.read(house.plan(source, before, "before").proposals)
+    house.ledger.reserve(source.name, SITES[source.name], before.reading, part.to_pandas())
+    dead = house.ledger.acquire("deliver:dead", "dead", timedelta(seconds=6))
+    assert dead is not None
+    (ready,) = house.ledger.reserved(source.name, before.reading, 10)
+    house.ledger.begin_sending([ready.token], dead)
+    used(house, source, 3, "late", 2, 100)
+    house.increment(source, a_day(source, 6), manners=Manners(patience=timedelta(milliseconds=100)))
+    assert billed(house, source) == 20
+    assert house.ledger.touched(source.name) == (a_day(source, 2),)
+    house.ledger.release(dead)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 130
+    assert house.ledger.touched(source.name) == ()
 
 
 def test_two_runs_at_once_bill_what_arrived_once(house: ArrivalHouse) -> None:
