@@ -23,8 +23,9 @@ from usage_billing.workers import Means
 
 _READS_ONLY = frozenset(
     {
-        "standing", "has", "reserved", "resumable", "doubts", "in_the_air", "may_send", "accepted", "accepted_at",
-        "open_items", "outdated", "validated_at", "extractions", "known", "holder_of", "watermark", "touched",
+        "standing", "has", "reserved", "resumable", "released", "doubts", "in_the_air", "may_send", "accepted",
+        "accepted_at", "open_items", "outdated", "validated_at", "extractions", "known", "holder_of", "watermark",
+        "touched",
     }
 )  # fmt: skip
 

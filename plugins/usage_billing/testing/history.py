@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 
 from usage_billing.archive import Archive
+from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Ledger
+from usage_billing.records import DECIDED, State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
@@ -178,6 +180,9 @@ class History:
             near = chance.odds(f"sweep/near:{number}", 0.5)
             moment = gathering + chance.seconds(f"sweep/soon:{number}", 0, 2000) if near else span + unit
             self._arrange_sweep(number, moment)
+        for number in self._some("release", 0, 3):
+            moment = chance.seconds(f"release/at:{number}", 0, span + 3 * unit)
+            self.around.clockwork.after(moment, partial(self._release, number))
         self.rest()
         if chance.strikes("silence", 0.1):
             # Longer than any site remembers a token.
@@ -228,6 +233,22 @@ class History:
             self.around.tell("the warehouse", told)
 
         self.around.clockwork.after(moment, change)
+
+    def _release(self, number: int) -> None:
+        """Let a person go through what is held, and release some of it."""
+        for name in sorted(self.warehouses):
+            items = self.ledger.open_items(name, None)
+            for token in items["token"][items["state"] == State.HELD]:
+                if self.chance.odds(f"release:{number}:{token}", 0.6):
+                    self._let_go(token)
+
+    def _let_go(self, token: str) -> None:
+        try:
+            self.ledger.decide(token, State.HELD, f"{DECIDED}a day by a person")
+        except Misconfigured as no:
+            self.around.tell("a person", f"may not release {token[:8]}", str(no)[:160])
+        else:
+            self.around.tell("a person", f"releases {token[:8]}")
 
     def _others_use(self, number: int) -> None:
         account = self.chance.pick(f"others/account:{number}", self.scene.billed_accounts)
@@ -293,6 +314,8 @@ class History:
         for warehouse in self.warehouses.values():
             if not any(row.sound for row in warehouse.rows.values()):
                 warehouse.add("the last one", 0)
+        if self.chance.odds("released at last", 0.3):
+            self._release(_ROUNDS)
         for number in range(_ROUNDS):
             writes = self.network.writes
             self._sweep_and_run(number)

@@ -21,6 +21,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.plan import plan
 from usage_billing.reconcile import reconcile
 from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally
+from usage_billing.release import reissue
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
@@ -303,13 +304,14 @@ def _destination(house: House, source: BillingSource, process: Process) -> Desti
 
 
 def sweeping(house: House, source: BillingSource, *, resumes: bool) -> Callable[[Process], None]:
-    """Return what a sweep's process does: settle every doubt that can be settled, and perhaps send again."""
+    """Return what a sweep's process does: settle every doubt that can be settled, and perhaps send what stands."""
 
     def body(process: Process) -> None:
         destination = _destination(house, source, process)
         ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
         sweep(destination, ledger)
         if resumes:
+            reissue(destination, ledger)
             resume(destination, ledger, Manners(threads=1), means(house.ledger, process, house.around))
 
     return body

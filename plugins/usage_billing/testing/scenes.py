@@ -217,11 +217,19 @@ def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource
     model = destination_settings(kind)
     if model is None:
         raise Misconfigured(f"{kind!r} is no destination of this package")
-    raw = {"mode": "events", "metric": _METRICS[function]} if drawn == RAW else {}
+    raw = {"mode": "events", "metric": _METRICS[function]} if drawn == RAW else _late(chance, kind)
     destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind), **raw})
     return tuple(
         BillingSource(SourceSettings.model_validate(values | {"name": name}), destination, "", ()) for name in names
     )
+
+
+def _late(chance: Chance, kind: str) -> Json:
+    """Return the keys of a destination that say what becomes of late usage; all but what hopes for the site."""
+    goes = "bill_now" if kind == "maxio_metered" else "now"
+    policy = chance.pick("source/late", (None, None, goes, "hold", "refuse"))
+    grace = chance.pick("source/grace", ("0h", "0h", "2h", "1d", "40d"))
+    return {"grace": grace} | ({"late_usage": policy} if policy else {})
 
 
 def _address(chance: Chance, kind: str) -> Json:
