@@ -317,10 +317,11 @@ class _Cases:
         label = pd.Series("new", index=frame.index, dtype=object)
         label = label.mask(frame["identity"].isin(settled), _UP)
         label = label.mask((label == _UP) & (scaled < 0), _DOWN)
-        label = label.mask(frame["state"] == State.HELD, "held").mask(frame["state"] == State.SUPERSEDED, "withdrawn")
+        for state, name in _NOT_SENT.items():
+            label = label.mask(frame["state"] == state, name)
         for name in label.unique():
             self._count(self._sums, name, scaled[label == name])
-        held = frame["state"] == State.HELD
+        held = frame["state"].isin([State.HELD, State.REFUSED])
         for reason in frame.loc[held, "reason"].unique():
             known = reason in self._reasons or len(self._reasons) < _MOST_REASONS
             self._count(self._reasons, reason if known else "", scaled[held & (frame["reason"] == reason)])
@@ -333,7 +334,7 @@ class _Cases:
 
     def cases(self) -> tuple[Case, ...]:
         """Return what the proposals are, those that would be sent always."""
-        found = {name: self._sums.get(name, [0, 0]) for name in (*_GOES, "held", "withdrawn")}
+        found = {name: self._sums.get(name, [0, 0]) for name in (*_GOES, "held", "withdrawn")} | self._sums
         return tuple(Case(name, count, self._decimal(scaled)) for name, (count, scaled) in found.items())
 
     def held(self) -> tuple[tuple[Case, ...], Rest]:
@@ -348,6 +349,7 @@ class _Cases:
         return quantities.to_decimal(scaled, self.decimals)
 
 
+_NOT_SENT = {State.HELD: "held", State.REFUSED: "refused here", State.SUPERSEDED: "withdrawn"}
 _STAYS = {
     State.RESERVED: "written down by an earlier try, and sent with it",
     State.SENDING: "on its way now, which blocks its key",

@@ -17,7 +17,7 @@ from usage_billing.chunks import plan_events
 from usage_billing.errors import Misconfigured
 from usage_billing.plan import plan
 from usage_billing.preview import ITEM_COLUMNS, NAMED, Preview, preview, write_items
-from usage_billing.records import Period, Reading, State
+from usage_billing.records import REFUSED_HERE, Period, Reading, State
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
@@ -198,6 +198,21 @@ def test_the_cases_are_told_apart(house: House, tmp_path: Path) -> None:
     assert cases["corrections down"] == (1, -10)
     assert told.sends == 1
     assert told.unchanged == 0
+
+
+def test_what_the_source_refuses_is_told_as_such_and_not_as_sent(house: House, tmp_path: Path) -> None:
+    """Usage of a billing period that has closed, under `late_usage: refuse`: nothing would go, the text says why."""
+    source = shipped("api_calls")
+    settings = source.destination.model_dump() | {"late_usage": "refuse"}
+    source = replace(source, destination=type(source.destination).model_validate(settings))
+    day = a_day(source, 5)
+    house.sandbox.move_clock("2026-11-20T12:00:00Z")
+    told, _ = look(house, source, day, usage(source, 5, "3"), tmp_path / "look")
+    cases = {case.label: case.count for case in told.cases}
+    assert (cases["new"], cases["refused here"], told.going, told.sends) == (0, 3, 0, 0)
+    (reason,) = told.held
+    assert reason.label.startswith(REFUSED_HERE)
+    assert (reason.count, house.writing_requests(source)) == (3, 0)
 
 
 def test_what_was_held_or_rejected_before_is_new_as_long_as_nothing_of_it_is_settled(
