@@ -382,3 +382,20 @@ def test_where_the_site_prices_nothing_the_preview_says_so(house: House, tmp_pat
     told, _ = look(house, source, a_day(source, 5), usage(source, 5, "3"), tmp_path / "look")
     assert told.money.startswith("money: no documented call of ")
     assert {share.money for share in told.shares} == {None}
+
+
+def test_what_is_held_is_told_with_its_reason_and_is_not_among_what_goes(house: House, tmp_path: Path) -> None:
+    """A deduction that ChargeOver may not get: nobody who approves the plan sends it, and nobody overlooks it."""
+    source = shipped("voip_minutes")
+    day = a_day(source, 5)
+    house.run(source, day, usage(source, 5, "100"))
+    events = [
+        replace(event, quantity="94") if event.account == "pkg-001" else event for event in usage(source, 5, "100")
+    ]
+    told, items = look(house, source, day, events, tmp_path / "look")
+    assert (told.going, told.sends, going(items)) == (0, 0, {})
+    (held,) = told.held
+    assert (held.count, held.quantity) == (1, -6)
+    assert "negative" in held.label
+    assert "| held | 1 | -6 |" in told.markdown()
+    assert [item["state"] for item in items] == ["held"]
