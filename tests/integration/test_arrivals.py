@@ -204,6 +204,25 @@ def test_a_backfill_of_an_old_day_reads_that_day_and_takes_up_no_newer(house: Ar
     assert house.ledger.touched(source.name) == (a_day(source, 9),)
     house.increment(source, a_day(source, 10))
     assert billed(house, source) == 113
+    house.warehouse.delete("e3")
+    house.increment(source, a_day(source, 3))
+    assert billed(house, source) == 110
+
+
+def test_more_gaps_than_a_run_makes_statements_for_wait_for_the_next(
+    house: ArrivalHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest go first, with the run's own; nothing that waits leaves the list."""
+    monkeypatch.setattr("usage_billing.arrivals._MOST_SPANS", 2)
+    source = arriving("api_calls")
+    for number, day in enumerate((1, 3, 5, 7)):
+        used(house, source, number, f"e{day}", day, 10**number)
+    first = house.increment(source, a_day(source, 9))
+    assert [period.start.day for period in first.taken.periods] == [1, 3, 9]
+    assert house.ledger.touched(source.name) == (a_day(source, 5), a_day(source, 7))
+    house.increment(source, a_day(source, 10))
+    assert billed(house, source) == 1111
+    assert house.ledger.touched(source.name) == ()
 
 
 def test_a_cleared_run_of_before_sends_nothing(house: ArrivalHouse, source: BillingSource) -> None:
