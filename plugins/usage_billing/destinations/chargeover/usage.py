@@ -370,8 +370,9 @@ class ChargeOverUsage(Destination):
             for record in self._records({"line_item_id": line}, Period(since, until)):
                 wanted.discard(record.token)
                 yield record
-            ends = some["open_until"][some["token"].isin(wanted)].max() if "open_until" in some else None
-            if ends is not None and ends > until:
+            unseen = some[some["token"].isin(wanted)]
+            ends = max(unseen["open_until"].dropna(), default=until) if "open_until" in some else until
+            if ends > until:
                 later = self._records({"line_item_id": line}, Period(until, ends))
                 yield from (record for record in later if record.token in wanted)
 
