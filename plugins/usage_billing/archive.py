@@ -25,7 +25,8 @@ EVENTS = pa.schema(
     ]
 )
 """The columns of a chunk. `account` is what names the subscription in the event, `quantity` is plain decimal text (or
-the counted value), and `body` the exact JSON text that is sent."""
+the counted value), and `body` the exact JSON text that is sent. Where that is dated in a later billing period than the
+event's own, a column `original` has the text that it would be at its own time, and `time` is the later one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,10 @@ class Archive:
         What stands there in its place, cut short or altered, is mended by that.
         """
         buffer = io.BytesIO()
+        moved = "original" in events.column_names and events.column("original").null_count < len(events)
+        names = [*EVENTS.names, "original"] if moved else EVENTS.names
         # In one piece: how a table lies in memory must not show in the file, and so in its name.
-        pq.write_table(events.select(EVENTS.names).combine_chunks(), buffer, compression="zstd", compression_level=1)
+        pq.write_table(events.select(names).combine_chunks(), buffer, compression="zstd", compression_level=1)
         content = buffer.getvalue()
         digest = sha256(content).hexdigest()
         path = f"{folder}/{digest}.parquet"

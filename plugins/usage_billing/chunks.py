@@ -27,7 +27,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.ledger import Ledger, bases
 from usage_billing.periods import locate
-from usage_billing.records import UNAPPROVED, Comparison, Period, Plan, Reading, State, Tally
+from usage_billing.records import REFUSED_HERE, UNAPPROVED, Comparison, Period, Plan, Reading, State, Tally
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import event_tokens, identity, uniqueness_token
 
@@ -37,12 +37,16 @@ _SHARE_AFTER_REFUSAL = 10
 _MAX_RANGES = 256
 _EXAMPLES = 3
 
-_GOES, _CLOSED, _UNKNOWN = range(3)
+_GOES, _CLOSED, _UNKNOWN, _REFUSES = range(4)
+_WHY_CLOSED = "its billing period is closed: the site would take the events and never bill them"
 _WHY_HELD = (
     "",
-    "its billing period is closed: the site would take the events and never bill them",
+    _WHY_CLOSED,
     "the open billing period of its accounts is not known",
+    f"{REFUSED_HERE}{_WHY_CLOSED}",
 )
+_STATES = (State.RESERVED, State.HELD, State.HELD, State.REFUSED)
+"""In which state a chunk is born, by why it may not go."""
 
 _DELIVERED, _IN_THE_AIR, _REFUSED_ALONE, _REFUSED_TOGETHER = range(4)
 _STANDS = {
@@ -56,7 +60,16 @@ _STANDS = {
 _REPLACEABLE = (State.RESERVED, State.HELD, State.REFUSED)
 
 _UTC = pa.timestamp("us", "UTC")
-_ARRIVED = pa.schema([*EVENTS, ("period", pa.int32()), ("why", pa.int32()), ("open_until", _UTC), ("most", pa.int32())])
+_ARRIVED = pa.schema(
+    [
+        *EVENTS,
+        ("original", pa.string()),
+        ("period", pa.int32()),
+        ("why", pa.int32()),
+        ("open_until", _UTC),
+        ("most", pa.int32()),
+    ]
+)
 _SENT = pa.schema([*EVENTS, ("period", pa.int32()), ("row", pa.int32())])
 _TEXTS = "token identity state reason supersedes quantity account subscription component price_point dimensions".split()
 _PROPOSALS = pa.schema(
@@ -145,7 +158,7 @@ class _Row:
     @property
     def stands(self) -> int | None:
         """What its events are, None where they are cut anew."""
-        if self.kind != "chunk":
+        if self.kind != "chunk" or (self.state is State.REFUSED and self.reason.startswith(REFUSED_HERE)):
             return None
         alone = self.state is State.REFUSED and self.kept.rows == 1
         return _REFUSED_ALONE if alone else _STANDS.get(self.state)
@@ -212,7 +225,7 @@ def _compare(comparison: Comparison, arrivals: "_Arrivals", staging: Staging, jo
     ranges = min(-(-rows // batch_rows), _MAX_RANGES) or 1
     with Spill() as arrived, Spill() as before:
         for number, row in sent:
-            events = arrivals.destination.kept().read(row.kept)
+            events = _at_their_own_time(arrivals.destination.kept().read(row.kept))
             for name, value in (("period", join.book.place(row.period)), ("row", number)):
                 events = events.append_column(name, pa.repeat(pa.scalar(value, pa.int32()), len(events)))
             before.add(events, _range(events.column("token"), ranges))
@@ -223,6 +236,17 @@ def _compare(comparison: Comparison, arrivals: "_Arrivals", staging: Staging, jo
         join.spread(batch_rows)
         for number in sorted({*arrived.numbers(), *before.numbers()}):
             join.join(_read(arrived, number, _ARRIVED), _read(before, number, _SENT), number, ranges)
+
+
+def _at_their_own_time(events: pa.Table) -> pa.Table:
+    """Return events with the text that each has at its own time: by that one a row is told to be the same.
+
+    Where it went later, the archive has both, and the billing period into which it went changes nothing of what it is.
+    """
+    if "original" not in events.column_names:
+        return events
+    own = pc.coalesce(events.column("original"), events.column("body"))
+    return events.set_column(events.column_names.index("body"), "body", own).drop_columns("original")
 
 
 def _range(tokens: pa.ChunkedArray, ranges: int) -> np.ndarray:
@@ -268,20 +292,38 @@ class _Arrivals:
                 "dimensions": self._dimensions(part),
             }
         )
+        why, moves = self._late(part.column("time"), target.column("open_from"))
+        body, original = self.destination.encode_events(rows), pd.Series(None, index=rows.index, dtype=object)
+        if moves.any():
+            original[moves] = body[moves]
+            rows.loc[moves, "time"] = target.column("open_from").to_pandas()[moves]
+            body[moves] = self.destination.encode_events(rows[moves])
         columns: dict[str, Any] = {
             "token": rows["token"],
             "event_id": part.column("event_id"),
             "account": part.column("account"),
             "subscription": target.column("subscription"),
-            "time": part.column("time"),
+            "time": rows["time"],
             "quantity": rows["quantity"],
-            "body": self.destination.encode_events(rows),
+            "body": body,
+            "original": original,
             "period": period,
-            "why": _why(part.column("time"), target.column("open_from")),
+            "why": why,
             "open_until": target.column("open_until"),
             "most": np.full(len(rows), self.destination.events_to_chunk),
         }
         return pa.table({key: _as(column, _ARRIVED.field(key).type) for key, column in columns.items()}, _ARRIVED)
+
+    def _late(self, times: pa.ChunkedArray, open_from: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each event why it may not go, by number, and whether it goes into the open billing period."""
+        closed = pc.fill_null(pc.less(times, open_from), False).to_numpy()  # noqa: FBT003
+        unknown = pc.is_null(open_from).to_numpy()
+        policy, grace = self.destination.late_usage, self._source.destination.passes
+        since = pc.subtract(open_from, pa.scalar(grace, pa.duration("us")))
+        within = pc.fill_null(pc.greater_equal(times, since), False).to_numpy()  # noqa: FBT003
+        moves = closed & (within if policy != "now" else True)
+        stays = _REFUSES if policy == "refuse" else _CLOSED
+        return np.select([unknown, closed & ~moves], [_UNKNOWN, stays], _GOES), moves
 
     def _quantities(self, part: pa.Table) -> pd.Series:
         meter = self._source.settings.meter
@@ -301,12 +343,6 @@ class _Arrivals:
         distinct = part.select(names).take(pa.array(first)).to_pylist()
         texts = [json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=False) for row in distinct]
         return pd.Series(np.array(texts, dtype=object)[group], dtype=object)
-
-
-def _why(times: pa.ChunkedArray, open_from: pa.ChunkedArray) -> np.ndarray:
-    """Return for each event why it may not go, by number."""
-    closed = pc.fill_null(pc.less(times, open_from), False).to_numpy()  # noqa: FBT003
-    return np.select([pc.is_null(open_from).to_numpy(), closed], [_UNKNOWN, _CLOSED], _GOES)
 
 
 def _as(column: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:
@@ -354,7 +390,8 @@ class _Join:
         at = np.asarray(at.to_numpy(), dtype="int64")
         row = np.append(sent.column("row").to_numpy(), -1)[at]
         stands = np.append(self._stands, -1)[row]
-        same = (at >= 0) & _equal(arrived.column("body"), _array(sent, "body"), at)
+        own = _at_their_own_time(arrived)
+        same = (at >= 0) & _equal(own.column("body"), _array(sent, "body"), at)
         fresh = self.book.fresh[arrived.column("period").to_numpy()]
         split = stands == _REFUSED_TOGETHER
         left = fresh & ((at < 0) | split | ((stands == _REFUSED_ALONE) & ~same))
@@ -367,7 +404,7 @@ class _Join:
         self._set_aside_left(
             arrived, left, np.where(split, np.append(self._share, 0)[row], self._largest_chunk), number, ranges
         )
-        self._set_aside("changed", self.changed, arrived.select(_SENT.names[:-1]).filter(pa.array(changed)))
+        self._set_aside("changed", self.changed, own.select(_SENT.names[:-1]).filter(pa.array(changed)))
         self._set_aside("vanished", self.vanished, self._gone(arrived, sent))
 
     def _set_aside_left(self, arrived: pa.Table, left: np.ndarray, most: np.ndarray, number: int, ranges: int) -> None:
@@ -457,8 +494,7 @@ class _Writer:
         for why, events in _cut(tables):
             self.cut += len(events)
             ends = pc.min(events.column("open_until")).as_py()
-            state = State.HELD if why else State.RESERVED
-            yield self._wanted("chunk", state, period, events, _WHY_HELD[why], len(events), ends)
+            yield self._wanted("chunk", _STATES[why], period, events, _WHY_HELD[why], len(events), ends)
 
     def _lists(self, place: int, period: Period) -> Iterator[_Wanted]:
         for kind, spill, sign in (("vanished", self.join.vanished, -1), ("changed", self.join.changed, 1)):
@@ -523,8 +559,8 @@ class _Writer:
 
     def _stays(self, last: _Row, wanted: _Wanted) -> bool:
         """Say whether the last row of an identity is what is wanted of it."""
-        if wanted.state is State.HELD:
-            return last.state in {State.HELD, State.WRITTEN_OFF}
+        if wanted.state is not State.RESERVED:
+            return last.state in {wanted.state, State.WRITTEN_OFF}
         # What was held right before it was sent would be held again: these are the answers of then, not of now.
         held_since = last.state is State.HELD and last.reason not in _WHY_HELD
         held_since &= not last.reason.startswith(UNAPPROVED)
@@ -532,8 +568,8 @@ class _Writer:
 
     @staticmethod
     def _counted(wanted: _Wanted) -> Tally:
-        events = abs(wanted.quantity)
-        return Tally(held=events) if wanted.state is State.HELD else Tally(new=events)
+        counter = {State.HELD: "held", State.REFUSED: "refused"}.get(wanted.state, "new")
+        return Tally(**{counter: abs(wanted.quantity)})
 
     def _row(self, wanted: _Wanted, period: Period, last: _Row | None, replaced: _Row | None) -> dict[str, Any]:
         revision = 0 if last is None else last.revision + 1

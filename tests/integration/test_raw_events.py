@@ -25,7 +25,7 @@ from usage_billing.errors import Misconfigured, NeedsDecision, Stale
 from usage_billing.ledger import Ledger
 from usage_billing.preview import digest_of
 from usage_billing.reconcile import reconcile
-from usage_billing.records import UNAPPROVED, Comparison, Decision, Period, Plan
+from usage_billing.records import UNAPPROVED, Comparison, Decision, Period, Plan, State
 from usage_billing.sandbox import Sandbox
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
@@ -373,6 +373,88 @@ def test_events_of_a_closed_billing_period_are_held_by_name(monthly: RawHouse) -
     monthly.run(source, DAY, rows + events(3, "late"))
     assert [quantity for _, quantity, _ in monthly.listed(source, DAY)] == ["3"]
     assert monthly.billed(source) == owed(rows)
+
+
+def late(policy: str, grace: str = "0h") -> BillingSource:
+    """Return the source of raw events with a policy for late ones."""
+    source = raw()
+    return replace(source, destination=source.destination.model_copy(update={"late_usage": policy, "grace": grace}))
+
+
+@pytest.mark.parametrize("late_event", ["never_billed", "next_period"])
+def test_late_events_are_billed_in_the_open_period_where_the_source_says_so(monthly: RawHouse, late_event: str) -> None:
+    """Dated where the site bills them, they stay the rows that they are: sent once, months later, too."""
+    monthly.sandbox.switch(SITE, late_event=late_event)
+    rows, more = events(10), events(4, "late")
+    monthly.run(raw(), DAY, rows)
+    monthly.days_pass(13)
+    monthly.run(raw(), DAY, rows + more)
+    assert [state for state, _, _ in monthly.listed(raw(), DAY)] == ["held"]
+    source = late("now")
+    monthly.run(source, DAY, rows + more)
+    assert monthly.billed(source) == owed(rows + more)
+    assert (monthly.listed(source, DAY), stored(monthly)) == ([], 14)
+    found = monthly.reconcile(source, DAY)
+    assert found.ties_out, found.examples
+    assert (found.matched, found.ours) == (6, Decimal(21)), "October and November of three subscriptions"
+    before = monthly.writing_requests(source)
+    for policy in (source, raw()):
+        monthly.run(policy, DAY, rows + more)
+        monthly.days_pass(31)
+        monthly.run(policy, DAY, more + rows)
+    assert (monthly.writing_requests(source), monthly.listed(source, DAY)) == (before, [])
+
+
+def test_a_late_event_that_was_sent_is_told_to_have_changed_or_gone_as_any_other(monthly: RawHouse) -> None:
+    """By what it is at its own time: another quantity has changed it, another billing period has not."""
+    source, rows = late("now"), events(10)
+    monthly.days_pass(13)
+    monthly.run(source, DAY, rows)
+    assert monthly.billed(source) == owed(rows)
+    lenient = replace(source, settings=source.settings.model_copy(update={"max_withdraw_share": 1.0}))
+    monthly.run(lenient, DAY, [replace(rows[0], quantity="7"), *rows[2:]])
+    assert sorted(quantity for _, quantity, _ in monthly.listed(source, DAY)) == ["-1", "1"]
+    told = " ".join(reason for _, _, reason in monthly.listed(source, DAY))
+    assert "(e0)" in told
+    assert "(e1)" in told
+    monthly.run(lenient, DAY, rows)
+    assert (monthly.listed(source, DAY), stored(monthly)) == ([], 10)
+
+
+def test_late_events_are_refused_where_the_source_says_so_until_it_says_otherwise(monthly: RawHouse) -> None:
+    """One row names them, run after run; a person writes it off, or another policy sends them."""
+    source, rows = late("refuse"), events(10)
+    monthly.run(source, DAY, rows)
+    monthly.days_pass(13)
+    before = monthly.writing_requests(source)
+    for _ in range(2):
+        monthly.run(source, DAY, rows + events(2, "late"))
+        ((state, quantity, reason),) = monthly.listed(source, DAY)
+        assert (state, quantity) == ("refused", "2")
+        assert reason.startswith("never sent, as late_usage says: ")
+    assert (monthly.states(source, DAY), monthly.writing_requests(source)) == ({"accepted": 1, "refused": 1}, before)
+    monthly.run(late("now"), DAY, rows + events(2, "late"))
+    assert monthly.billed(source) == owed(rows + events(2, "late"))
+    monthly.run(source, DAY, rows + events(3, "late"))
+    items = monthly.ledger.open_items(source.name, DAY)
+    monthly.ledger.decide(items["token"].item(), State.WRITTEN_OFF, "somebody: never mind")
+    monthly.run(late("now"), DAY, rows + events(3, "late"))
+    assert (monthly.listed(source, DAY), stored(monthly)) == ([], 12)
+
+
+def test_the_grace_of_raw_events_is_reckoned_from_each_one(monthly: RawHouse) -> None:
+    """The last hours of October pass into November; what is older is held as ever."""
+    source, last = late("hold", "12h"), a_day(raw(), 31)
+    evening = [replace(event, time=event.time + timedelta(hours=8)) for event in events(3, "evening", last)]
+    morning = events(3, "morning", last)
+    monthly.days_pass(13)
+    monthly.run(source, last, evening + morning)
+    assert monthly.billed(source) == owed(evening)
+    assert [(state, quantity) for state, quantity, _ in monthly.listed(source, last)] == [("held", "3")]
+    before = monthly.writing_requests(source)
+    monthly.run(source, last, morning + evening)
+    assert monthly.writing_requests(source) == before
+    assert monthly.reconcile(source, last).ties_out
 
 
 def test_a_renewal_between_reserving_and_sending_holds_the_chunk(monthly: RawHouse) -> None:

@@ -210,11 +210,11 @@ class Destination(ABC):
         """
 
     def encode_events(self, events: pd.DataFrame) -> pd.Series:
-        """Return the exact JSON text of each row as an event at its own time, without a loop over rows.
+        """Return the exact JSON text of each row as an event at its `time`, without a loop over rows.
 
         Columns: ``token``, ``time`` (UTC), ``quantity`` (plain decimal text, or the value that a meter counts),
         ``address``, ``dimensions`` (both JSON text). The text of an event may never change: by it a later run tells
-        whether the row is still what was sent.
+        whether the row is still what was sent. (Where it was sent with a later time, the archive keeps both texts.)
         """
         raise NotImplementedError(f"{self.name} sends no events of single rows")
 

@@ -947,8 +947,8 @@ def _why_unreleasable(row: Any) -> str:
         return f"{WITHHELD}: mend the rows, and the next run of its period judges it anew"
     if not row.subscription:
         return (
-            "raw events are not released by name: what came late is decided for the whole source; what is gone or has "
-            "changed no call takes back"
+            "raw events are not released by name: with late_usage: now a run of their periods sends what came late; "
+            "no call takes back what is gone or has changed"
         )
     return ""
 

@@ -333,10 +333,3 @@ def test_a_grace_that_is_no_time_is_refused(grace: str) -> None:
     """Hours or days, told with the mend."""
     with pytest.raises(ValidationError, match="write hours as 24h, days as 1d"):
         destination({**METERED, "grace": grace})
-
-
-@pytest.mark.parametrize("keys", [{"late_usage": "now"}, {"late_usage": "refuse"}, {"grace": "1d"}])
-def test_raw_events_have_no_late_policy_yet(keys: dict[str, str]) -> None:
-    """A row has its own time: nothing dates it anew, and the source is told so before anything runs."""
-    with pytest.raises(ValidationError, match="a raw event has its own time"):
-        destination({**EVENTS, "mode": "events", "metric": "count", **keys})

@@ -50,8 +50,9 @@ class MaxioEventsSettings(MaxioDestinationSettings):
     No API tells the metric's formula, so nobody but you can check that. `fed_by_others` says that somebody else feeds
     the component too: then it is no fault that the site counts more than was sent from here. `activation` says whether
     the preview of each subscription's renewal has to show the component before its usage is sent; ``assumed`` is for a
-    site whose preview leaves out what has no usage yet. `late_usage` says what becomes of a usage total whose billing
-    period is closed, which an event at its own time would never bill: it is held, dated in the open one, or refused.
+    site whose preview leaves out what has no usage yet. `late_usage` says what becomes of an event whose
+    billing period is closed, and which would never be billed at its own time: it is held, dated in the open one, or
+    refused.
     """
 
     free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"metric", "fed_by_others", "activation"}
@@ -73,15 +74,6 @@ class MaxioEventsSettings(MaxioDestinationSettings):
             raise ValueError(
                 f"metric: is {self.metric}, and mode totals sends signed differences, which only a sum takes in; "
                 "set mode: events"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _rows_have_their_own_time(self) -> Self:
-        if self.mode == "events" and (self.late_usage != "hold" or self.passes):
-            raise ValueError(
-                "late_usage, grace: a raw event has its own time, and is held once its billing period is closed; "
-                "leave both out, or set mode: totals"
             )
         return self
 
