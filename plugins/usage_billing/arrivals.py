@@ -168,7 +168,7 @@ def _columns(batch: pa.Table, source: BillingSource) -> tuple[pa.ChunkedArray, p
             else:
                 arrivals = as_times(arrivals, named["arrival"], settings.naive_times, faults)
         elif not (pa.types.is_integer(arrivals.type) or pa.types.is_null(arrivals.type)):
-            faults.append(f"{named['arrival']}: {arrivals.type} is no id; arrival_overlap of a time is a span: PT1H")
+            faults.append(f"{named['arrival']}: {arrivals.type} is no id; arrival_overlap of a time is a span: 1h")
     if faults:
         told = [fault.replace("usage.sql", "arrivals.sql") for fault in faults]
         raise Misconfigured.all_at_once(f"arrivals.sql of {source.name}", told)

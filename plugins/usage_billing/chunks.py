@@ -318,7 +318,7 @@ class _Arrivals:
         """Return for each event why it may not go, by number, and whether it goes into the open billing period."""
         closed = pc.fill_null(pc.less(times, open_from), False).to_numpy()  # noqa: FBT003
         unknown = pc.is_null(open_from).to_numpy()
-        policy, grace = self.destination.late_usage, self._source.destination.passes
+        policy, grace = self.destination.late_usage, self._source.destination.grace
         since = pc.subtract(open_from, pa.scalar(grace, pa.duration("us")))
         within = pc.fill_null(pc.greater_equal(times, since), False).to_numpy()  # noqa: FBT003
         moves = closed & (within if policy != "now" else True)

@@ -17,12 +17,10 @@ from zoneinfo import ZoneInfo, available_timezones
 import yaml
 from croniter import croniter
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -60,29 +58,31 @@ def _cron(value: object) -> object:
     return value
 
 
+_SPAN = re.compile(r"(\d{1,4})([mhd])")
+_UNITS = {"m": "minutes", "h": "hours", "d": "days"}
+
+
+def _span(value: object) -> timedelta:
+    """Return a span of time as ``source.yaml`` writes it: ``30m``, ``24h`` or ``1d``."""
+    if isinstance(value, timedelta):
+        return value
+    found = _SPAN.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        raise ValueError(f"{value!r} is no span of time: write minutes as 30m, hours as 24h, days as 1d")
+    return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
 def _overlap(value: object) -> timedelta | int:
     """Return how far behind the watermark arrivals are looked for again: a span of time, or a number of ids."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     try:
-        span = TypeAdapter(timedelta).validate_python(value, strict=not isinstance(value, str))
-    except ValidationError:
-        span = timedelta(-1)
-    if span < timedelta(0):
+        return _span(value)
+    except ValueError as error:
         raise ValueError(
-            f"{value!r} is neither a span of time, like PT1H for an hour, nor a number of ids, like 10000: "
+            f"{value!r} is neither a span of time, like 30m or 1h, nor a number of ids, like 10000: "
             "the first where columns.arrival is a time, the second where it is an id"
-        )
-    return span
-
-
-_SPANS = {"h": "hours", "d": "days"}
-
-
-def _span(value: str) -> str:
-    if not re.fullmatch(r"\d{1,3}[hd]", value):
-        raise ValueError(f"{value!r} is no time: write hours as 24h, days as 1d")
-    return value
+        ) from error
 
 
 class Columns(Settings):
@@ -136,12 +136,8 @@ class DestinationSettings(Settings):
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
-    grace: Annotated[str, AfterValidator(_span)] = "0h"
-
-    @property
-    def passes(self) -> timedelta:
-        """How long before the end of a billing period usage may have ended, and still passes after it."""
-        return timedelta(**{_SPANS[self.grace[-1]]: int(self.grace[:-1])})
+    grace: Annotated[timedelta, BeforeValidator(_span)] = timedelta(0)
+    """How long before the end of a billing period usage may have ended, and still passes after it."""
 
     def naming(self) -> dict[str, Any]:
         """Return the keys that name what is billed."""
@@ -159,9 +155,7 @@ class SourceSettings(Settings):
     period: PeriodKind
     lookback: int = Field(default=0, ge=0)
     incremental: Literal["interval", "arrival"] = "interval"
-    arrival_overlap: Annotated[timedelta | int, BeforeValidator(_overlap)] = Field(
-        default="PT1H", validate_default=True
-    )
+    arrival_overlap: Annotated[timedelta | int, BeforeValidator(_overlap)] = timedelta(hours=1)
     rescan: int = Field(default=31, ge=1)
     bill_from: date
     columns: Columns

@@ -378,7 +378,8 @@ def test_events_of_a_closed_billing_period_are_held_by_name(monthly: RawHouse) -
 def late(policy: str, grace: str = "0h") -> BillingSource:
     """Return the source of raw events with a policy for late ones."""
     source = raw()
-    return replace(source, destination=source.destination.model_copy(update={"late_usage": policy, "grace": grace}))
+    keys = source.destination.model_dump() | {"late_usage": policy, "grace": grace}
+    return replace(source, destination=type(source.destination).model_validate(keys))
 
 
 @pytest.mark.parametrize("late_event", ["never_billed", "next_period"])

@@ -67,7 +67,7 @@ def test_the_watermark_is_the_latest_arrival_and_never_goes_back():
 
 def test_an_arrival_of_tomorrow_does_not_hide_those_of_today():
     """The watermark of times stays at the ledger's present."""
-    source = by_arrival(arrival_overlap="PT1H")
+    source = by_arrival(arrival_overlap="1h")
     found = find([batch((NOW, NOW + 24 * HOUR))], source, "2026-11-20T08:00:00+00:00", NOW)
     assert found.watermark == NOW.isoformat()
     assert after(source, found.watermark) == NOW - HOUR
@@ -75,7 +75,7 @@ def test_an_arrival_of_tomorrow_does_not_hide_those_of_today():
 
 def test_what_was_asked_last_time_decides_after_what_is_asked_now():
     """The watermark less the overlap; all that ever arrived where there is none, or one of another kind."""
-    ids, times = by_arrival(), by_arrival(arrival_overlap="PT2H")
+    ids, times = by_arrival(), by_arrival(arrival_overlap="2h")
     assert after(ids, "100") == 90
     assert after(times, "2026-11-20T08:00:00.000001+00:00") == datetime(2026, 11, 20, 6, 0, 0, 1, tzinfo=UTC)
     for mark in ("", "2026-11-20T08:00:00+00:00"):
@@ -89,10 +89,10 @@ def test_what_was_asked_last_time_decides_after_what_is_asked_now():
 def test_arrivals_of_the_wrong_kind_tell_how_to_mend_it():
     """Ids with an overlap of time, times with an overlap of ids, times without a zone: each names its key."""
     at = datetime(2026, 10, 5, 3, tzinfo=UTC)
-    assert "arrival_overlap: 10000" in faults(batch((at, 5)), arrival_overlap="PT1H")
-    assert "arrival_overlap of a time is a span: PT1H" in faults(batch((at, at)))
+    assert "arrival_overlap: 10000" in faults(batch((at, 5)), arrival_overlap="1h")
+    assert "arrival_overlap of a time is a span: 1h" in faults(batch((at, at)))
     naive = pa.table({"at": pa.array([at], pa.timestamp("us", "UTC")), "seen": pa.array([at.replace(tzinfo=None)])})
-    told = faults(naive, arrival_overlap="PT1H")
+    told = faults(naive, arrival_overlap="1h")
     assert "seen: its times have no time zone" in told
     assert "usage.sql" not in told
     told = faults(pa.table({"at": [1], "arrived": [1]}))

@@ -177,7 +177,7 @@ def test_a_source_by_arrival_has_a_second_query(load):
     assert source.arrivals_sql == ARRIVALS
     assert source.settings.arrival_overlap == timedelta(hours=1)
     assert load(source=BY_ARRIVAL + "arrival_overlap: 500\n", arrivals=ARRIVALS).settings.arrival_overlap == 500
-    assert load(source=BY_ARRIVAL + "arrival_overlap: PT5M\n", arrivals=ARRIVALS).definition() == source.definition()
+    assert load(source=BY_ARRIVAL + "arrival_overlap: 5m\n", arrivals=ARRIVALS).definition() == source.definition()
 
 
 def test_the_definition_of_a_source_does_not_hang_on_how_it_is_read(load):

@@ -103,13 +103,13 @@ class Destination(ABC):
 
     def _why_late(self, proposals: pd.DataFrame, late: np.ndarray) -> np.ndarray:
         """Return, per proposal, what speaks against it if it is `late`; nothing if its grace or a person lets it go."""
-        grace = self.source.destination.passes
+        grace = self.source.destination.grace
         passes = (proposals["period_end"] > proposals["open_from"] - grace).to_numpy(dtype=bool) & bool(grace)
         return np.where(late & ~passes & ~let_go(proposals), self._against_late, "")
 
     def _why_late_now(self, delivery: Delivery, open_from: datetime) -> str:
         """Return what speaks against a delivery of which the billing period closed since it was planned."""
-        grace = self.source.destination.passes
+        grace = self.source.destination.grace
         within = bool(grace) and delivery.period is not None and delivery.period.end > open_from - grace
         return (PASSES if within else self._against_late) or PASSES
 
