@@ -12,11 +12,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(shell pwd | cksum | cut -d' ' -f1)
 
 # PYTHON=python3.12 chooses an interpreter; STATE=folder keeps the demo's state elsewhere than in the checkout.
-# SEEDS, FIRST_SEED and KILLS say how much to simulate and to kill.
+# SEEDS, FIRST_SEED, KILLS and DAYS say how much to simulate, to kill and to bill.
 PYTHON ?=
 SEEDS ?= 2000
 FIRST_SEED ?= 0
 KILLS ?= 200
+DAYS ?= 29
 STATE ?=
 WHERE := $(if $(STATE),--state "$(STATE)")
 
@@ -66,6 +67,10 @@ simulate: setup  ## Draw SEEDS histories from FIRST_SEED on, on both ledgers, an
 .PHONY: crash
 crash: setup  ## Kill real Airflow tasks by SIGKILL while they deliver, KILLS times, and compare (half an hour and more).
 	@exec $(BIN)/python include/sandbox/crash.py --kills $(KILLS)
+
+.PHONY: backfills
+backfills: setup  ## Bill DAYS days in any order through real Airflow, while rows come late and change, and compare.
+	@exec $(BIN)/python include/sandbox/any_order.py --days $(DAYS)
 
 .PHONY: bench
 bench: setup  ## Measure each stage and the whole road at 100,000 and 1,000,000 rows.

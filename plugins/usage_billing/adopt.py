@@ -36,6 +36,8 @@ site, and each run that finds a held difference changed makes another: two month
 _ATTRIBUTES = "identity account subscription component price_point dimensions period_start period_end address".split()
 _EXACT = Context(prec=100)
 """Room for every digit: the ambient context would round after 28 of them."""
+_DAY = timedelta(days=1)
+"""Clocks and zones are apart by less."""
 _OPEN = (State.RESERVED, State.IN_DOUBT, State.HELD)
 
 
@@ -172,6 +174,7 @@ class _Entry:
     revision: int
     quantity: Decimal
     receipt: Receipt
+    open_until: datetime | None = None
 
 
 class _Matching:
@@ -191,7 +194,9 @@ class _Matching:
         self._last = standing.groupby("identity")["revision"].max().to_dict()
         self._unknown: dict[str, _Held] = {}
         self._entries: list[_Entry] = []
-        records = destination.elsewhere(comparison.window)
+        # What came late is dated after its usage period, at the latest now.
+        self._until = max(comparison.window.end, ledger.now()) + _DAY
+        records = destination.elsewhere(Period(comparison.window.start, self._until))
         self._elsewhere = {record.token: _Held(record, "", {}) for record in records if record.token}
         self._list(standing)
         self._settle_known(ledger.known(list(self._elsewhere)))
@@ -218,12 +223,14 @@ class _Matching:
                 "body": "{}",  # What was sent is not known here, and nothing is sent with it.
                 "record_id": entry.receipt.record_id,
                 "applied": "" if entry.receipt.applied is None else _plain(entry.receipt.applied),
+                "open_until": entry.open_until,
             }
             for entry in sorted(self._entries, key=lambda entry: (entry.row["identity"], entry.revision))
         ]
-        columns = [*_ATTRIBUTES, "token", "revision", "quantity", "body", "record_id", "applied"]
+        columns = [*_ATTRIBUTES, "token", "revision", "quantity", "body", "record_id", "applied", "open_until"]
         frame = pd.DataFrame(rows, columns=columns)
-        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in ("period_start", "period_end")})
+        times = ("period_start", "period_end", "open_until")
+        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
 
     def _list(self, rows: pd.DataFrame) -> None:
         """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
@@ -276,7 +283,9 @@ class _Matching:
             # Where it lies, not where today's would go: there it is looked for when the span is tied out.
             address = {**Delivery.address_from(row["address"]), **held.record.address}
             row = {**row, "address": json.dumps(address, sort_keys=True)}
-            self._entries.append(_Entry(row, revision, quantity, receipt))
+            # The end of the billing period into which it came is not known; where to look for it later is.
+            until = self._until if held.record.address else None
+            self._entries.append(_Entry(row, revision, quantity, receipt, until))
 
     def _proof(self, held: _Held, quantity: Decimal) -> Receipt | None:
         """Return the receipt of a record that the site lists, None if it is another quantity or cannot be proven.
@@ -350,8 +359,15 @@ def _by_total(
         )
     # No run of today sends anything to these, so none of them would be replayed.
     resting = {target.account: target.unknown for target in destination.resolve(_accounts(forgotten)) if target.unknown}
-    why = forgotten["account"].map(resting).fillna("the site has forgotten tokens of this age")
-    recent &= ~forgotten["account"].isin(resting)
+    # Dated in a later billing period it went under the token of a later revision, and a replay would bill it again.
+    closed = ~(forgotten["period_start"] >= forgotten["open_from"]) & recent
+    late = "its billing period is closed, so it may have been billed in the one after it"
+    reasons = [
+        resting.get(account, late if is_closed else "the site has forgotten tokens of this age")
+        for account, is_closed in zip(forgotten["account"], closed, strict=True)
+    ]
+    why = pd.Series(reasons, index=forgotten.index, dtype=object)
+    recent &= ~forgotten["account"].isin(resting) & ~(closed & (not destination.stream))
     held, why = forgotten[~recent].reset_index(drop=True), why[~recent].reset_index(drop=True)
     unmatched: tuple[str, ...] = ()
     if destination.stream:
@@ -359,8 +375,8 @@ def _by_total(
         held, why = held.iloc[:0], why.iloc[:0]
     if not dry_run and not forgotten.empty:
         _overtake(comparison, ledger, name)
-        reasons = f"{reason}: the site lists no events, and " + why + ", so a person has to compare"
-        proposals = held.assign(state=State.HELD, reason=reasons, body=destination.encode(held))
+        because = f"{reason}: the site lists no events, and " + why + ", so a person has to compare"
+        proposals = held.assign(state=State.HELD, reason=because, body=destination.encode(held))
         if ledger.reserve(name, destination.site, comparison.reading, proposals).moved:
             raise NotApplied(f"deliveries of {name!r} moved meanwhile; adopt again")
     ends = forgotten["period_end"][recent]
@@ -382,12 +398,15 @@ class _Standing:
     def __init__(self, standing: pd.DataFrame) -> None:
         self._standing = standing
         self._settled: dict[str, Decimal] = defaultdict(Decimal)
+        self._billed: dict[str, Decimal] = defaultdict(Decimal)
         self._last: dict[str, Mapping[str, Any]] = {}
         for row in _records(standing):
             self._last[row["identity"]] = row
+            counted = Decimal(row["applied"] or row["quantity"])
             if row["state"] in {State.ACCEPTED, State.WRITTEN_OFF}:
-                counted = Decimal(row["applied"] or row["quantity"])
                 self._settled[row["identity"]] = _EXACT.add(self._settled[row["identity"]], counted)
+            if row["state"] == State.ACCEPTED:
+                self._billed[row["identity"]] = _EXACT.add(self._billed[row["identity"]], counted)
 
     def beside(self, parts: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         """Yield the totals part by part, and in the end a 0 for each identity that only the ledger knows by now."""
@@ -402,7 +421,9 @@ class _Standing:
         rows = []
         for row in _records(totals):
             last = self._last.get(row["identity"])
-            difference = _EXACT.subtract(row["quantity"], self._settled[row["identity"]])
+            # As a plan does it: what was written off is neither billed nor taken back.
+            least, most = sorted((self._settled[row["identity"]], self._billed[row["identity"]]))
+            difference = _EXACT.subtract(row["quantity"], min(max(row["quantity"], least), most))
             if difference == 0 or (last and _waits(last)):
                 continue
             revision = last["revision"] + 1 if last else 0

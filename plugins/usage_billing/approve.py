@@ -50,11 +50,11 @@ class Approved:
 
         A plan does not propose it again, so nobody was asked about it where the source began to ask only since.
         """
-        earlier = self._ledger.reserved(self._source, self._reading, 1)
+        earlier = self._ledger.unreleased(self._source, self._reading)
         if earlier and not self._ledger.has_approval(self._source, self._reading):
             raise NeedsDecision(
                 f"deliveries of {self._source!r} were written down before the source asked for approvals (token "
-                f"{earlier[0].token}): nothing was sent; clear the run from extract on, which asks about them too"
+                f"{earlier}): nothing was sent; clear the run from extract on, which asks about them too"
             )
 
     def within(self, again: Plan) -> Plan:
@@ -95,7 +95,12 @@ def turn_down(plan: Plan, decided: Approval, destination: Destination, ledger: L
     for part in staging.read(plan.proposals):
         frame = part.to_pandas()
         sends = frame["state"] == State.RESERVED
-        frame = frame.assign(state=frame["state"].mask(sends, State.HELD), reason=frame["reason"].mask(sends, reason))
+        # Whole, where only a part could have gone now; and whoever let it go before has been overruled.
+        for name, text in (("state", State.HELD), ("reason", reason), ("released", "")):
+            if name in frame:
+                frame[name] = frame[name].mask(sends, text)
+        if "wanted" in frame:
+            frame["quantity"] = frame["quantity"].mask(sends, frame["wanted"])
         ledger.reserve(decided.source, destination.site, decided.reading, frame)
         listed += int(sends.sum())
     return listed

@@ -16,7 +16,7 @@ from functools import partial
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
-from usage_billing.records import NOBODY_CAN_TELL, PASSES, Delivery, Plan, Reading, Receipt, State, Window
+from usage_billing.records import NOBODY_CAN_TELL, PASSES, POLICY, Delivery, Plan, Reading, Receipt, State, Window
 from usage_billing.release import reissue
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
@@ -287,7 +287,10 @@ class _Work:
 
     def _hold(self, reasons: Mapping[str, str]) -> int:
         """Hold deliveries; what the source lets pass is written anew by the next round. Return how many were held."""
-        policy = f"late_usage: {self._destination.late_usage}, grace: {self._destination.source.destination.grace}"
+        source = self._destination.source
+        policy = f"{POLICY}{self._destination.late_usage}, grace: {source.destination.grace}"
+        if source.settings.approval:
+            policy = ""  # In another billing period it would be another than the approved one: a later plan asks.
         held = self._ledger.hold(reasons, policy)
         self._count(held=held)
         self.reopened += sum(reason.startswith(PASSES) for reason in reasons.values())

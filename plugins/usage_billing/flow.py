@@ -62,7 +62,8 @@ def billing_dag(source: str) -> DAG:
         schedule=CronDataIntervalTimetable(settings.schedule, timezone=settings.timezone.key),
         start_date=_START,
         catchup=False,
-        max_active_runs=4,
+        # Each run takes up what waits: beside a question, the next one would make the answer too late for ever.
+        max_active_runs=1 if settings.approval else 4,
         default_args={"retries": 3, "retry_delay": timedelta(seconds=30), "retry_policy": _RETRIES},
         params={
             name: Param(None, type=["null", "string"], format="date-time", description=text)

@@ -102,13 +102,14 @@ class ExtractOperator(StageOperator):
             )
         number, periods = taken.number, taken.periods
         if not taken.events.rows:
-            if _is_dry(context):
+            if not _is_dry(context):
+                # What an older extraction reserved is not owed now.
+                book.begin_comparison(source.name, Reading(number), periods)
+            # Rows that are there, marked as deleted, say themselves what is gone.
+            if not taken.deleted and _is_dry(context):
                 raise AirflowSkipException(
                     f"a dry run ends here: no usage of {source.name} in {Period.around(periods)}"
                 )
-            # What an older extraction reserved is not owed now.
-            book.begin_comparison(source.name, Reading(number), periods)
-            # Rows that are there, marked as deleted, say themselves what is gone.
             if not taken.deleted:
                 _skip_or_ask(book, source, Reading(number), periods)
         return Run(source.name, number, interval, taken.folder, {"events": taken.events}, spans=joined(periods))

@@ -15,7 +15,7 @@ from usage_billing import quantities
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
 from usage_billing.ledger import ADOPTED, Ledger
-from usage_billing.records import REFUSED_HERE, UNAPPROVED, WITHHELD, Comparison, Plan, Staged, State, Tally
+from usage_billing.records import POLICY, REFUSED_HERE, UNAPPROVED, WITHHELD, Comparison, Plan, Staged, State, Tally
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
@@ -37,6 +37,7 @@ _COLUMNS = [
     "reason",
     "supersedes",
     "quantity",
+    "wanted",
     *_ATTRIBUTES,
     "open_until",
     "released",
@@ -113,7 +114,8 @@ def _compare(totals: pa.Table, standing: pd.DataFrame, decimals: int) -> pd.Data
     for name in _ATTRIBUTES:
         both[name] = both[name].where(both[name].notna(), both[f"{name}_was"])
     numbers = {
-        name: _filled(both[name]) for name in ("owed", "settled", "waiting", "events", "extraction", "validation")
+        name: _filled(both[name])
+        for name in ("owed", "settled", "billed", "waiting", "events", "extraction", "validation")
     }
     revision = both["revision"].fillna(-1).astype("int64")
     texts = {name: both[name].fillna("") for name in ("state", "token", "reason", "released")}
@@ -130,11 +132,25 @@ def _by_identity(standing: pd.DataFrame, decimals: int) -> pd.DataFrame:
     text = standing["quantity"].astype(object)
     scaled = quantities.from_text(text, decimals)
     counted = quantities.from_text(standing["applied"].astype(object).where(standing["applied"] != "", text), decimals)
-    settles = standing["state"].isin([State.ACCEPTED, State.WRITTEN_OFF])
-    rows = standing.assign(settled=counted.where(settles, 0), waiting=scaled)
-    sums = quantities.sum_by(rows[["identity", "settled"]], ["identity"], "settled")
-    last = rows.drop(columns=["settled", "quantity", "applied"]).drop_duplicates("identity", keep="last")
-    return last.merge(sums, on="identity")
+    accepted = standing["state"] == State.ACCEPTED
+    settles = accepted | (standing["state"] == State.WRITTEN_OFF)
+    rows = standing.assign(settled=counted.where(settles, 0), billed=counted.where(accepted, 0), waiting=scaled)
+    found = rows.drop(columns=["settled", "billed", "quantity", "applied"]).drop_duplicates("identity", keep="last")
+    for name in ("settled", "billed"):
+        found = found.merge(quantities.sum_by(rows[["identity", name]], ["identity"], name), on="identity")
+    return found
+
+
+def _differences(compared: pd.DataFrame) -> pd.Series:
+    """Return what is owed beyond what is settled: billed, or written off.
+
+    What was written off was never billed, so it is never taken back; and a credit that was written off is not billed.
+    """
+    owed, settled, billed = compared["owed"], compared["settled"], compared["billed"]
+    most = settled.where(settled >= billed, billed)
+    least = settled.where(settled <= billed, billed)
+    nearest = owed.where(owed <= most, most)
+    return quantities.minus(owed, nearest.where(nearest >= least, least))
 
 
 def _filled(scaled: pd.Series) -> pd.Series:
@@ -145,7 +161,7 @@ def _filled(scaled: pd.Series) -> pd.Series:
 def _propose(
     compared: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame
 ) -> tuple[pd.DataFrame, Tally]:
-    difference = quantities.minus(compared["owed"], compared["settled"])
+    difference = _differences(compared)
     state = compared["state"]
     reading = comparison.reading
     this_one = (compared["extraction"] == reading.extraction) & (compared["validation"] == reading.validation)
@@ -163,8 +179,10 @@ def _propose(
     # takes is asked each time.
     judged_again = waits & same & ~stays
     judged_again &= ~this_one | (difference < 0) | compared["reason"].astype(str).str.startswith(UNAPPROVED)
-    # What a person let go, they let go as it was: another quantity is for them to look at again.
-    let_go = compared["released"].where(same & state.isin([State.HELD, State.RESERVED]), "")
+    # What a person let go, they let go as it was: another quantity is for them to look at again. A policy of then has
+    # no say, the one of today judges.
+    by_person = ~compared["released"].astype(str).str.startswith(POLICY)
+    let_go = compared["released"].where(same & by_person & state.isin([State.HELD, State.RESERVED]), "")
     stays |= waits & same & ~judged_again
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
@@ -229,7 +247,8 @@ def _written_out(
         State.RESERVED,
     )
     goes = goes.where(state == State.RESERVED, rows["quantity"])
-    rows = rows.assign(state=state, reason=reason, partial=goes != rows["quantity"], quantity=goes)
+    rows = rows.assign(state=state, reason=reason, partial=goes != rows["quantity"], wanted=rows["quantity"])
+    rows = rows.assign(quantity=goes)
     return rows.assign(body=destination.encode(rows))
 
 

@@ -80,6 +80,10 @@ DECIDED = "decided on "
 """How the reason of a delivery begins that a person has decided about."""
 
 
+POLICY = "late_usage: "
+"""How it begins what let a delivery go where no person did: the source's policy of then."""
+
+
 REFUSED_HERE = "never sent, as late_usage says: "
 """How the reason of a refusal begins that the source asks for, and no site gave."""
 

@@ -4,27 +4,20 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pytest
 import requests
 
-from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
+from late import ACCOUNTS, AFTER_THE_RENEWAL, Held, billed, lenient, november, used
+from stories import SITES, House, a_day, a_house, shipped
 from usage_billing.cli import main
-from usage_billing.deliver import Delivered, resume
 from usage_billing.errors import Misconfigured
 from usage_billing.records import Period, State
-from usage_billing.release import reissue
 from usage_billing.sources import BillingSource
-from usage_billing.workers import Means
 
-ACCOUNTS = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 DATED = ("platform_events", "voip_minutes")
-AFTER_THE_RENEWAL = "2026-11-02T12:00:00Z"
 NOT_BILLED_LATE = {
     "platform_events": ({"late_event": "never_billed"}, {"late_event": "next_period"}),
     "voip_minutes": (
@@ -36,53 +29,12 @@ NOT_BILLED_LATE = {
 SITES_OF_DATED = [(name, switches) for name in DATED for switches in NOT_BILLED_LATE[name]]
 
 
-class Held(House):
-    """A house in which people decide about what is held."""
-
-    allow_negative = False
-
-    def destination(self, source: BillingSource) -> Any:
-        """Return the destination; the account may say that it takes negative usage."""
-        found: Any = super().destination(source)
-        if self.allow_negative and source.name == "voip_minutes":
-            found.client.settings = replace(found.client.settings, negative_usage="allowed")
-        return found
-
-    def open_items(self, source: BillingSource, day: Period) -> pd.DataFrame:
-        """Return what is listed by name for a day."""
-        return self.ledger.open_items(source.name, Period.around(source.periods(day)))
-
-    def listed(self, source: BillingSource, day: Period) -> list[tuple[str, str]]:
-        """Return state and quantity of what is listed by name for a day."""
-        left = self.open_items(source, day)
-        return list(zip(left["state"], left["quantity"], strict=True))
-
-    def release(self, source: BillingSource, day: Period) -> None:
-        """Let go whatever is held for a day."""
-        held = self.open_items(source, day)
-        tokens = held["token"][held["state"] == State.HELD].tolist()
-        self.ledger.decide(tokens, State.HELD, "decided on a day by somebody: the customer agreed")
-
-    def sweep(self, source: BillingSource) -> Delivered:
-        """Send what was released, as a sweep does."""
-        destination = self.destination(source)
-        reissue(destination, self.ledger)
-        return resume(destination, self.ledger, GENTLE, Means(stop=threading.Event()))
-
-
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[Held]:
     """A sandbox, a ledger and staging."""
     with a_house(tmp_path, Held) as found:
         assert isinstance(found, Held)
         yield found
-
-
-def used(source: BillingSource, day: Period, quantity: str, account: str = "") -> list[Event]:
-    """Make one event of a day."""
-    dimensions = ("eu", "premium")[: len(source.settings.dimensions)]
-    whose = account or ACCOUNTS[source.name]
-    return [Event(f"{whose}-{day.start:%m%d}", whose, quantity, day.start + timedelta(hours=9), dimensions)]
 
 
 def cancel_subscription(house: House) -> None:
@@ -102,19 +54,6 @@ def cancel_package(house: House) -> None:
 
 
 ENDS = {"platform_events": cancel_subscription, "voip_minutes": cancel_package}
-
-
-def lenient(name: str, **changes: Any) -> BillingSource:
-    """Return a shipped source with leave to withdraw everything, and other keys of its destination."""
-    source = shipped(name)
-    destination = type(source.destination).model_validate(source.destination.model_dump() | changes)
-    settings = source.settings.model_copy(update={"max_withdraw_share": 1.0})
-    return replace(source, settings=settings, destination=destination)
-
-
-def billed(house: House, source: BillingSource) -> Decimal:
-    """Return what the site billed the account."""
-    return house.billed(source).get(ACCOUNTS[source.name], Decimal(0))
 
 
 def nothing_is_sent_again(house: Held, source: BillingSource, day: Period, quantity: str) -> None:
@@ -291,12 +230,6 @@ def test_what_quarantine_withholds_is_not_released_and_what_was_released_waits_f
 SWITCHES = {"api_calls": ({},), **NOT_BILLED_LATE}
 GOES = {"api_calls": "bill_now", "platform_events": "now", "voip_minutes": "now"}
 ALL = [(name, switches) for name in GOES for switches in SWITCHES[name]]
-
-
-def november(source: BillingSource) -> Period:
-    """Return the first of November in the source's billing zone."""
-    zone = source.settings.timezone
-    return Period(datetime(2026, 11, 1, tzinfo=zone), datetime(2026, 11, 2, tzinfo=zone))
 
 
 @pytest.mark.parametrize(("name", "switches"), ALL)

@@ -23,13 +23,13 @@ from airflow.sdk.io import attach
 from fsspec.implementations.memory import MemoryFileSystem
 from sqlalchemy import create_engine, text
 
-from stories import SITES, WORLDS, Event, House, a_day, shipped
-from usage_billing.adopt import REVISIONS_AHEAD, Adoption, adopt, periods_of, reason_of
+from living import LivingHouse
+from stories import SITES, WORLDS, Event, a_day, shipped
+from usage_billing.adopt import REVISIONS_AHEAD, periods_of
 from usage_billing.cli import main
-from usage_billing.deliver import Delivered
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Ledger, marker
-from usage_billing.ledger.marker import confirm, marked
+from usage_billing.ledger.marker import confirm
 from usage_billing.records import Comparison, Delivery, Period, State
 from usage_billing.sandbox import Sandbox
 from usage_billing.sandbox.clock import to_micros
@@ -46,85 +46,6 @@ ACCOUNTS = {
 }
 LISTED = ("api_calls", "voip_minutes")
 """Sources whose site lists its records one by one."""
-
-
-class LivingHouse(House):
-    """A house whose ledger leaves its mark in staging as the operators let it, and can be lost and found again."""
-
-    def __init__(self, sandbox: Sandbox, folder: Path) -> None:
-        super().__init__(sandbox, folder)
-        self._folder = folder
-        self.at(datetime(2026, 10, 20, 12, tzinfo=UTC))
-
-    def at(self, now: datetime) -> None:
-        """Let the ledger's clock show `now`, and tick on from there."""
-        self._ahead = now - datetime.now(UTC)
-        self._reconnect()
-
-    def backup(self) -> Path:
-        """Copy the ledger as a backup does, while it is in use."""
-        copy = self._folder / "copy.sqlite"
-        copy.unlink(missing_ok=True)
-        with closing(sqlite3.connect(self._file)) as live, closing(sqlite3.connect(copy)) as kept:
-            live.backup(kept)
-        return copy
-
-    def restore(self, copy: Path) -> None:
-        """Put an old copy in the place of the ledger."""
-        self._lose()
-        self._file.write_bytes(copy.read_bytes())
-        self._reconnect()
-
-    def begin_anew(self) -> None:
-        """Lose the ledger and make an empty one."""
-        self._lose()
-        Ledger.create(self.ledger_url)
-        self._reconnect()
-
-    def totals(
-        self, source: BillingSource, interval: Period, events: Any, look: str = "resolve"
-    ) -> tuple[Comparison, str]:
-        """Read the warehouse as the extract task does: the mark is confirmed under the new number."""
-        comparison, folder = super().totals(source, interval, events, look)
-        confirm(self.ledger, self.staging, source.name, comparison.reading.extraction)
-        return comparison, folder
-
-    def deliver(self, source: BillingSource, comparison: Comparison, folder: str, **more: Any) -> Delivered:
-        """Deliver as the task does: between two marks."""
-        with marked(self.ledger, self.staging, source.name, comparison.reading.extraction):
-            return super().deliver(source, comparison, folder, **more)
-
-    def adopt(self, source: BillingSource, days: list[int], events: list[Event], *, dry_run: bool = False) -> Adoption:
-        """Adopt a span of days as the command does."""
-        mark = marker.read(self.staging, source.name)
-        self.ledger.number_above(mark.extraction if mark else 0)
-        span = Period(a_day(source, days[0]).start, a_day(source, days[-1]).end)
-        comparison, _ = super().totals(source, span, events, "locate")
-        reason = reason_of(self.ledger.now())
-        destination = self.destination(source)
-        found = adopt(comparison, destination, self.ledger, self.staging, reason, dry_run=dry_run)
-        if found.complete and not dry_run:
-            marker.hand_over(self.ledger, self.staging, source.name, comparison.reading.extraction)
-        return found
-
-    def delivery_rows(self) -> list[tuple[str, int, str, str]]:
-        """Return account, revision, state and quantity of every delivery, by account and revision."""
-        with closing(sqlite3.connect(self._file)) as connection:
-            sql = "SELECT account, revision, state, quantity FROM delivery ORDER BY account, period_start, revision"
-            return connection.execute(sql).fetchall()
-
-    @property
-    def _file(self) -> Path:
-        return Path(self.ledger_url.removeprefix("sqlite:///"))
-
-    def _lose(self) -> None:
-        self.ledger.close()
-        for file in self._file.parent.glob(f"{self._file.name}*"):
-            file.unlink()
-
-    def _reconnect(self) -> None:
-        self.ledger.close()
-        self.ledger = Ledger.connect(self.ledger_url, clock=lambda: datetime.now(UTC) + self._ahead)
 
 
 @pytest.fixture
@@ -765,6 +686,7 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Si
     """An Airflow installation with a sandbox, a warehouse with one day of calls, and no ledger yet."""
     from usage_billing import installation as ours  # noqa: PLC0415
 
+    ours._ledger.cache_clear()  # Another test's is not ours to close.
     warehouse, ledger = tmp_path / "usage.duckdb", tmp_path / "ledger.sqlite"
     with duckdb.connect(str(warehouse)) as connection:
         connection.execute(

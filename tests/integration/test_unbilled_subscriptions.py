@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import requests
-from sqlalchemy import create_engine, text
 
 from stories import GENTLE, SITES, WORLDS, Event, House, a_day, a_house, shipped
 from usage_billing.errors import Misconfigured, NotApplied
@@ -104,23 +103,6 @@ def test_a_subscription_is_read_once_for_all_that_waits_for_it(house: House) -> 
     house.sandbox.reset_requests()
 
     house.deliver(SOURCE, comparison, folder, first=plan)
-
-    assert house.sandbox.requests(SITE)["by_route"].get("read_subscription") == 1
-    assert house.billed(SOURCE) == {ACCOUNT: Decimal(30)}
-
-
-def test_a_subscription_that_was_looked_up_again_leads_there_for_a_while(house: House) -> None:
-    """A run that began long after its look-up asks once more, and not again for each page of deliveries."""
-    days = [a_day(SOURCE, day) for day in range(2, 12)]
-    interval = Period(days[0].start, days[-1].end)
-    events = [replace(usage(SOURCE, "3"), event_id=f"e{n}", time=day.start) for n, day in enumerate(days)]
-    comparison, folder = house.totals(SOURCE, interval, events)
-    plan = house.plan(SOURCE, comparison, folder)
-    with create_engine(house.ledger_url).begin() as connection:
-        connection.execute(text("UPDATE extraction SET validated_at = '2026-01-01 00:00:00.000000'"))
-    house.sandbox.reset_requests()
-
-    house.deliver(SOURCE, comparison, folder, first=plan, manners=replace(GENTLE, threads=1))
 
     assert house.sandbox.requests(SITE)["by_route"].get("read_subscription") == 1
     assert house.billed(SOURCE) == {ACCOUNT: Decimal(30)}

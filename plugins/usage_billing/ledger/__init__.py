@@ -50,6 +50,7 @@ from usage_billing.records import (
     PASSES,
     PERSON_DECIDES,
     REFUSED_HERE,
+    UNAPPROVED,
     WITHHELD,
     Approval,
     Arrived,
@@ -400,6 +401,11 @@ class Ledger:
         if row is None:
             return None
         return Approval(name, reading, digest, Decision(row.decision), row.decided_by, row.note, row.decided_at)
+
+    def unreleased(self, name: str, reading: Reading) -> str:
+        """Return the token of a delivery of a reading that is reserved, and that no person let go; or an empty text."""
+        with self._reading() as connection:
+            return connection.execute(queries.unreleased(name, reading).limit(1)).scalar() or ""
 
     def has_approval(self, name: str, reading: Reading) -> bool:
         """Say whether any plan of a reading was ever approved."""
@@ -943,6 +949,8 @@ def _why_unreleasable(row: Any) -> str:
             "nobody can tell how much of it the site has, so sending it could bill it twice: compare the totals, bill "
             "the difference by hand, and write it off"
         )
+    if row.reason.startswith(UNAPPROVED):
+        return "it was not approved, and its source asks for approvals: clear the plan of its run, which asks again"
     if row.reason.startswith(WITHHELD):
         return f"{WITHHELD}: mend the rows, and the next run of its period judges it anew"
     if not row.subscription:

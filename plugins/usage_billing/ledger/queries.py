@@ -130,6 +130,12 @@ def approved(source: str, reading: Reading) -> Select[Any]:
     return select(approval).where(decided(source, reading), approval.c.decision == Decision.APPROVED)
 
 
+def unreleased(source: str, reading: Reading) -> Select[Any]:
+    """Select the tokens of a reading's reserved deliveries that no person let go."""
+    this_one = and_(delivery.c.source == source, read_as(delivery) == tuple_(reading.extraction, reading.validation))
+    return select(delivery.c.token).where(this_one, delivery.c.state == State.RESERVED, delivery.c.released == "")
+
+
 def decided(source: str, reading: Reading) -> ColumnElement[bool]:
     """Say of a decision whether it is about a plan of this reading."""
     given = tuple_(reading.extraction, reading.validation)

@@ -1,0 +1,252 @@
+"""Where one feature meets another: approval and release, late usage and adopt, write-offs and what is owed later.
+
+The verdict is the sandbox's count: what it billed, and what the ledger lists.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from late import AFTER_THE_RENEWAL, Held, billed, lenient, november, used
+from living import LivingHouse
+from stories import GENTLE, WORLDS, House, a_day, a_house, shipped
+from usage_billing.approve import Approved, turn_down
+from usage_billing.deliver import Delivered, deliver
+from usage_billing.errors import Misconfigured, NeedsDecision
+from usage_billing.preview import digest_of, going_of
+from usage_billing.records import Comparison, Decision, Period, Plan, State, Tally
+from usage_billing.release import reissue
+from usage_billing.sandbox import Sandbox
+from usage_billing.sources import BillingSource
+from usage_billing.workers import Means
+
+pytestmark = pytest.mark.filterwarnings("default")
+DATED = ("platform_events", "voip_minutes")
+OTHER = {"api_calls": "acct-0002", "platform_events": "orbit-02"}
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[Held]:
+    """A house in which people decide about what is held."""
+    with a_house(tmp_path, Held) as found:
+        assert isinstance(found, Held)
+        yield found
+
+
+@pytest.fixture
+def living(tmp_path: Path) -> Iterator[LivingHouse]:
+    """A house whose ledger can be lost; two records may bear one key there, so nothing but adopt keeps them apart."""
+    with Sandbox(WORLDS) as sandbox:
+        sandbox.switch("chargeover:telco", duplicate_external_key="accept")
+        opened = LivingHouse(sandbox, tmp_path)
+        yield opened
+        opened.ledger.close()
+
+
+def asking(name: str, **changes: str) -> BillingSource:
+    """Return a source that asks a person before anything is sent."""
+    source = lenient(name, **changes)
+    return replace(source, settings=source.settings.model_copy(update={"approval": True}))
+
+
+def answer(house: House, source: BillingSource, comparison: Comparison, folder: str, decision: Decision) -> Plan:
+    """Decide about what a plan would send, as the operator writes it down; return the plan."""
+    plan = house.plan(source, comparison, folder)
+    digest, going = digest_of(plan.proposals, house.staging)
+    assert going
+    decided = house.ledger.record_decision(source.name, comparison.reading, digest, decision, "vera", "so it is")
+    if decision is not Decision.APPROVED:
+        turn_down(plan, decided, house.destination(source), house.ledger, house.staging)
+    return plan
+
+
+def deliver_approved(house: House, source: BillingSource, comparison: Comparison, folder: str, plan: Plan) -> Delivered:
+    """Deliver as the task of a source that asks does."""
+    approved = Approved(source.name, comparison.reading, plan.proposals, house.ledger, house.staging)
+    approved.check()
+    return deliver(
+        Plan(plan.proposals, Tally(blocked=1)),
+        lambda: approved.within(house.plan(source, comparison, folder)),
+        comparison.reading,
+        comparison.periods,
+        house.destination(source),
+        house.ledger,
+        house.staging,
+        GENTLE,
+        Means(stop=threading.Event()),
+    )
+
+
+def written_down(house: House, source: BillingSource, comparison: Comparison, plan: Plan) -> None:
+    """Reserve a plan, and do no more: the worker dies."""
+    site = house.destination(source).site
+    for part in house.staging.read(plan.proposals):
+        house.ledger.reserve(source.name, site, comparison.reading, part.to_pandas())
+
+
+# --- approval and what was let go -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decision", [Decision.REJECTED, Decision.TIMED_OUT])
+@pytest.mark.parametrize("name", DATED)
+def test_a_no_overrules_a_release_of_before(house: Held, name: str, decision: Decision) -> None:
+    """Released by one person and turned down by the next: the sweep sends nothing of it."""
+    source, day = asking(name), a_day(shipped(name), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(lenient(name), day, used(source, day, "7"))
+    house.release(source, day)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    answer(house, source, comparison, folder, decision)
+    house.sweep(source)
+    assert billed(house, source) == 0
+    assert house.listed(source, day) == [("held", "7")]
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_what_nobody_approved_is_released_by_nobody_either(house: Held, name: str) -> None:
+    """The answer belongs to those whom the source names: the command sends them back to the question."""
+    source, day = asking(name, late_usage="now"), a_day(shipped(name), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    answer(house, source, comparison, folder, Decision.REJECTED)
+    with pytest.raises(Misconfigured, match="clear the plan"):
+        house.release(source, day)
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_renewal_after_the_answer_sends_nothing_that_was_not_approved(house: Held, name: str) -> None:
+    """Approved for October and overtaken: dated in November it is another, so it is held until the next question."""
+    source, day = asking(name, late_usage="now"), a_day(shipped(name), 30)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    plan = answer(house, source, comparison, folder, Decision.APPROVED)
+    written_down(house, source, comparison, plan)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    deliver_approved(house, source, comparison, folder, plan)
+    house.sweep(source)
+    assert billed(house, source) == 0
+    assert house.listed(source, day) == [("held", "7")]
+
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    plan = answer(house, source, comparison, folder, Decision.APPROVED)
+    approved = {line.split()[0] for part in house.staging.read(plan.proposals) for line in going_of(part)}
+    deliver_approved(house, source, comparison, folder, plan)
+    assert billed(house, source) == 7
+    assert set(house.ledger.accepted(source.name, Period.around(source.periods(day)))["token"]) == approved
+
+
+def test_a_deduction_that_was_turned_down_is_listed_whole(house: Held) -> None:
+    """Nine are owed back and four could go now: what was rejected is the nine."""
+    source = asking("api_calls")
+    day, later = a_day(source, 30), november(source)
+    house.run(lenient("api_calls"), day, used(source, day, "10"))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(lenient("api_calls"), later, used(source, later, "4"))
+    comparison, folder = house.totals(source, day, used(source, day, "1"))
+    answer(house, source, comparison, folder, Decision.REJECTED)
+    assert house.listed(source, day) == [("held", "-9")]
+
+
+def test_a_try_after_a_release_is_not_told_that_nobody_was_asked(house: Held) -> None:
+    """What a person let go was written down and not sent: the next try goes on, without an approval of the reading."""
+    source, day = asking("platform_events"), a_day(shipped("platform_events"), 30)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    plan = house.plan(source, comparison, folder)
+    deliver_approved(house, source, comparison, folder, plan)
+    assert house.listed(source, day) == [("held", "7")]
+    house.release(source, day)
+    assert reissue(house.destination(source), house.ledger) == 1
+    deliver_approved(house, source, comparison, folder, plan)
+    assert billed(house, source) == 7
+
+
+def test_what_was_written_down_unasked_is_still_stopped(house: Held) -> None:
+    """The source began to ask after the deliver that failed: nothing of that goes unasked."""
+    source, day = asking("platform_events"), a_day(shipped("platform_events"), 19)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    plan = house.plan(source, comparison, folder)
+    written_down(house, source, comparison, plan)
+    with pytest.raises(NeedsDecision, match="before the source asked"):
+        deliver_approved(house, source, comparison, folder, house.plan(source, comparison, folder))
+    assert billed(house, source) == 0
+
+
+def test_a_policy_of_then_lets_nothing_go_today(house: Held) -> None:
+    """Overtaken under `now` and held when the worker died; the source refuses late usage since: nothing is sent."""
+    day = a_day(shipped("platform_events"), 30)
+    source = lenient("platform_events", late_usage="now")
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    written_down(house, source, comparison, house.plan(source, comparison, folder))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    waiting = house.ledger.reserved(source.name, comparison.reading, 10)
+    reasons = house.destination(source).recheck(waiting, house.ledger.now())
+    assert house.ledger.hold(reasons, "late_usage: now, grace: 0:00:00") == 1
+    strict = lenient("platform_events", late_usage="refuse")
+    house.run(strict, day, used(strict, day, "7"))
+    assert billed(house, strict) == 0
+    assert house.listed(strict, day) == [("refused", "7")]
+
+
+# --- write-offs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(OTHER))
+@pytest.mark.parametrize("left", ["31", "1", "0"])
+def test_what_was_written_off_is_never_taken_back(house: Held, name: str, left: str) -> None:
+    """31 were written off and never billed; the warehouse says less since: the other day's 40 stay as they are."""
+    source, day, other = lenient(name), a_day(shipped(name), 5), a_day(shipped(name), 6)
+    house.run(source, other, used(source, other, "40"))
+    comparison, folder = house.totals(source, day, used(source, day, "31"))
+    answer(house, source, comparison, folder, Decision.REJECTED)
+    (token,) = house.open_items(source, day)["token"]
+    house.ledger.decide(token, State.WRITTEN_OFF, "decided on a day by somebody: goodwill")
+    whose = "" if left != "0" else OTHER[name]
+    house.run(source, day, used(source, day, left if left != "0" else "2", whose))
+    assert billed(house, source) == 40
+    assert house.listed(source, day) == []
+
+    house.run(source, day, used(source, day, "36") + (used(source, day, "2", whose) if whose else []))
+    assert billed(house, source) == 45, "what is owed beyond the write-off is billed"
+
+
+# --- late usage and a lost ledger -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("today", ["2026-11-01T18:00:00Z", "2026-11-05T18:00:00Z"])
+def test_usage_that_its_grace_let_pass_is_adopted_where_it_lies(living: LivingHouse, today: str) -> None:
+    """The last day of October is dated in November: adopted on the day of the renewal, or later, and not sent again."""
+    source = lenient("voip_minutes", grace="24h")
+    day = a_day(source, 31)
+    living.sandbox.move_clock(today)
+    living.run(source, day, used(source, day, "7"))
+    assert living.reconcile(source, day).ties_out
+    living.begin_anew()
+    living.at(living.sandbox.now())
+    assert living.adopt(source, [1, 31], used(source, day, "7")).entered == 1
+    living.run(source, day, used(source, day, "7"))
+    assert billed(living, source) == 7
+    assert living.reconcile(source, day).ties_out
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_usage_that_a_renewal_overtook_is_not_billed_again_after_a_loss(living: LivingHouse, name: str) -> None:
+    """It went as a later revision, so a replay of the first one would be another record: adopt leaves it to nobody."""
+    source = lenient(name, late_usage="now")
+    day = a_day(source, 30)
+    living.sandbox.move_clock("2026-10-31T12:00:00Z")
+    comparison, folder = living.totals(source, day, used(source, day, "7"))
+    plan = living.plan(source, comparison, folder)
+    written_down(living, source, comparison, plan)
+    living.sandbox.move_clock(AFTER_THE_RENEWAL)
+    living.deliver(source, comparison, folder, first=plan)
+    assert billed(living, source) == 7
+    living.begin_anew()
+    living.at(living.sandbox.now() + timedelta(minutes=1))
+    found = living.adopt(source, [1, 31], used(source, day, "7"))
+    assert (found.entered, found.held) == ((1, 0) if name == "voip_minutes" else (0, 1))
+    living.run(source, day, used(source, day, "7"))
+    assert billed(living, source) == 7
