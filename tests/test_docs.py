@@ -19,7 +19,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -729,6 +729,7 @@ def test_the_table_of_keys_is_the_models() -> None:
     for keys, default, _ in table(README, "Key of `source.yaml`"):
         documented |= _documented(keys, default)
     known = _fields(SourceSettings) | _fields(DestinationSettings, "destination.")
+    known |= {key: f"{value // timedelta(hours=1)}h" for key, value in known.items() if isinstance(value, timedelta)}
     assert documented == {key: None if value == () else value for key, value in known.items()}
 
 
