@@ -72,8 +72,8 @@ def _played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     with set_stage(state, clock, choose_ports(), _changes(state)) as stage:
         desk = Desk(stage.airflow.url, stage.airflow.user, stage.airflow.password, stage.airflow.session)
         desk.pause([CALLS.dag_id, VOIP.dag_id], paused=False)
-        desk.backfill(CALLS, YES, NO)
-        desk.backfill(VOIP, YES, YES)
+        desk.backfill(CALLS.dag_id, CALLS.midnight(YES), CALLS.midnight(NO))
+        desk.backfill(VOIP.dag_id, VOIP.midnight(YES), VOIP.midnight(YES))
         wait = _waiter(stage)
         wait("both questions", lambda: all(_task(desk, CALLS, day, "approve") == "awaiting_input" for day in (YES, NO)))
         bodies = {day: desk.question(_run(desk, CALLS, day))["body"] for day in (YES, NO)}
