@@ -596,7 +596,18 @@ class Shelf(Site):
         return super().send(request)
 
 
-ONE_PROPOSAL = pd.DataFrame({"quantity": ["-1"], "subscription": ["7"], "component": ["61001"]})
+_DAY = {"period_start": pd.Timestamp("2026-10-05", tz="UTC"), "period_end": pd.Timestamp("2026-10-06", tz="UTC")}
+ONE_PROPOSAL = pd.DataFrame(
+    [
+        {
+            "quantity": "-1",
+            "subscription": "7",
+            "component": "61001",
+            "open_from": pd.Timestamp("2026-10-01", tz="UTC"),
+            **_DAY,
+        }
+    ]
+)
 STREAM_KEYS = {"stream": "s", "component": "handle:calls", "property": "units"}
 EVENT = Delivery(
     TOKEN, "i", 0, Decimal(1), {"stream": "s", "account": "acct"},
