@@ -10,10 +10,9 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -28,7 +27,7 @@ from airflow_api import NotSignedIn
 from crash_stage import days_from
 from programs import Interrupted, ProgramFailed, interruptible
 from stage import Clock, Stage, TookTooLong, choose_ports, set_stage
-from state import State, StateInUse
+from state import State, StateInUse, folder_for
 from verdict import SOURCES, DemoSource, owed_by_account
 
 from usage_billing.ledger import Ledger
@@ -257,7 +256,7 @@ def main() -> int:
     arguments = parser.parse_args()
     limit = 300 + 40 * arguments.days
     try:
-        with interruptible(), _folder(arguments.state) as folder:
+        with interruptible(), folder_for(arguments.state, "any-order") as folder:
             verdict = any_order(State.inside(folder), Clock(time.monotonic(), limit), arguments.days, arguments.seed)
             print(f"\n{table(verdict)}\n")
             (folder / "demo" / "any_order.json").write_text(json.dumps(asdict(verdict), indent=2, default=str))
@@ -269,16 +268,6 @@ def main() -> int:
         return 1
     print("Everything owed is billed, or listed by name." if verdict.good else "FAILED: see the table.")
     return 0 if verdict.good else 1
-
-
-@contextmanager
-def _folder(state: Path | None) -> Iterator[Path]:
-    """The given folder, or one that is gone afterwards."""
-    if state is not None:
-        yield state.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="any-order-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import signal
 import sqlite3
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from crash_stage import CrashStage, Pace, crash_stage, days_from
 from killer import Kill, Killer, Ledger, Send, Worker, is_task, kill, parent_of, pids_in, send_signal, wait_until_dead
 from programs import Interrupted, Program, ProgramFailed, interruptible, running
 from stage import Clock, TookTooLong
-from state import State, StateInUse
+from state import State, StateInUse, folder_for
 from verdict import SOURCES, DemoSource, owed_by_account
 
 DAYS = days_from(date(2026, 10, 2), 30)
@@ -528,7 +527,7 @@ def main() -> int:
     if not Path("/proc/self").exists():
         parser.error("it finds the processes to kill in /proc, as Linux has it")
     try:
-        with interruptible(), _folder(arguments.state) as state:
+        with interruptible(), folder_for(arguments.state, "crash") as state:
             verdict = _tell_story(arguments.story, state, arguments.kills, arguments.seed)
             print(f"\n{table(verdict)}\n")
             (state / "demo" / "crash.json").write_text(json.dumps(asdict(verdict), indent=2, default=str))
@@ -546,16 +545,6 @@ def _tell_story(story: str, state: Path, kills: int, seed: int) -> CrashVerdict:
     if story == "kills":
         return crash_run(kills, state, seed)
     return zombie_run(state) if story == "zombie" else scheduler_run(state)
-
-
-@contextmanager
-def _folder(state: Path | None) -> Iterator[Path]:
-    """The given folder, or one that is gone afterwards."""
-    if state is not None:
-        yield state.resolve()
-        return
-    with tempfile.TemporaryDirectory(prefix="crash-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,16 @@ class State:
             path.touch(mode=0o600)
             path.write_text(json.dumps({USER: secrets.token_urlsafe(12)}))
         return str(json.loads(path.read_text())[USER])
+
+
+@contextmanager
+def folder_for(state: Path | None, story: str) -> Iterator[Path]:
+    """The given folder, or one that is gone after the story."""
+    if state is not None:
+        yield state.resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{story}-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @dataclass(frozen=True)

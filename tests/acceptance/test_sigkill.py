@@ -1,17 +1,13 @@
 """Real crashes: `include/sandbox/crash.py` kills real Airflow tasks while they deliver, and the sandbox counts."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-CHECKOUT = Path(__file__).parents[2]
+from acted import play
+
 SOURCES = {"api_calls", "platform_events", "voip_minutes"}
 # The longest limit that a story sets itself; ending one that hangs takes the rest.
 STORY_SECONDS = 560
@@ -24,26 +20,7 @@ pytestmark = [
 
 
 def _play(state: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """Play a story to its end, free of what pytest has set: its verdict, and what it said."""
-    theirs = ("AIRFLOW", "PYTEST")
-    story = subprocess.Popen(  # noqa: S603 - Our own program.
-        [sys.executable, "include/sandbox/crash.py", "--state", str(state), *arguments],
-        cwd=CHECKOUT,
-        env={name: value for name, value in os.environ.items() if not name.startswith(theirs)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = story.communicate(timeout=STORY_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(story.pid, signal.SIGTERM)
-        said, _ = story.communicate(timeout=60)
-        pytest.fail(f"the story did not end:\n{said}")
-    assert story.returncode == 0, said
-    return json.loads((state / "demo" / "crash.json").read_text()), said
+    return play("crash", state, STORY_SECONDS, *arguments)
 
 
 def _assert_billed_once(verdict: dict[str, Any], said: str) -> None:
