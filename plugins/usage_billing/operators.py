@@ -102,15 +102,16 @@ class ExtractOperator(StageOperator):
             )
         number, periods = taken.number, taken.periods
         if not taken.events.rows:
-            if not _is_dry(context):
+            dry = _is_dry(context)
+            if not dry:
                 # What an older extraction reserved is not owed now.
                 book.begin_comparison(source.name, Reading(number), periods)
             # Rows that are there, marked as deleted, say themselves what is gone.
-            if not taken.deleted and _is_dry(context):
-                raise AirflowSkipException(
-                    f"a dry run ends here: no usage of {source.name} in {Period.around(periods)}"
-                )
             if not taken.deleted:
+                if dry:
+                    raise AirflowSkipException(
+                        f"a dry run ends here: no usage of {source.name} in {Period.around(periods)}"
+                    )
                 _skip_or_ask(book, source, Reading(number), periods)
         return Run(source.name, number, interval, taken.folder, {"events": taken.events}, spans=joined(periods))
 

@@ -313,7 +313,7 @@ class _Cases:
 
     def add(self, frame: pd.DataFrame, settled: frozenset[str]) -> None:
         self.superseded.update(token for token in frame["supersedes"] if token)
-        scaled = quantities.from_text(frame["quantity"].astype(object), self.decimals).set_axis(frame.index)
+        scaled = quantities.from_text(frame["quantity"].astype(object), self.decimals)
         label = pd.Series("new", index=frame.index, dtype=object)
         label = label.mask(frame["identity"].isin(settled), _UP)
         label = label.mask((label == _UP) & (scaled < 0), _DOWN)

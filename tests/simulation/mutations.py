@@ -88,8 +88,8 @@ def lease_forgotten() -> Iterator[None]:
 def events_sent_again_after_a_month() -> Iterator[None]:
     """A doubt about events is replayed when the stream has forgotten their tokens."""
 
-    def leave_by(_self: object, deliveries: Any) -> tuple[dict[str, datetime], dict[str, str]]:
-        return {one.token: datetime.max.replace(tzinfo=UTC) for one in deliveries}, {}
+    def leave_by(_self: object, deliveries: Any) -> tuple[dict[str, datetime], dict[str, str], dict[str, datetime]]:
+        return {one.token: datetime.max.replace(tzinfo=UTC) for one in deliveries}, {}, {}
 
     with (
         patch.object(maxio.MaxioEvents, "replay_window", timedelta(days=4000)),

@@ -243,15 +243,15 @@ class MaxioEvents(MaxioDestination):
         alone is for a person, since the first request may have brought it all the same.
         """
         fresh = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at <= self.replay_window]
-        leave_by, resting = self._leave_by(fresh)
+        leave_by, resting, _ = self._leave_by(fresh)
         clock = _Clock(self.client, now)
         in_time = [doubt for doubt in fresh if doubt.token in leave_by and clock.now() < leave_by[doubt.token]]
         if waiting := len(leave_by) - len(in_time):
             log.info("%d doubts wait: their billing period ends, and a replay could land after it", waiting)
         too_old = f"sent more than {self.replay_window.days} days ago: a replay could bill it twice; compare the totals"
-        closed = "its billing period has closed: a replay would be taken and never billed; compare the totals"
+        too_late = "its billing period has closed: a replay would be taken and never billed; compare the totals"
         answers: dict[str, Answer] = {doubt.token: InDoubt(too_old) for doubt in doubts}
-        answers |= {doubt.token: InDoubt(closed) for doubt in fresh}
+        answers |= {doubt.token: InDoubt(too_late) for doubt in fresh}
         answers = {token: answer for token, answer in answers.items() if token not in leave_by | resting}
         for stream in sorted({doubt.address["stream"] for doubt in in_time}):
             of_stream = [doubt for doubt in in_time if doubt.address["stream"] == stream]
@@ -275,17 +275,21 @@ class MaxioEvents(MaxioDestination):
         replay.send({name: body for events in names.values() for name, body in events.items()})
         return {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
 
-    def _leave_by(self, deliveries: Sequence[Delivery]) -> tuple[dict[str, datetime], dict[str, str]]:
+    def _leave_by(
+        self, deliveries: Sequence[Delivery]
+    ) -> tuple[dict[str, datetime], dict[str, str], dict[str, datetime]]:
         """Return, by token, until when a request may leave so that it lands before its billing periods end.
 
         Those of which a billing period is not open on the site right now have no entry. The second mapping has, by
         token, why the site bills an account of it nothing today, where that may change: it is on hold, or in its trial.
+        The third has, of those of which a billing period is closed, when the one that is open began, if that is known.
         """
         earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
         targets = super().resolve(sorted({account for moments in earliest.values() for account in moments}))
         today = {target.account: target for target in targets}
         found: dict[str, datetime] = {}
         resting: dict[str, str] = {}
+        opened: dict[str, datetime] = {}
         for token, moments in earliest.items():
             if whys := [today[account].unknown for account in moments if today[account].unknown]:
                 resting[token] = whys[0]
@@ -295,12 +299,9 @@ class MaxioEvents(MaxioDestination):
             ]
             if all(start is not None and moment >= start for moment, start, _ in spans):
                 found[token] = min((end for *_, end in spans if end is not None), default=_NEVER) - self.settle_after
-        return found, resting
-
-    def _opened(self, accounts: Collection[str]) -> dict[str, tuple[datetime | None, datetime | None]]:
-        """Return the ends of each account's open billing period, as far as the site tells."""
-        targets = super().resolve(sorted(accounts))
-        return {target.account: (target.open_from, target.open_until) for target in targets}
+            elif starts := [start for _, start, _ in spans if start is not None]:
+                opened[token] = max(starts)
+        return found, resting, opened
 
     def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
         """Return the time of each account's earliest event."""
@@ -315,7 +316,7 @@ class MaxioEvents(MaxioDestination):
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a billing period that has closed since it was planned, or could land after its end."""
-        leave_by, resting = self._leave_by(deliveries)
+        leave_by, resting, opened = self._leave_by(deliveries)
         at = _Clock(self.client, now).now()
         why = "its billing period closed before it was sent: the site would take the event and never bill it"
         if self.stream:
@@ -324,18 +325,15 @@ class MaxioEvents(MaxioDestination):
                 "those: clear the run from validate on, and the others go"
             )
         ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
-        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by | resting}
-        if held and not self.stream:
-            late = [delivery for delivery in deliveries if delivery.token in held]
-            opened = self._opened({str(delivery.address["account"]) for delivery in late})
-            starts = {one.token: opened[str(one.address["account"])][0] for one in late}
-            reasons = {one.token: self._why_late_now(one, start) for one in late if (start := starts[one.token])}
+        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | resting
+        if not self.stream:
+            late = [delivery for delivery in deliveries if delivery.token in opened]
+            reasons = {one.token: self._why_late_now(one, opened[one.token]) for one in late}
             held |= {token: reason for token, reason in reasons.items() if reason != self.why_late}
-        held |= resting
         return held | {token: ends for token, moment in leave_by.items() if moment <= at}
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        still_open, resting = self._leave_by(deliveries)
+        still_open, resting, _ = self._leave_by(deliveries)
         why = "the billing period of its events is closed now"
         return {delivery.token: why for delivery in deliveries if delivery.token not in still_open} | resting
 
