@@ -171,7 +171,7 @@ def _columns(batch: pa.Table, source: BillingSource) -> tuple[pa.ChunkedArray, p
             faults.append(f"{named['arrival']}: {arrivals.type} is no id; arrival_overlap of a time is a span: 1h")
     if faults:
         told = [fault.replace("usage.sql", "arrivals.sql") for fault in faults]
-        raise Misconfigured.all_at_once(f"arrivals.sql of {source.name}", told)
+        raise Misconfigured.all_at_once(f"arrivals.sql of {source.title}", told)
     return times, arrivals
 
 

@@ -93,12 +93,16 @@ def plan_events(
     Raises:
         Stale: a later reading of all of the same periods was compared; what it left alone is still planned.
         NeedsDecision: more than `max_withdraw_share` of the billed events have vanished from the warehouse.
-        Misconfigured: a chunk that was sent is missing in the archive, or was altered; nothing may be sent.
+        Misconfigured: a chunk that was sent is missing in the archive, or was altered, so nothing may be sent; or
+            another source feeds the same component, and ``source.yaml`` does not say so.
     """
     source = destination.source
+    targets = pa.concat_tables(staging.read(comparison.targets))
+    components = targets.column("component").to_pylist()
+    shared = source.settings.shares_component_with
+    ledger.feed(source.name, destination.site, comparison.reading, components, shared)
     stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
     book = _Book(ledger.standing(source.name, comparison.periods), comparison, stale)
-    targets = pa.concat_tables(staging.read(comparison.targets))
     with Spill() as left, Spill() as changed, Spill() as vanished:
         join = _Join(book, destination.events_to_chunk, left, changed, vanished)
         _compare(comparison, _Arrivals(comparison, destination, targets), staging, join)

@@ -136,17 +136,17 @@ def _ledger_list(options: argparse.Namespace) -> str:
     Raises:
         Misconfigured: the ledger knows no such source, or only one of the two days is given.
     """
-    from usage_billing.installation import billing_source, ledger  # noqa: PLC0415
+    from usage_billing.installation import billing_source, ledger, ledger_name  # noqa: PLC0415
 
-    book, window = ledger(), None
-    if (known := book.sources()) and options.source not in known:
-        raise Misconfigured(f"the ledger knows no billing source {options.source!r}, only {', '.join(known)}")
+    book, window, name = ledger(), None, ledger_name(options.source)
+    if (known := book.sources()) and name not in known:
+        raise Misconfigured(f"the ledger knows no billing source {name!r}, only {', '.join(known)}")
     if options.first or options.after:
         if not (options.first and options.after):
             raise Misconfigured("--from and --to go together: the first day, and the day after the last one")
         zone = billing_source(options.source).settings.timezone
         window = Period(local_midnight(options.first, zone), local_midnight(options.after, zone))
-    items = book.open_items(options.source, window)
+    items = book.open_items(name, window)
     if options.state:
         items = items[items["state"] == options.state]
     lines = [line for row in items.sort_values(["period_start", "identity"]).to_dict("records") for line in _item(row)]
@@ -303,7 +303,7 @@ def _check(_options: argparse.Namespace) -> str:
     from usage_billing.pools import existing_pools, pool_name, why_waiting  # noqa: PLC0415
 
     sources = billing_sources()
-    lines = [f"{source.name}: sound" for source in sources]
+    lines = [f"{source.title}: sound" for source in sources]
     needed: dict[str, int] = {}
     for source in sources:
         name = pool_name(source.destination.connection)

@@ -238,7 +238,7 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
     """
     faults = _missing(table, source)
     if faults:
-        raise Misconfigured.all_at_once(f"usage.sql of {source.name}", faults)
+        raise Misconfigured.all_at_once(f"usage.sql of {source.title}", faults)
     columns = {}
     for word, name in _words(source).items():
         column = _plain(table.column(name))
@@ -251,7 +251,7 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
         else:
             columns[word] = _text(column, name, faults)
     if faults:
-        raise Misconfigured.all_at_once(f"usage.sql of {source.name}", faults)
+        raise Misconfigured.all_at_once(f"usage.sql of {source.title}", faults)
     rows = pa.table(columns)
     return rows.filter(pc.invert(rows.column("deleted"))).drop_columns("deleted") if "deleted" in columns else rows
 

@@ -95,7 +95,7 @@ def _approved(definition: BillingSource, plan: PlanOperator, site: Mapping[str, 
     hours = settings.approval_timeout_hours
     return ApproveOperator(
         task_id="approve",
-        source=definition.name,
+        source=settings.name,
         reference=plan.output,
         timeout=None if hours is None else timedelta(hours=hours),
         approvers=settings.approvers,

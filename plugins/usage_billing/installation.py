@@ -40,6 +40,17 @@ def billing_source(name: str) -> BillingSource:
     return load_source(sources_folder() / name, destination_settings)
 
 
+def ledger_name(name: str) -> str:
+    """Return the name under which the ledger knows a source: its own, or the one that it had formerly.
+
+    That of a source which is gone, or cannot be read, is the name itself.
+    """
+    try:
+        return billing_source(name).name
+    except Misconfigured:
+        return name
+
+
 def billing_sources() -> list[BillingSource]:
     """Read every billing source.
 
@@ -183,6 +194,6 @@ def _greedy(
         for source in some:
             if source.destination.threads > slots:
                 yield (
-                    f"source {source.name}: destination.threads is {source.destination.threads}, but connection {name} "
-                    f"allows {slots} requests at once: lower the one or raise the other"
+                    f"source {source.title}: destination.threads is {source.destination.threads}, but connection "
+                    f"{name} allows {slots} requests at once: lower the one or raise the other"
                 )

@@ -56,11 +56,11 @@ class StageOperator(BaseOperator):
             raise Misconfigured(
                 f"{type(self).__name__} needs reference=<the task before>.output; it got {self.reference!r}"
             )
-        run = Run.from_json(self.reference)
-        if run.source != self.source:
-            raise Misconfigured(f"{type(self).__name__} of source {self.source!r} was handed a run of {run.source!r}")
+        run, source = Run.from_json(self.reference), billing_source(self.source)
+        if run.source != source.name:
+            raise Misconfigured(f"{type(self).__name__} of source {source.name!r} was handed a run of {run.source!r}")
         # In each task: a setting or a connection that was changed since the last one would bill under other names.
-        return run, _registered(billing_source(self.source))
+        return run, _registered(source)
 
     @staticmethod
     def planned(run: Run, destination: Destination) -> tuple[Plan, Comparison]:
@@ -290,7 +290,7 @@ class ReconcileOperator(StageOperator):
             "refused": refused,
             "owed and unlisted": unsettled,
         }
-        self.log.info("closing table of %s, %s", source.name, Period.around(periods))
+        self.log.info("closing table of %s, %s", source.title, Period.around(periods))
         for label, value in lines.items():
             self.log.info("  %-17s %20s", label, value)
         if found.note:
@@ -406,7 +406,7 @@ def _stop_or_warn(log: Any, unusual: Sequence[str], destination: Destination) ->
     """Stop a plan that is unusual; where a person is asked about it before it is delivered, only say so."""
     if unusual and not destination.source.settings.approval:
         raise NeedsDecision.all_at_once(
-            f"this plan of {destination.source.name!r} is unusual, and nothing of it was sent; look at what it would "
+            f"this plan of {destination.source.title!r} is unusual, and nothing of it was sent; look at what it would "
             "send with `usage-billing preview`; if it is right, raise the key in source.yaml and clear the plan",
             unusual,
         )

@@ -51,13 +51,17 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     """Return the signed differences between `comparison.totals` and the ledger, staged below `folder`.
 
     Raises:
+        Misconfigured: another source feeds the same component, and ``source.yaml`` does not say so.
         Stale: a later reading of all of the same periods was compared; what it left alone is still planned.
         NeedsDecision: the plan would withdraw more than the source's `max_withdraw_share` of what was accepted.
     """
     source = destination.source
+    targets = _targets(comparison.targets, staging)
+    components = targets.index.get_level_values("component")
+    shared = source.settings.shares_component_with
+    ledger.feed(source.name, destination.site, comparison.reading, components, shared)
     stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
     tally = Tally()
-    targets = _targets(comparison.targets, staging)
 
     def parts() -> Iterator[pa.Table]:
         nonlocal tally

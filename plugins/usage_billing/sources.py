@@ -31,6 +31,7 @@ from usage_billing.records import Period
 
 WINDOW_BINDS = frozenset({"window_start", "window_end"})
 ARRIVAL_BINDS = frozenset({"after"})
+_NAME = r"^[a-z][a-z0-9_]*$"
 _BIND = re.compile(r"(?<![:\w\\]):([A-Za-z_]\w*)")
 
 
@@ -147,7 +148,9 @@ class DestinationSettings(Settings):
 class SourceSettings(Settings):
     """The keys of ``source.yaml`` that do not depend on the destination."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=80)
+    name: str = Field(pattern=_NAME, max_length=80)
+    formerly: str | None = Field(default=None, pattern=_NAME, max_length=80)
+    shares_component_with: tuple[str, ...] = ()
     description: str
     warehouse: str
     schedule: Annotated[str, BeforeValidator(_cron)]
@@ -219,8 +222,14 @@ class BillingSource:
 
     @property
     def name(self) -> str:
-        """The source's name, which is its folder's."""
-        return self.settings.name
+        """The name under which the ledger knows it, for ever: its folder's, or the one that it had `formerly`."""
+        return self.settings.formerly or self.settings.name
+
+    @property
+    def title(self) -> str:
+        """What a person calls it: its folder's name, and the one of before."""
+        former = self.settings.formerly
+        return f"{self.settings.name} (formerly {former})" if former else self.settings.name
 
     @property
     def bill_from(self) -> datetime:
@@ -257,7 +266,7 @@ class BillingSource:
         """Return the settings that name what is billed; they may not change while history hangs on them."""
         settings = self.settings
         return {
-            "name": settings.name,
+            "name": self.name,
             "destination": self.destination.naming(),
             "period": settings.period,
             "timezone": settings.timezone.key,
@@ -295,6 +304,7 @@ def load_source(folder: Path, destination_settings: Callable[[str], type[Destina
         faults.append(
             f"source.yaml: name: {values['name']!r} is not the folder's name {folder.name!r}; make them equal"
         )
+    faults.extend(_claims_of_one_history(folder, values.get("formerly")))
     sql = _read_sql(folder / "usage.sql", WINDOW_BINDS, "the usage rows between :window_start and :window_end", faults)
     arrivals_sql = _read_arrivals(folder / "arrivals.sql", values.get("incremental") == "arrival", faults)
     expectations = _read_expectations(folder / "expectations.yaml", faults)
@@ -303,6 +313,24 @@ def load_source(folder: Path, destination_settings: Callable[[str], type[Destina
     return BillingSource(
         settings=settings, destination=destination, sql=sql, expectations=expectations, arrivals_sql=arrivals_sql
     )
+
+
+def _claims_of_one_history(folder: Path, formerly: object) -> Iterator[str]:
+    """Yield what is wrong if two folders go on with one history: each would take back what the other bills."""
+    history = formerly or folder.name
+    if formerly and (folder.parent / str(formerly) / "source.yaml").exists():
+        yield (
+            f"source.yaml: formerly: {formerly!r} is still a source of its own; remove that folder, whose history goes "
+            "on here, or drop the key"
+        )
+    # As text, not as YAML: every parse of every DAG file looks at all folders.
+    says_so = re.compile(rf"^formerly:\s*[\"']?{re.escape(str(history))}[\"']?\s*(#.*)?$", re.MULTILINE)
+    for path in sorted(folder.parent.glob("*/source.yaml")):
+        if path.parent.name != folder.name and says_so.search(path.read_text(encoding="utf-8", errors="replace")):
+            yield (
+                f"source.yaml: source {path.parent.name!r} says formerly: {history}, and so goes on with the same "
+                "history: one of the two needs another name"
+            )
 
 
 def _read_yaml(path: Path, faults: list[str]) -> dict[str, Any]:

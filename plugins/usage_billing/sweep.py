@@ -16,7 +16,14 @@ from airflow.sdk import BaseOperator, Context
 
 from usage_billing.deliver import Delivered, Manners, resume
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, UsageBillingError
-from usage_billing.installation import billing_source, destination_of, ledger, sources_folder, staging
+from usage_billing.installation import (
+    billing_source,
+    destination_of,
+    ledger,
+    ledger_name,
+    sources_folder,
+    staging,
+)
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
 from usage_billing.records import NOBODY_CAN_TELL, PERSON_DECIDES, Period, State
@@ -65,7 +72,7 @@ class SweepOperator(BaseOperator):
             if self._stop.is_set():
                 break
             try:
-                if _is_anything_open(book, name):
+                if _is_anything_open(book, ledger_name(name)):
                     self._sweep(book, name)
             except UsageBillingError as fault:
                 self.log.warning("%s was not swept to its end: %s", name, fault)
@@ -77,8 +84,8 @@ class SweepOperator(BaseOperator):
     def _sweep(self, book: Ledger, name: str) -> None:
         source = billing_source(name)
         destination = destination_of(source)
-        book.register(name, destination.site, source.definition())
-        with marked(book, staging(), name):
+        book.register(source.name, destination.site, source.definition())
+        with marked(book, staging(), source.name):
             swept = sweep(destination, book, self._stop.is_set)
             reissue(destination, book)
             sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
@@ -119,7 +126,7 @@ class ListDoubtsOperator(BaseOperator):
             InDoubt: something is too old, is of a source that is gone, or could not be swept; with the names of all.
         """
         book = ledger()
-        known = _names(self.sources)
+        known = [ledger_name(name) for name in _names(self.sources)]
         # What a source left behind whose folder is gone: nobody sweeps it, so nobody else would tell.
         gone = sorted(set(book.sources()) - set(known)) if self.sources is None else []
         doubts = [doubt for name in (*known, *gone) for doubt in _doubts(book, name)]

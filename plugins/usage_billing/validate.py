@@ -120,7 +120,7 @@ def _check_limits(validated: Validated, source: BillingSource, rows: int) -> Non
         over.append(f"more than quarantine.max_share = {limits.max_share}")
     if over:
         raise QuarantineOverLimit(
-            f"{source.name}: {count} of {rows} rows are quarantined, {' and '.join(over)}; nothing was sent.\n"
+            f"{source.title}: {count} of {rows} rows are quarantined, {' and '.join(over)}; nothing was sent.\n"
             f"{reasons_table(validated)}\n"
             f"The rows are in {validated.quarantined.manifest}. Mend the data or source.yaml, or raise the limit.",
             validated,
@@ -247,7 +247,7 @@ class _Suite:
         built = [self._rule(number, rule, faults) for number, rule in declared if numbers[number] is not None]
         self._rules = [rule for rule in built if rule is not None]
         if faults:
-            raise Misconfigured.all_at_once(f"{self._source.name}: expectations.yaml", faults)
+            raise Misconfigured.all_at_once(f"{self._source.title}: expectations.yaml", faults)
 
     def _on_ranks(self, rule: Mapping[str, Any]) -> bool:
         named = rule.get("kwargs", {}).get("column") == "quantity"
@@ -344,7 +344,7 @@ class _Suite:
         if reaching and len(first) != self._rows:
             # Parts are also cut where a driver changes a column's type.
             faults = [f"{rule.label}: looks at all rows at once, but they came in several types" for rule in reaching]
-            raise Misconfigured.all_at_once(f"{self._source.name}: usage.sql, cast the quantity to one type", faults)
+            raise Misconfigured.all_at_once(f"{self._source.title}: usage.sql, cast the quantity to one type", faults)
         self._run(counts, pd.DataFrame(index=pd.RangeIndex(self._rows)))
         self._run(others, self._frame(first, others))
 
@@ -381,13 +381,15 @@ class _Suite:
         results = self._results(rules, frame)
         broken = [f"{rule.label}: {fault}" for rule in rules if (fault := _complaint(rule, results.get(rule.number)))]
         if broken:
-            raise Misconfigured.all_at_once(f"{self._source.name}: expectations.yaml, rules that could not run", broken)
+            raise Misconfigured.all_at_once(
+                f"{self._source.title}: expectations.yaml, rules that could not run", broken
+            )
         failed = [rule for rule in rules if not results[rule.number].success]
         stopped = [rule for rule in failed if not rule.judges_rows or _labels(results[rule.number]) is None]
         if stopped:
             lines = (f"{rule.label}: {rule.reason}; observed {_observed(results[rule.number])}" for rule in stopped)
             raise NeedsDecision(
-                "\n".join([f"{self._source.name}: the rows as a whole are not as expected; nothing was sent", *lines])
+                "\n".join([f"{self._source.title}: the rows as a whole are not as expected; nothing was sent", *lines])
             )
         return [(rule, self._rows_of(rule, results[rule.number], frame)) for rule in failed]
 

@@ -67,6 +67,61 @@ def world(url: str) -> Iterator[SimpleNamespace]:
     ledger.close()
 
 
+def test_a_component_is_fed_by_those_who_name_each_other(world: SimpleNamespace) -> None:
+    """Whoever comes second names the first, also where both come at once; a look claims nothing."""
+    ledger, site = world.ledger, "maxio:us:acme"
+    for name in ("others", "third"):
+        ledger.register(name, site, DEFINITION)
+    ledger.feed("calls", site, Reading(0), ["1"])
+    ledger.feed("others", site, Reading(1), ["1", "2", ""])
+    with pytest.raises(Misconfigured, match="component 1 of maxio:us:acme is fed by source 'others'"):
+        ledger.feed("calls", site, Reading(2), ["1"])
+    with pytest.raises(Misconfigured, match="component 2"):
+        ledger.feed("calls", site, Reading(0), ["2", "3"])
+    ledger.feed("calls", site, Reading(2), ["1"], ["others"])
+    ledger.feed("others", site, Reading(3), ["1"])
+    ledger.feed("third", "maxio:us:orbit", Reading(3), ["1"])
+    with pytest.raises(Misconfigured, match=r"'calls'(.|\n)*'others'"):
+        ledger.feed("third", site, Reading(3), ["1", "3"])
+
+
+def test_of_two_that_claim_a_component_at_once_one_is_told(world: SimpleNamespace) -> None:
+    """Both look before either has written: still only one of them feeds it."""
+    names = [f"source_{number}" for number in range(8)]
+    for name in names:
+        world.ledger.register(name, "maxio:us:acme", DEFINITION)
+    gate, told = threading.Barrier(len(names)), []
+
+    def claim(name: str) -> None:
+        gate.wait()
+        try:
+            world.ledger.feed(name, "maxio:us:acme", Reading(1), ["1"])
+        except Misconfigured:
+            told.append(name)
+
+    claims = [threading.Thread(target=claim, args=(name,)) for name in names]
+    for each in claims:
+        each.start()
+    for each in claims:
+        each.join()
+    assert len(told) == len(names) - 1
+
+
+def test_whoever_fed_a_component_before_the_upgrade_goes_on(world: SimpleNamespace) -> None:
+    """Of ledgers without the table the deliveries tell who fed what: nobody is stopped, and nobody new comes in."""
+    reserved(world, {"s1": "7"})
+    engine = create_engine(world.url)
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE fed_component"))
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0006'"))  # noqa: S608
+    engine.dispose()
+    assert Ledger.create(world.url)
+    world.ledger.feed("calls", "maxio:us:acme", Reading(1), ["1"])
+    world.ledger.register("others", "maxio:us:acme", DEFINITION)
+    with pytest.raises(Misconfigured, match="fed by source 'calls'"):
+        world.ledger.feed("others", "maxio:us:acme", Reading(1), ["1"])
+
+
 def extraction(world: SimpleNamespace) -> Reading:
     """Open one more extraction of the day."""
     with kept(world.ledger, "extract:calls", MINUTE) as held:

@@ -157,7 +157,8 @@ def test_two_sources_of_one_component_never_deduct_more_than_there_is(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both want to take back 60 of a balance of 100, at once: 100 go, 20 stay listed."""
-    other = replace(SOURCE, settings=SOURCE.settings.model_copy(update={"name": "api_calls_two"}))
+    changes = {"name": "api_calls_two", "shares_component_with": (SOURCE.name,)}
+    other = replace(SOURCE, settings=SOURCE.settings.model_copy(update=changes))
     monkeypatch.setitem(SITES, other.name, SITE)
     house.run(SOURCE, DAY, [calls(60)])
     house.run(other, DAY, [calls(60)])

@@ -195,6 +195,27 @@ def test_a_doubt_of_any_period_is_swept_and_what_a_newer_reading_replaced_is_not
     assert house.states(source, a_day(source, 6)).keys() == {"reserved"}
 
 
+def test_the_doubts_of_a_renamed_source_are_swept_under_its_new_name(
+    house: SweptHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder has another name, the history its old one: nothing is orphaned, nothing billed twice."""
+    source = shipped("api_calls")
+    house.leave_in_doubt(source)
+    folder = tmp_path / "sources" / "calls_per_day"
+    shutil.copytree(CHECKOUT / "include" / "sources" / "api_calls", folder)
+    text = (
+        (folder / "source.yaml").read_text().replace("name: api_calls", "name: calls_per_day\nformerly: api_calls", 1)
+    )
+    (folder / "source.yaml").write_text(text)
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(folder.parent))
+    (line,) = listed()
+    assert line.startswith("api_calls at maxio:us:acme: 3 deliveries in doubt")
+    sweep()
+    assert house.billed(source) == expected(source)
+    assert listed() == []
+    assert house.ledger.sources() == ["api_calls"]
+
+
 def test_a_broken_source_keeps_no_other_from_being_swept_and_all_faults_come_at_once(
     house: SweptHouse, monkeypatch: pytest.MonkeyPatch
 ) -> None:

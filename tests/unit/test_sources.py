@@ -222,3 +222,35 @@ def test_a_source_by_interval_has_no_periods_of_its_own_to_rescan(load):
     source = load(source=SOURCE.replace("period: day", "period: interval"))
     with pytest.raises(Misconfigured, match="cannot be rescanned"):
         source.recent_periods(datetime(2026, 10, 5, tzinfo=UTC))
+
+
+def neighbour(tmp_path, name, text):
+    """Write another source's folder beside."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "source.yaml").write_text(text, encoding="utf-8")
+
+
+def test_a_renamed_source_keeps_the_name_that_the_ledger_knows(load):
+    """Its folder's name is for people; identities, tokens and the ledger have the old one for ever."""
+    source = load(SOURCE + "formerly: voice\n")
+    assert (source.name, source.title) == ("voice", "calls (formerly voice)")
+    assert source.definition()["name"] == "voice"
+
+
+@pytest.mark.parametrize("written", ["formerly: voice", "formerly: 'voice'  # until 2026", 'formerly: "voice"'])
+def test_two_folders_never_go_on_with_one_history(load, tmp_path, written):
+    """Each would take back what the other bills, and neither would tell."""
+    neighbour(tmp_path, "others", SOURCE.replace("name: calls", "name: others") + written + "\n")
+    (fault,) = faults(load, source=SOURCE + "formerly: voice\n")
+    assert "source 'others' says formerly: voice" in fault
+    assert load(SOURCE).name == "calls"
+
+
+def test_the_name_of_before_is_free_for_nobody(load, tmp_path):
+    """Neither may its old folder stay, nor may a new source take the name, while its history goes on elsewhere."""
+    neighbour(tmp_path, "voice", SOURCE)
+    (fault,) = faults(load, source=SOURCE + "formerly: voice\n")
+    assert "'voice' is still a source of its own" in fault
+    neighbour(tmp_path, "spoken", "formerly: calls\n")
+    (fault,) = faults(load)
+    assert "source 'spoken' says formerly: calls" in fault

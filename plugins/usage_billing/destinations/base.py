@@ -121,7 +121,7 @@ class Destination(ABC):
             NotApplied: the site could not be asked.
         """
         if faults := list(self._faults()):
-            raise Misconfigured.all_at_once(f"billing source {self.source.name!r} on {self.site}", faults)
+            raise Misconfigured.all_at_once(f"billing source {self.source.title!r} on {self.site}", faults)
 
     @abstractmethod
     def _faults(self) -> Iterator[str]:
@@ -225,7 +225,7 @@ class Destination(ABC):
             Misconfigured: none was handed in, so nothing can be sent or compared.
         """
         if self.archive is None:
-            raise Misconfigured(f"billing source {self.source.name!r}: sends raw events, and was given no archive")
+            raise Misconfigured(f"billing source {self.source.title!r}: sends raw events, and was given no archive")
         return self.archive
 
     def prepare(self, chunk: Sequence[Delivery]) -> None:  # noqa: B027 - most need nothing.

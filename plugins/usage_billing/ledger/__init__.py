@@ -40,6 +40,7 @@ from usage_billing.ledger.tables import (
     compared_period,
     delivery,
     extraction,
+    fed_component,
     lease,
     ledger,
     source,
@@ -159,6 +160,31 @@ class Ledger:
             known = connection.execute(select(source).where(source.c.name == name)).one_or_none()
         if known is not None:
             _raise_if_changed(known, site, json.dumps(definition, sort_keys=True))
+
+    def feed(
+        self, name: str, site: str, reading: Reading, components: Iterable[str], shared_with: Sequence[str] = ()
+    ) -> None:
+        """Write down which components of a site a source feeds. A reading without a number only looks.
+
+        Raises:
+            Misconfigured: another source feeds one of them already, and is not among `shared_with`: most likely it is
+                the same usage under another name.
+        """
+        ours = sorted({component for component in components if component})
+        with self._reading() as connection:
+            fed = connection.execute(queries.feeders(site, ours)).all()
+        new = sorted(set(ours) - {row.component for row in fed if row.source == name})
+        if not new:
+            return
+        with self._writing() as connection:
+            # All of them in one order: of two that claim a component at once, one has to see the other.
+            connection.execute(select(source.c.name).order_by(source.c.name).with_for_update())
+            others = connection.execute(queries.feeders(site, new)).all()
+            if faults := [_why_not_fed(name, row) for row in others if row.source not in {name, *shared_with}]:
+                raise Misconfigured.all_at_once(f"billing source {name!r} would bill what another one bills", faults)
+            if reading.extraction:
+                rows = [{"site": site, "component": component, "source": name} for component in new]
+                connection.execute(self._insert(fed_component).on_conflict_do_nothing(), rows)
 
     def sources(self) -> list[str]:
         """Return the names of all sources that were ever registered, sorted."""
@@ -847,6 +873,13 @@ def _raise_if_changed(known: Any, site: str, definition: str) -> None:
                 for key in changed
             ],
         )
+
+
+def _why_not_fed(name: str, other: Any) -> str:
+    return (
+        f"component {other.component} of {other.site} is fed by source {other.source!r}: if {name!r} is its new name, "
+        f"say `formerly: {other.source}`; if it bills other usage, say `shares_component_with: [{other.source}]`"
+    )
 
 
 def bases(standing: pd.DataFrame) -> dict[datetime, str]:

@@ -27,7 +27,15 @@ from sqlalchemy import (
     update,
 )
 
-from usage_billing.ledger.tables import UtcDateTime, approval, compared_period, delivery, lease, touched_period
+from usage_billing.ledger.tables import (
+    UtcDateTime,
+    approval,
+    compared_period,
+    delivery,
+    fed_component,
+    lease,
+    touched_period,
+)
 from usage_billing.records import WITHHELD, Decision, Period, Reading, State, Window, joined
 
 
@@ -44,6 +52,12 @@ def fence_alive(fence: Any, now: Any) -> ColumnElement[bool]:
 def sent_under(fence: Any, now: Any) -> ColumnElement[bool]:
     """Say of a delivery whether it is in the air under this lease, which must still be alive to write its outcome."""
     return and_(delivery.c.state == State.SENDING, delivery.c.fence == fence, fence_alive(fence, now))
+
+
+def feeders(site: str, components: Sequence[str]) -> Select[Any]:
+    """Select which sources feed some components of a site, sorted."""
+    ours = and_(fed_component.c.site == site, fed_component.c.component.in_(components))
+    return select(fed_component).where(ours).order_by(fed_component.c.component, fed_component.c.source)
 
 
 def in_window(source: str, window: Window | None) -> ColumnElement[bool]:

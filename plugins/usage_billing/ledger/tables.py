@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from usage_billing.records import Decision, State, check_aware
 
-SCHEMA_VERSION = "0006"
+SCHEMA_VERSION = "0007"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -72,6 +72,15 @@ source = Table(
         "definition", Text, nullable=False, comment="Identity-bearing settings as JSON; may not change under history."
     ),
     Column("registered_at", UtcDateTime, nullable=False),
+)
+
+# One usage under two names would be billed twice: whoever comes second names those that feed the component already.
+fed_component = Table(
+    "fed_component",
+    metadata,
+    Column("site", String(255), primary_key=True),
+    Column("component", String(255), primary_key=True),
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
 )
 
 lease = Table(

@@ -219,9 +219,8 @@ def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource
         raise Misconfigured(f"{kind!r} is no destination of this package")
     raw = {"mode": "events", "metric": _METRICS[function]} if drawn == RAW else _late(chance, kind)
     destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind), **raw})
-    return tuple(
-        BillingSource(SourceSettings.model_validate(values | {"name": name}), destination, "", ()) for name in names
-    )
+    settings = (SourceSettings.model_validate(values | {"name": n, "shares_component_with": names}) for n in names)
+    return tuple(BillingSource(each, destination, "", ()) for each in settings)
 
 
 def _late(chance: Chance, kind: str) -> Json:

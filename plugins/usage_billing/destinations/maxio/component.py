@@ -128,7 +128,7 @@ class MaxioDestination(Destination):
     def _component(self) -> Json:
         found = self._read_component()
         if found is None:
-            raise Misconfigured(f"billing source {self.source.name!r}: {self._no_component()}")
+            raise Misconfigured(f"billing source {self.source.title!r}: {self._no_component()}")
         return found
 
     def _read_component(self) -> Json | None:

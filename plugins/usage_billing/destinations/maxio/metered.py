@@ -365,7 +365,7 @@ class MaxioMetered(MaxioDestination):
             return ""
         found = self._read_price_point(self._component)
         if found is None:
-            raise Misconfigured(f"billing source {self.source.name!r}: {self._no_price_point()}")
+            raise Misconfigured(f"billing source {self.source.title!r}: {self._no_price_point()}")
         return str(found["id"])
 
     def _no_price_point(self) -> str:
