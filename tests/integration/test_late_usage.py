@@ -359,6 +359,23 @@ def test_what_a_renewal_overtakes_ends_as_the_source_says(house: Held, name: str
     assert [each for each, _ in house.listed(source, day)] == [state]
 
 
+@pytest.mark.parametrize(("policy", "state", "quantity"), [("hold", "held", 57), ("refuse", "refused", 57)])
+def test_a_deduction_of_usage_that_is_gone_is_overtaken_like_any_other(
+    house: Held, policy: str, state: str, quantity: int
+) -> None:
+    """No row of the run tells the account's billing period: it is no deduction from the next one all the same."""
+    source = lenient("api_calls", late_usage=policy)
+    day = a_day(source, 30)
+    house.run(source, day, used(source, day, "7"))
+    comparison, folder = house.totals(source, day, used(source, day, "1", "acct-0002"))
+    first = house.plan(source, comparison, folder)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, november(source), used(source, november(source), "50"))
+    house.deliver(source, comparison, folder, first=first)
+    assert (state, "-7") in house.listed(source, day)
+    assert billed(house, source) == quantity
+
+
 # --- by hand ----------------------------------------------------------------------------------------------------------
 
 

@@ -153,6 +153,16 @@ class Destination(ABC):
         closed. Such a one is held for nothing but what the site cannot do.
         """
 
+    def with_periods(self, proposals: pd.DataFrame) -> pd.DataFrame:
+        """Return proposals with the ends of their open billing period also where no usage of the run told them.
+
+        Columns ``open_from`` and ``open_until``; unchanged where neither is needed to judge them.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked.
+        """
+        return proposals
+
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
         """Return how much of each proposal may go now (plain decimal text), and why it is held, or an empty text.
 

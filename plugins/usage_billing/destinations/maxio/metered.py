@@ -30,7 +30,7 @@ _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TOKEN_LENGTH = 64
 _TOKEN_HONOURED = timedelta(minutes=61)
 _DAY = timedelta(days=1)
-_OPENED = "current_period_started_at"
+_OPENED, _ENDS = "current_period_started_at", "current_period_ends_at"
 _NO_BALANCE = "a deduction waits: the open billing period's balance does not take it, and never falls below 0"
 
 
@@ -96,7 +96,7 @@ class MaxioMetered(MaxioDestination):
         although it is late goes whole or not at all: what is left of it would be late once more.
         """
         goes = proposals["quantity"].to_numpy(dtype=object, copy=True)
-        why = self.hold_reason(self._with_periods(proposals)).to_numpy(copy=True)
+        why = self.hold_reason(proposals).to_numpy(copy=True)
         whole = let_go(proposals) & (not self._bills_late)
         subscriptions, components = proposals["subscription"].to_numpy(), proposals["component"].to_numpy()
         minus = negative(proposals["quantity"])
@@ -116,15 +116,19 @@ class MaxioMetered(MaxioDestination):
                 goes[place] = f"{-part:f}"
         return pd.Series(goes, proposals.index, object), pd.Series(why, proposals.index, object)
 
-    def _with_periods(self, proposals: pd.DataFrame) -> pd.DataFrame:
-        """Return proposals with the start of their billing period also where no usage of this run told it."""
+    def with_periods(self, proposals: pd.DataFrame) -> pd.DataFrame:
+        """Ask for the billing period of each subscription of which no usage of this run told it, if it matters."""
         unknown = proposals["open_from"].isna()
         if self._bills_late or not unknown.any():
             return proposals
         read = cache(self._subscription)
-        starts = [instant((read(int(name)) or {}).get(_OPENED)) for name in proposals["subscription"][unknown]]
-        found = pd.to_datetime(pd.Series(starts, index=proposals.index[unknown]), utc=True)
-        return proposals.assign(open_from=found.reindex(proposals.index).where(unknown, proposals["open_from"]))
+        asked = [read(int(name)) or {} for name in proposals["subscription"][unknown]]
+        edges = {}
+        for edge, name in (("open_from", _OPENED), ("open_until", _ENDS)):
+            found = pd.Series([instant(each.get(name)) for each in asked], proposals.index[unknown], dtype=object)
+            found = pd.to_datetime(found, utc=True).reindex(proposals.index)
+            edges[edge] = found.where(unknown, proposals[edge])
+        return proposals.assign(**edges)
 
     def lock(self, delivery: Delivery) -> str:
         """Send the deductions of one balance one after the other, whichever source they come from."""
@@ -177,7 +181,7 @@ class MaxioMetered(MaxioDestination):
         if subscription is None or reason:
             return f"a deduction waits: its subscription {reason}; there is no balance to take it from"
         # A balance is reset when the site renews, and it is the site's clock that decides about that.
-        ends, now = instant(subscription.get("current_period_ends_at")), self.client.time()
+        ends, now = instant(subscription.get(_ENDS)), self.client.time()
         if ends is None or now is None or now >= ends - self.settle_after:
             return f"a deduction waits for the renewal: the billing period ends at {ends}"
         return ""
