@@ -241,7 +241,7 @@ def _written_out(
             for name in ("open_from", "open_until")
         },
     )
-    rows = destination.with_periods(rows)
+    rows = destination.look_up(rows)
     goes, reason = destination.judge(rows)
     # Whatever else speaks against it: a person may overrule the rest.
     withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined)

@@ -277,6 +277,11 @@ class Target:
     open_from: datetime | None = None
     open_until: datetime | None = None
 
+    @property
+    def address_text(self) -> str:
+        """The address as tables keep it: canonical JSON text."""
+        return json.dumps(dict(self.address), sort_keys=True)
+
 
 @dataclass(frozen=True, slots=True)
 class Delivery:

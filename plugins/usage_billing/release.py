@@ -5,7 +5,6 @@ reading has listed just that. What cannot go all the same (the subscription has 
 stays held, released as it is, and says so.
 """
 
-import json
 import logging
 from collections.abc import Mapping
 from datetime import datetime
@@ -53,7 +52,7 @@ def _as_of_today(held: pd.DataFrame, destination: Destination, now: datetime) ->
         supersedes=held["token"],
         revision=revisions,
         token=[uniqueness_token(key, revision) for key, revision in zip(held["identity"], revisions, strict=True)],
-        address=[json.dumps(dict(target.address), sort_keys=True) for target in today],
+        address=[target.address_text for target in today],
         **{
             edge: pd.to_datetime(pd.Series([getattr(target, edge) for target in today], index=held.index), utc=True)
             for edge in ("open_from", "open_until")

@@ -5,7 +5,6 @@ Two kinds of rules judge a row: the package's own, always on, and the source's s
 accepted and quarantined rows add up to the rows read.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -165,7 +164,7 @@ class _Accounts:
                 "subscription": target.subscription,
                 "component": target.component,
                 "price_point": target.price_point,
-                "address": json.dumps(dict(target.address), sort_keys=True),
+                "address": target.address_text,
                 "open_from": target.open_from,
                 "open_until": target.open_until,
             }

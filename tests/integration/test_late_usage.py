@@ -359,6 +359,40 @@ def test_what_a_renewal_overtakes_ends_as_the_source_says(house: Held, name: str
     assert [each for each, _ in house.listed(source, day)] == [state]
 
 
+OTHERS = {"api_calls": "acct-0002", "platform_events": "orbit-02", "voip_minutes": "pkg-002"}
+
+
+@pytest.mark.parametrize("name", sorted(SITES))
+def test_usage_of_an_account_that_is_gone_is_taken_back_while_its_billing_period_is_open(
+    house: Held, name: str
+) -> None:
+    """No row of the run names the account: the site is asked for its billing period, and takes the credit; once."""
+    house.allow_negative = True
+    source = lenient(name)
+    day = a_day(source, 5)
+    house.run(source, day, used(source, day, "7"))
+    others = used(source, day, "3", OTHERS[name])
+    house.run(source, day, others)
+    assert house.billed(source) == {OTHERS[name]: Decimal(3)}
+    assert house.listed(source, day) == []
+    before = house.writing_requests(source)
+    house.run(source, day, others)
+    assert house.writing_requests(source) == before
+
+
+@pytest.mark.parametrize("name", ["platform_events", "voip_minutes"])
+def test_nobody_takes_back_from_an_account_that_the_site_does_not_bill_any_more(house: Held, name: str) -> None:
+    """Its customer has left: no open billing period is known, so the credit is a person's, by name."""
+    house.allow_negative = True
+    source = lenient(name)
+    day = a_day(source, 5)
+    house.run(source, day, used(source, day, "7"))
+    ENDS[name](house)
+    house.run(source, day, used(source, day, "3", OTHERS[name]))
+    assert house.listed(source, day) == [("held", "-7")]
+    assert "leads nowhere" in house.open_items(source, day)["reason"].iloc[0]
+
+
 @pytest.mark.parametrize(("policy", "state", "quantity"), [("hold", "held", 57), ("refuse", "refused", 57)])
 def test_a_deduction_of_usage_that_is_gone_is_overtaken_like_any_other(
     house: Held, policy: str, state: str, quantity: int

@@ -153,15 +153,32 @@ class Destination(ABC):
         closed. Such a one is held for nothing but what the site cannot do.
         """
 
-    def with_periods(self, proposals: pd.DataFrame) -> pd.DataFrame:
-        """Return proposals with the ends of their open billing period also where no usage of the run told them.
+    def look_up(self, proposals: pd.DataFrame) -> pd.DataFrame:
+        """Return proposals with today's address and open billing period also where no usage of the run told them.
 
-        Columns ``open_from`` and ``open_until``; unchanged where neither is needed to judge them.
+        Of a key that vanished only its account is known. Where that leads elsewhere by now, or nowhere, the proposal
+        stays as it is: ``open_from`` is NaT.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked.
         """
-        return proposals
+        unknown = proposals["open_from"].isna()
+        if not unknown.any():
+            return proposals
+        asked = proposals.loc[unknown, ["account", "subscription", "component"]]
+        targets = {target.account: target for target in self.resolve(sorted(asked["account"].unique()))}
+        keys = zip(*(asked[name] for name in asked), strict=True)
+        found = [(targets[account], (subscription, component)) for account, subscription, component in keys]
+        today = [None if one.unknown or (one.subscription, one.component) != key else one for one, key in found]
+        columns = {
+            "address": [None if one is None else one.address_text for one in today],
+            "open_from": [None if one is None else one.open_from for one in today],
+            "open_until": [None if one is None else one.open_until for one in today],
+        }
+        looked_up = pd.DataFrame(columns, index=asked.index, dtype=object).reindex(proposals.index)
+        for edge in ("open_from", "open_until"):
+            looked_up[edge] = pd.to_datetime(looked_up[edge], utc=True)
+        return proposals.assign(**{name: looked_up[name].fillna(proposals[name]) for name in columns})
 
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
         """Return how much of each proposal may go now (plain decimal text), and why it is held, or an empty text.

@@ -105,7 +105,7 @@ class ChargeOverUsage(Destination):
             "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
         )
         minus = below & (self.client.settings.negative_usage == "hold")
-        why_unknown = "its account has no usage in this run, so its open billing cycle is not known"
+        why_unknown = "its account leads nowhere or elsewhere by now, so its open billing cycle is not known"
         late = self._why_late(proposals, self._late(proposals))
         texts = np.select([minus, unknown], [why_minus, why_unknown], late)
         return pd.Series(texts, index=proposals.index, dtype=object)

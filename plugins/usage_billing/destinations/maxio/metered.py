@@ -30,7 +30,7 @@ _TOKEN = re.compile(r"[0-9a-f]{64}")
 _TOKEN_LENGTH = 64
 _TOKEN_HONOURED = timedelta(minutes=61)
 _DAY = timedelta(days=1)
-_OPENED, _ENDS = "current_period_started_at", "current_period_ends_at"
+_OPENED = "current_period_started_at"
 _NO_BALANCE = "a deduction waits: the open billing period's balance does not take it, and never falls below 0"
 
 
@@ -116,19 +116,9 @@ class MaxioMetered(MaxioDestination):
                 goes[place] = f"{-part:f}"
         return pd.Series(goes, proposals.index, object), pd.Series(why, proposals.index, object)
 
-    def with_periods(self, proposals: pd.DataFrame) -> pd.DataFrame:
-        """Ask for the billing period of each subscription of which no usage of this run told it, if it matters."""
-        unknown = proposals["open_from"].isna()
-        if self._bills_late or not unknown.any():
-            return proposals
-        read = cache(self._subscription)
-        asked = [read(int(name)) or {} for name in proposals["subscription"][unknown]]
-        edges = {}
-        for edge, name in (("open_from", _OPENED), ("open_until", _ENDS)):
-            found = pd.Series([instant(each.get(name)) for each in asked], proposals.index[unknown], dtype=object)
-            found = pd.to_datetime(found, utc=True).reindex(proposals.index)
-            edges[edge] = found.where(unknown, proposals[edge])
-        return proposals.assign(**edges)
+    def look_up(self, proposals: pd.DataFrame) -> pd.DataFrame:
+        """Ask only where it matters: usage that may land in any billing period needs none."""
+        return proposals if self._bills_late else super().look_up(proposals)
 
     def lock(self, delivery: Delivery) -> str:
         """Send the deductions of one balance one after the other, whichever source they come from."""
@@ -181,7 +171,7 @@ class MaxioMetered(MaxioDestination):
         if subscription is None or reason:
             return f"a deduction waits: its subscription {reason}; there is no balance to take it from"
         # A balance is reset when the site renews, and it is the site's clock that decides about that.
-        ends, now = instant(subscription.get(_ENDS)), self.client.time()
+        ends, now = instant(subscription.get("current_period_ends_at")), self.client.time()
         if ends is None or now is None or now >= ends - self.settle_after:
             return f"a deduction waits for the renewal: the billing period ends at {ends}"
         return ""
