@@ -17,7 +17,7 @@ PYTHON ?=
 SEEDS ?= 2000
 FIRST_SEED ?= 0
 KILLS ?= 200
-DAYS ?= 29
+DAYS ?= 90
 STATE ?=
 WHERE := $(if $(STATE),--state "$(STATE)")
 

@@ -284,7 +284,7 @@ TARGETS = {
     "make sandbox": "usage-billing sandbox",
     "make simulate SEEDS=20 FIRST_SEED=0": "usage-billing simulate --first-seed 0 --seeds 20",
     "make crash KILLS=200": "include/sandbox/crash.py --kills 200",
-    "make backfills DAYS=29": "include/sandbox/any_order.py --days 29",
+    "make backfills DAYS=90": "include/sandbox/any_order.py --days 90",
 }
 
 

@@ -32,7 +32,7 @@ import requests
 import yaml
 from programs import running
 from state import CHECKOUT
-from verdict import OWED, SOURCES, DemoSource, Sandbox, difference
+from verdict import BILL_FROM, OWED, SOURCES, DemoSource, Sandbox, difference
 from warehouse import make_warehouse
 
 from usage_billing.aggregate import aggregate
@@ -377,7 +377,8 @@ def _unsplit(billed: dict[str, Decimal]) -> dict[str, Decimal]:
 def _owed(warehouse: Path, source: str) -> dict[str, Decimal]:
     sql = (OWED / f"{source}.sql").read_text(encoding="utf-8")
     with closing(duckdb.connect(str(warehouse), read_only=True)) as connection:
-        rows = connection.execute(sql, {"first_day": _FIRST_DAY, "last_day": _LAST_DAY}).fetchall()
+        binds = {"first_day": _FIRST_DAY, "last_day": _LAST_DAY, "bill_from": BILL_FROM}
+        rows = connection.execute(sql, binds).fetchall()
     return {account: quantity for account, quantity in rows if account is not None}
 
 

@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 from airflow_api import AirflowApi
 from programs import Program, ProgramFailed, free_ports, is_free, running, wait_for
 from state import CHECKOUT, USER, Ports, State, environment
 from verdict import SOURCES, Sandbox
-from warehouse import make_warehouse
+from warehouse import FIRST_DAY, ROWS, make_warehouse
 
 # Leaves time to end everything inside five minutes.
 LIMIT_SECONDS = 275
@@ -44,14 +44,16 @@ class Clock:
         """Tell the person what happens, and when."""
         print(f"{self.elapsed:6.1f} s  {text}", flush=True)
 
-    def wait_until(self, what: str, done: Callable[[], bool], needed: Sequence[Program]) -> None:
+    def wait_until(
+        self, what: str, done: Callable[[], bool], needed: Sequence[Program], pause_seconds: float = 0.3
+    ) -> None:
         """Ask `done` until it is true; raise `TookTooLong`, or `ProgramFailed` when a needed program ends."""
         while not done():
             for program in needed:
                 program.must_run()
             if not self.left:
                 raise TookTooLong(f"{self.limit_seconds:.0f} s are over, still waiting for {what}")
-            time.sleep(0.3)
+            time.sleep(pause_seconds)
 
 
 @dataclass(frozen=True)
@@ -66,23 +68,28 @@ class Stage:
     airflow: AirflowApi
     programs: Sequence[Program]
 
-    def wait_until(self, what: str, done: Callable[[], bool]) -> None:
+    def wait_until(self, what: str, done: Callable[[], bool], pause_seconds: float = 0.3) -> None:
         """Wait while both programs run; see `Clock.wait_until`."""
-        self.clock.wait_until(what, done, self.programs)
+        self.clock.wait_until(what, done, self.programs, pause_seconds)
 
 
 @contextmanager
 def set_stage(
-    state: State, clock: Clock, ports: Ports, changes: Mapping[str, str] | None = None, worlds: Path = WORLDS
+    state: State,
+    clock: Clock,
+    ports: Ports,
+    changes: Mapping[str, str] | None = None,
+    worlds: Path = WORLDS,
+    first_day: date = FIRST_DAY,
 ) -> Iterator[Stage]:
     """Make warehouse and ledger, start sandbox and Airflow, wait until the DAGs stand; end the programs on the way out.
 
-    `changes` go into the environment that the programs share, and win. Raises `StateInUse`, `ProgramFailed` or
-    `TookTooLong`.
+    `changes` go into the environment that the programs share, and win; the warehouse has rows from `first_day` on.
+    Raises `StateInUse`, `ProgramFailed` or `TookTooLong`.
     """
     with ExitStack() as stack:
         stack.enter_context(state.held())
-        made = make_warehouse(state.warehouse)
+        made = make_warehouse(state.warehouse, ROWS, first_day)
         clock.say(f"Sample warehouse {'made' if made else 'stands already'}: {shown(state.warehouse)}")
         known = environment(state, ports) | dict(changes or {})
         password = state.password()

@@ -15,6 +15,8 @@ import requests
 from usage_billing.ledger import Ledger
 
 OWED = Path(__file__).parent / "owed"
+BILL_FROM = date(2026, 10, 1)
+"""The day on which the shipped sources begin to owe."""
 TIMEOUT_SECONDS = 20
 DEMO_DAYS = tuple(date(2026, 10, day) for day in range(5, 10))
 
@@ -118,13 +120,16 @@ def judge(
     )
 
 
-def owed_by_account(warehouse: Path, source: str, days: Iterable[date]) -> dict[str, Decimal]:
-    """What each account owes for `days` of the billing zone, by `owed/<source>.sql`."""
+def owed_by_account(
+    warehouse: Path, source: str, days: Iterable[date], bill_from: date = BILL_FROM
+) -> dict[str, Decimal]:
+    """What each account owes for `days` of the billing zone, none before `bill_from`, by `owed/<source>.sql`."""
     sql = (OWED / f"{source}.sql").read_text()
     owed: dict[str, Decimal] = {}
     with closing(duckdb.connect(str(warehouse), read_only=True)) as connection:
         for day in sorted(days):
-            for account, quantity in connection.execute(sql, {"first_day": day, "last_day": day}).fetchall():
+            binds = {"first_day": day, "last_day": day, "bill_from": bill_from}
+            for account, quantity in connection.execute(sql, binds).fetchall():
                 if account is not None:
                     owed[account] = owed.get(account, Decimal()) + quantity
     return owed

@@ -1,6 +1,7 @@
 """The sample warehouse: a month of usage for three billing sources in one DuckDB file, the same rows on every machine.
 
-Each table holds October 2026 in its source's billing zone, half a day on either side, and on every day a few rows
+Each table holds October 2026 (or more, see `make_warehouse`) in its source's billing zone, half a day on either side,
+and on every day a few rows
 that must never be billed: no account, an account nobody knows, a negative quantity, a quantity with more decimal places
 than its component takes, and one event recorded twice. Two good rows stand at the edges of each day, on midnight
 and one microsecond before it, because half-open windows go wrong there first.
@@ -121,28 +122,29 @@ TABLES = (
 )
 
 
-def make_warehouse(path: Path, rows: int = ROWS) -> bool:
+def make_warehouse(path: Path, rows: int = ROWS, first_day: date = FIRST_DAY) -> bool:
     """Make the warehouse at `path` with `rows` regular rows per table; return False if it stands there already.
 
-    A file made by another version of this module, or with another number of rows, is replaced as a whole. DuckDB
+    Rows begin at noon of `first_day`, and end at noon of `LAST_DAY`. A file made by another version of this module, or
+    for other arguments, is replaced as a whole. DuckDB
     lets one process write a file, so nothing may have it open.
     """
-    fingerprint = _fingerprint(rows)
+    fingerprint = _fingerprint(rows, first_day)
     if _fingerprint_of(path) == fingerprint:
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     with closing(duckdb.connect(str(unfinished))) as warehouse:
-        _fill(warehouse, rows, fingerprint)
+        _fill(warehouse, rows, first_day, fingerprint)
     # A killed process leaves no half-made warehouse under the real name.
     unfinished.replace(path)
     return True
 
 
-def _fingerprint(rows: int) -> str:
-    """What the file's content depends on: this module and the number of rows."""
-    return hashlib.sha256(Path(__file__).read_bytes() + str(rows).encode()).hexdigest()
+def _fingerprint(rows: int, first_day: date) -> str:
+    """What the file's content depends on: this module, the number of rows, and from when on they are."""
+    return hashlib.sha256(Path(__file__).read_bytes() + f"{rows} {first_day}".encode()).hexdigest()
 
 
 def _fingerprint_of(path: Path) -> str | None:
@@ -157,22 +159,22 @@ def _fingerprint_of(path: Path) -> str | None:
     return str(found[0]) if found else None
 
 
-def _fill(warehouse: duckdb.DuckDBPyConnection, rows: int, fingerprint: str) -> None:
+def _fill(warehouse: duckdb.DuckDBPyConnection, rows: int, first_day: date, fingerprint: str) -> None:
     warehouse.execute("SET TimeZone = 'UTC'")
     warehouse.execute(_SCATTER)
     for table in TABLES:
-        _fill_table(warehouse, table, rows)
+        _fill_table(warehouse, table, rows, first_day)
     warehouse.execute("CREATE TABLE made_by (fingerprint VARCHAR)")
     warehouse.execute("INSERT INTO made_by VALUES (?)", [fingerprint])
 
 
-def _fill_table(warehouse: duckdb.DuckDBPyConnection, table: UsageTable, rows: int) -> None:
+def _fill_table(warehouse: duckdb.DuckDBPyConnection, table: UsageTable, rows: int, first_day: date) -> None:
     noon = time(12)
-    start_us = _microseconds(FIRST_DAY, noon, table.zone)
+    start_us = _microseconds(first_day, noon, table.zone)
     end_us = _microseconds(LAST_DAY, noon, table.zone)
     warehouse.execute(_MADE_ROW)
     warehouse.execute(_REGULAR_ROWS, {"rows": rows, "start_us": start_us, "step_us": (end_us - start_us) // rows})
-    midnights_us = [_microseconds(day, time(), table.zone) for day in _days()]
+    midnights_us = [_microseconds(day, time(), table.zone) for day in _days(first_day)]
     warehouse.execute(_PLANTED_ROWS, {"midnights_us": midnights_us, "start_us": start_us, "end_us": end_us})
     warehouse.execute(table.sql)
 
@@ -183,8 +185,8 @@ def _microseconds(day: date, at: time, zone: str) -> int:
     return (moment - datetime(1970, 1, 1, tzinfo=ZoneInfo("UTC"))) // timedelta(microseconds=1)
 
 
-def _days() -> Iterator[date]:
-    return (FIRST_DAY + timedelta(days=number) for number in range((LAST_DAY - FIRST_DAY).days + 1))
+def _days(first_day: date) -> Iterator[date]:
+    return (first_day + timedelta(days=number) for number in range((LAST_DAY - first_day).days + 1))
 
 
 def main() -> None:

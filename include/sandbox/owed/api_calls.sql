@@ -4,7 +4,7 @@ WITH good AS (
     SELECT request_id, account_ref, calls
     FROM api_calls
     WHERE (requested_at AT TIME ZONE 'America/New_York')::DATE BETWEEN $first_day AND $last_day
-      AND requested_at >= timezone('America/New_York', TIMESTAMP '2026-10-01')
+      AND requested_at >= timezone('America/New_York', $bill_from::TIMESTAMP)
       AND account_ref BETWEEN 'acct-0001' AND 'acct-0012'
       AND calls >= 0
       AND calls = trunc(calls)

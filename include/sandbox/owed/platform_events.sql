@@ -4,7 +4,7 @@ WITH good AS (
     SELECT event_id, account_id, units
     FROM platform_events
     WHERE (occurred_at AT TIME ZONE 'UTC')::DATE BETWEEN $first_day AND $last_day
-      AND occurred_at >= timezone('UTC', TIMESTAMP '2026-10-01')
+      AND occurred_at >= timezone('UTC', $bill_from::TIMESTAMP)
       AND account_id BETWEEN 'orbit-01' AND 'orbit-10'
       AND units >= 0
       AND units % 0.001 = 0

@@ -4,7 +4,7 @@ WITH good AS (
     SELECT call_id, package_key, minutes
     FROM voip_calls
     WHERE (started_at AT TIME ZONE 'America/Chicago')::DATE BETWEEN $first_day AND $last_day
-      AND started_at >= timezone('America/Chicago', TIMESTAMP '2026-10-01')
+      AND started_at >= timezone('America/Chicago', $bill_from::TIMESTAMP)
       AND package_key BETWEEN 'pkg-001' AND 'pkg-008'
       AND minutes >= 0
       AND minutes % 0.01 = 0
