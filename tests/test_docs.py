@@ -569,12 +569,13 @@ def test_the_example_source_bills(example: Path, installed: SimpleNamespace, mon
         if row.component == "storage-gb" and row.billed
     }
     assert billed == {"acct-0001": Decimal("19.50"), "acct-0002": Decimal("19.75")}
-    by_state, open_items, by_token, extractions, approvals = _documented_sql(installed.ledger)
+    by_state, open_items, by_token, extractions, approvals, editions = _documented_sql(installed.ledger)
     assert by_state == [("storage", "accepted", 2)]
     assert (open_items, by_token, approvals) == ([], [], [])
     (row,) = extractions
     assert row[3:5] == (40, 1)
     assert "a reading is negative" in row[5]
+    assert [row[0] for row in editions] == ["storage"]
 
 
 def test_the_documented_arrivals_are_found(example: Path, tmp_path: Path) -> None:
@@ -599,6 +600,16 @@ def test_the_documented_arrivals_are_found(example: Path, tmp_path: Path) -> Non
     assert found == Arrived(
         (Period(datetime(2026, 10, 5, 4, tzinfo=UTC), datetime(2026, 10, 6, 4, tzinfo=UTC)),), 1, mark
     )
+
+
+def test_the_documented_change_of_a_definition_is_one(example: Path) -> None:
+    """The keys that operations shows make the example another definition, from the first of a month on."""
+    before, file = storage(example), example / "include" / "sources" / "storage" / "source.yaml"
+    change = yaml.safe_load(block(OPERATIONS, "period: month").text)
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    after = storage(example)
+    assert after.definition() == before.definition() | {"period": "month"}
+    assert after.since == datetime(2026, 11, 1, 4, tzinfo=UTC)
 
 
 def _documented_sql(ledger: Path) -> list[list[tuple[Any, ...]]]:

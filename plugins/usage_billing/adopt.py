@@ -65,22 +65,35 @@ class Adoption:
         return not self.unmatched and not self.different
 
 
-def periods_of(source: BillingSource, first: date, after: date, now: datetime) -> tuple[Period, ...]:
-    """Return the closed usage periods of a source from day `first` until day `after`, which is not part of it.
+def span_of(source: BillingSource, first: date, after: date, now: datetime) -> Period:
+    """Return the time from day `first` until day `after`, which is not part of it, in the billing zone; none to come.
 
     Raises:
         Misconfigured: there is none.
     """
     zone = source.settings.timezone
     start, end = local_midnight(first, zone), min(local_midnight(after, zone), now)
-    spans = [Period(start, end)] if start < end else []
+    if start >= end:
+        raise Misconfigured(f"no usage period of {source.name!r} ends between {first} and {after}: {_DAY_AFTER}")
+    return Period(start, end)
+
+
+_DAY_AFTER = "--to is the day after the last one"
+
+
+def periods_of(source: BillingSource, span: Period) -> tuple[Period, ...]:
+    """Return the closed usage periods of a source that end in a span.
+
+    Raises:
+        Misconfigured: there is none.
+    """
+    spans = [span]
     if source.settings.period == "interval":
-        spans = [Period(*edges) for span in spans for edges in pairwise(_ticks(source, span))]
-    found = tuple(period for span in spans for period in source.periods(span))
+        spans = [Period(*edges) for edges in pairwise(_ticks(source, span))]
+    found = tuple(period for part in spans for period in source.periods(part))
     if not found:
         raise Misconfigured(
-            f"no usage period of {source.name!r} on or after {source.settings.bill_from} ends between {first} and "
-            f"{after}: --to is the day after the last one"
+            f"no usage period of {source.name!r} on or after {source.settings.bill_from} ends in {span}: {_DAY_AFTER}"
         )
     return found
 
@@ -133,7 +146,7 @@ def adopt(
     work.match(_forgotten_by_the_warehouse(standing, work.seen))
     found = work.found()
     if not dry_run and (work.settled or not found.empty):
-        _overtake(comparison, ledger, name)
+        _overtake(comparison, ledger, destination.source)
         ledger.adopt(name, destination.site, comparison.reading, found, work.settled, reason)
     return Adoption(
         entered=len(found),
@@ -144,9 +157,9 @@ def adopt(
     )
 
 
-def _overtake(comparison: Comparison, ledger: Ledger, name: str) -> None:
+def _overtake(comparison: Comparison, ledger: Ledger, source: BillingSource) -> None:
     """Let plans of before send nothing more: their totals are older than what is entered now."""
-    ledger.begin_comparison(name, comparison.reading, comparison.periods)
+    ledger.begin_comparison(source.name, comparison.reading, comparison.periods, source.edition)
 
 
 # --- where the site lists its records -------------------------------------------------------------------------------
@@ -374,7 +387,7 @@ def _by_total(
         unmatched = tuple(f"account {account}: {why}, so nothing of it is replayed" for account, why in resting.items())
         held, why = held.iloc[:0], why.iloc[:0]
     if not dry_run and not forgotten.empty:
-        _overtake(comparison, ledger, name)
+        _overtake(comparison, ledger, destination.source)
         because = f"{reason}: the site lists no events, and " + why + ", so a person has to compare"
         proposals = held.assign(state=State.HELD, reason=because, body=destination.encode(held))
         if ledger.reserve(name, destination.site, comparison.reading, proposals).moved:

@@ -21,8 +21,8 @@ from usage_billing.extract import Hook, as_times, extract, open_query, open_read
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.marker import confirm
-from usage_billing.periods import period_holding
-from usage_billing.records import Arrived, Period, Reading, Staged, State, Tally, joined
+from usage_billing.periods import Calendar, local_midnight
+from usage_billing.records import Arrived, Period, Reading, Staged, State, Tally, joined, overlap
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
@@ -101,7 +101,7 @@ def _look(source: BillingSource, warehouse: Hook, ledger: Ledger) -> Arrived:
     mark = ledger.watermark(source.name)
     since = {"after": after(source, mark)}
     batches = open_query(warehouse, source.arrivals_sql, since, source.settings.batch_rows)
-    arrived = find(batches, source, mark, ledger.now())
+    arrived = find(batches, source, mark, ledger.now(), [Calendar.of(one) for one in ledger.editions(source.name)])
     log.info("%d rows arrived for %d usage periods, after %s", arrived.rows, len(arrived.periods), since["after"])
     return arrived
 
@@ -125,8 +125,16 @@ def _parsed(mark: str, overlap: timedelta | int) -> datetime | int | None:
         return None
 
 
-def find(batches: Iterable[pa.Table], source: BillingSource, mark: str, now: datetime) -> Arrived:
+def find(
+    batches: Iterable[pa.Table],
+    source: BillingSource,
+    mark: str,
+    now: datetime,
+    calendars: Sequence[Calendar] = (),
+) -> Arrived:
     """Return what arrived: the usage periods of these rows, and how far the watermark has come.
+
+    `calendars` are those of all editions of the source, where it has others than its own.
 
     It never comes past `now`: an arrival of tomorrow, by a clock that is wrong, must not hide those of today.
 
@@ -141,7 +149,8 @@ def find(batches: Iterable[pa.Table], source: BillingSource, mark: str, now: dat
     for batch in batches:
         times, arrivals = _columns(batch, source)
         rows += batch.num_rows
-        touched.update(_holding(times, source))
+        for calendar in calendars or [source.calendar]:
+            touched.update(_holding(times, calendar, local_midnight(source.settings.bill_from, calendar.zone)))
         newest = pc.max(arrivals).as_py()
         if newest is not None and isinstance(newest, datetime):
             newest = min(newest, now)
@@ -175,15 +184,22 @@ def _columns(batch: pa.Table, source: BillingSource) -> tuple[pa.ChunkedArray, p
     return times, arrivals
 
 
-def _holding(times: pa.ChunkedArray, source: BillingSource) -> Iterator[Period]:
-    """Yield the usage periods of some instants, none before `bill_from`: one step for each period, not for each row."""
-    kind, zone = source.settings.period, source.settings.timezone
+def _holding(times: pa.ChunkedArray, calendar: Calendar, bill_from: datetime) -> Iterator[Period]:
+    """Yield a calendar's usage periods of some instants from `bill_from` on: one step for each period, not each row.
+
+    Where the run's own interval is one, none can be told: then a backfill finds what came late.
+    """
+    if calendar.kind == "interval":
+        return
     moments = np.unique(times.drop_null().to_numpy().astype("datetime64[us]"))
-    first = np.datetime64(source.bill_from.replace(tzinfo=None), "us")
-    moments = moments[(moments >= first) & (moments < _LAST_TIME)]
+    first, end = (
+        np.datetime64(moment.replace(tzinfo=None), "us")
+        for moment in (max(bill_from, calendar.within.start), calendar.within.end)
+    )
+    moments = moments[(moments >= first) & (moments < end) & (moments < _LAST_TIME)]
     place = 0
     while place < len(moments):
-        period = period_holding(kind, zone, moments[place].astype(object).replace(tzinfo=UTC))
+        period = calendar.holding(moments[place].astype(object).replace(tzinfo=UTC))
         yield period
         place = int(np.searchsorted(moments, np.datetime64(period.end.replace(tzinfo=None), "us")))
 
@@ -194,10 +210,24 @@ def _holding(times: pa.ChunkedArray, source: BillingSource) -> Iterator[Period]:
 def _due(
     source: BillingSource, interval: Period, own: Sequence[Period], arrived: Arrived, ledger: Ledger
 ) -> tuple[Period, ...]:
-    """Return the periods to compare now: the run's own, and of the listed ones those that are closed, oldest first."""
+    """Return the periods to compare now: the run's own, and of the listed ones those that are closed, oldest first.
+
+    Those of another edition stay listed, for a run of its own.
+    """
     closed_by = min(interval.end, ledger.now())
     listed = sorted({*ledger.touched(source.name), *arrived.periods})
-    closed = [period for period in listed if period.end <= closed_by and period.start >= source.bill_from]
+    closed = [period for period in listed if period.end <= closed_by]
+    others = [period for period in closed if overlap(period, source.span) is None]
+    closed = [period for period in closed if overlap(period, source.span) and period.start >= source.bill_from]
+    if others:
+        log.warning(
+            "%d touched usage periods until %s are billed by another definition of %s, and stay listed: run %s, which "
+            "takes them all up (params period_start and period_end)",
+            len(others),
+            others[-1].end.isoformat(),
+            source.name,
+            others[-1],
+        )
     spans, end = 0, None
     for place, period in enumerate(closed):
         spans += period.start != end

@@ -101,7 +101,7 @@ def plan_events(
     components = targets.column("component").to_pylist()
     shared = source.settings.shares_component_with
     ledger.feed(source.name, destination.site, comparison.reading, components, shared)
-    stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
+    stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods, source.edition)
     book = _Book(ledger.standing(source.name, comparison.periods), comparison, stale)
     with Spill() as left, Spill() as changed, Spill() as vanished:
         join = _Join(book, destination.events_to_chunk, left, changed, vanished)

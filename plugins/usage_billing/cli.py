@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
     from usage_billing.destinations.base import Destination
     from usage_billing.ledger import Lease
+    from usage_billing.sources import BillingSource
     from usage_billing.staging import Staging
 
 
@@ -169,16 +170,16 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
         NeedsDecision: records at the site match nothing, or another quantity; what did match was entered.
     """
     from usage_billing.adopt import adopt, periods_of, reason_of  # noqa: PLC0415
-    from usage_billing.installation import billing_source, destination_of, ledger, staging  # noqa: PLC0415
+    from usage_billing.installation import billing_source, ledger, staging  # noqa: PLC0415
     from usage_billing.ledger import marker  # noqa: PLC0415
     from usage_billing.ledger.leases import kept  # noqa: PLC0415
 
-    source, book, area = billing_source(options.source), ledger(), staging()
-    destination = destination_of(source)
-    periods = periods_of(source, options.first, options.after, book.now())
+    book, area = ledger(), staging()
+    destination, span = _of_days(billing_source(options.source), options, writes=not options.dry_run)
+    source = destination.source
+    periods = periods_of(source, span)
     with kept(book, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(minutes=15)) as held:
         if not options.dry_run:
-            book.register(source.name, destination.site, source.definition())
             mark = marker.read(area, source.name)
             book.number_above(mark.extraction if mark else 0)
         comparison = _read_warehouse(destination, periods, area, "locate", None if options.dry_run else held.lease)
@@ -203,15 +204,15 @@ def _preview(options: argparse.Namespace) -> str:
     from usage_billing.adopt import periods_of  # noqa: PLC0415
     from usage_billing.chunks import plan_events  # noqa: PLC0415
     from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
-    from usage_billing.installation import billing_source, destination_of, ledger  # noqa: PLC0415
+    from usage_billing.installation import billing_source, ledger  # noqa: PLC0415
     from usage_billing.plan import plan  # noqa: PLC0415
     from usage_billing.preview import preview, write_items  # noqa: PLC0415
     from usage_billing.staging import Staging  # noqa: PLC0415
 
-    source, book = billing_source(options.source), ledger()
-    destination = destination_of(source)
-    book.agrees(source.name, destination.site, source.definition())
-    periods = periods_of(source, options.first, options.after, book.now())
+    book = ledger()
+    destination, span = _of_days(billing_source(options.source), options, writes=False)
+    source = destination.source
+    periods = periods_of(source, span)
     with TemporaryDirectory(prefix="usage-billing-") as folder:
         area = Staging(Path(folder))
         if destination.stream:
@@ -227,6 +228,20 @@ def _preview(options: argparse.Namespace) -> str:
             with options.items.open("w", encoding="utf-8", newline="") as file:
                 told += f"\n{write_items(found, destination, area, file)} items written to {options.items}"
     return told
+
+
+def _of_days(source: "BillingSource", options: argparse.Namespace, *, writes: bool) -> "tuple[Destination, Period]":
+    """Return the destination of the edition to which the days `--from` and `--to` belong, and the time they make.
+
+    Raises:
+        Misconfigured: they belong to several editions.
+    """
+    from usage_billing.adopt import span_of  # noqa: PLC0415
+    from usage_billing.installation import destination_in, edition_of, editions, ledger  # noqa: PLC0415
+
+    span = span_of(source, options.first, options.after, ledger().now())
+    known = editions(source, writes=writes)
+    return destination_in(source, edition_of(source, known, span), known[-1]), span
 
 
 def _read_warehouse(

@@ -109,16 +109,17 @@ def deliver(
 
 
 def resume(destination: Destination, ledger: Ledger, manners: Manners, means: Means) -> Delivered:
-    """Send what stands and needs no run for it, whatever its usage period.
+    """Send what stands of one edition of a source and needs no run for it, whatever its usage period.
 
     It was sent before and turned out not to be at the site, or a person released it.
 
     Raises:
         Misconfigured, NotApplied: as `deliver`.
     """
-    source = destination.source.name
+    source, span = destination.source.name, destination.source.span
     with Worker.at_work(ledger, f"deliver:{source}", manners.lease_lasts, means) as worker:
-        work = _Work(partial(ledger.resumable, source), None, destination, ledger, worker, manners)
+        ready = partial(ledger.resumable, source, span=span)
+        work = _Work(ready, span, destination, ledger, worker, manners)
         work.send_ready()
         if work.reopened:
             work.reissue()

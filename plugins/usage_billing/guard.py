@@ -77,7 +77,8 @@ def _jump(
     multiple = destination.source.settings.max_multiple
     if multiple is None or not owed:
         return
-    before = ledger.usually_owed(destination.source.name, comparison.window.start, _USUAL)
+    source = destination.source
+    before = ledger.usually_owed(source.name, comparison.window.start, _USUAL, source.span.start)
     most = max(owed, key=lambda period: (owed[period], period))
     # The lower of the two in the middle: a mean of both could have digits that nobody ever billed.
     if len(before) >= _FEWEST and owed[most] > multiple * median_low(before):

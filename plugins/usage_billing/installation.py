@@ -2,8 +2,8 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,8 +18,10 @@ from usage_billing.destinations.chargeover import ChargeOverSettings
 from usage_billing.destinations.maxio import MaxioSettings
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Ledger
+from usage_billing.periods import Calendar
 from usage_billing.pools import pool_name
-from usage_billing.sources import BillingSource, load_source, source_names
+from usage_billing.records import Edition, Period, overlap
+from usage_billing.sources import BillingSource, as_of, load_source, source_names
 from usage_billing.staging import Staging
 
 LEDGER_CONNECTION = "usage_ledger"
@@ -96,6 +98,64 @@ def destination_of(source: BillingSource) -> Destination:
     found = hooks.destination(source)
     found.archive = archive()
     return found
+
+
+def editions(source: BillingSource, *, writes: bool = True) -> tuple[Edition, ...]:
+    """Return all editions of `source`, once the ledger has found that its last one is as the source is defined today.
+
+    A definition that is new is registered; without `writes` it is only judged.
+
+    Raises:
+        Misconfigured: the definition changed under its history, or the connection does not lead to a site.
+    """
+    book = ledger()
+    judge = book.register if writes else book.agrees
+    whole = source.destination.model_dump(mode="json")
+    return judge(source.name, destination_of(source).site, source.definition(), whole, source.since)
+
+
+def destination_in(source: BillingSource, edition: Edition, latest: Edition) -> Destination:
+    """Return the destination of an edition of `source`, whose last one is `latest`; it knows its edition as its source.
+
+    Raises:
+        Misconfigured: the site to which usage was billed then cannot be reached, or the settings of today do not go
+            with the definition of then.
+    """
+    if edition == latest:
+        return destination_of(replace(source, span=edition.span, edition=edition.number))
+    connection: str = source.destination.connection
+    if edition.site != latest.site:
+        connection = edition.settings.get("connection", connection)
+    until = f"{edition.span.end:%Y-%m-%d %H:%M} UTC"
+    subject = f"billing source {source.title!r}: its usage until {until} is billed to {edition.site}"
+    then = as_of(source, edition, connection, destination_settings)
+    try:
+        found = destination_of(then)
+    except Misconfigured as fault:
+        raise Misconfigured(f"{subject}, by connection {connection!r}: {fault}") from fault
+    if found.site != edition.site:
+        raise Misconfigured(
+            f"{subject}, and connection {connection!r} leads to {found.site} by now: let it lead to {edition.site} "
+            f"again, and give {found.site} a connection of its own in source.yaml; newer usage is not kept waiting"
+        )
+    return found
+
+
+def edition_of(source: BillingSource, known: Sequence[Edition], span: Period) -> Edition:
+    """Return the one edition whose usage periods end in a run's `span`; where none ends, the one in force at its end.
+
+    Raises:
+        Misconfigured: they are of several editions, with the spans to run instead.
+    """
+    ours = [one for one in known if Calendar.of(one).ending_in(span)]
+    if len(ours) > 1:
+        parts = "; ".join(str(part) for one in ours if (part := overlap(span, one.span)))
+        raise Misconfigured(
+            f"the definition of billing source {source.title!r} changes within {span}, and a run compares the usage "
+            f"periods of one definition: run instead, each by itself: {parts}"
+        )
+    in_force = [one for one in known if one.span.start < span.end <= one.span.end]
+    return (ours or in_force)[0]
 
 
 def ledger_url() -> str | URL:

@@ -16,11 +16,12 @@ from airflow.sdk.exceptions import AirflowSkipException
 
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused, Stale
-from usage_billing.installation import billing_source, destination_of, ledger, staging
+from usage_billing.installation import billing_source, destination_in, edition_of, editions, ledger, staging
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
+from usage_billing.periods import Calendar
 from usage_billing.quantities import to_decimal
-from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally, joined
+from usage_billing.records import EVER, Comparison, Edition, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.sources import BillingSource
 
 
@@ -60,7 +61,7 @@ class StageOperator(BaseOperator):
         if run.source != source.name:
             raise Misconfigured(f"{type(self).__name__} of source {source.name!r} was handed a run of {run.source!r}")
         # In each task: a setting or a connection that was changed since the last one would bill under other names.
-        return run, _registered(source)
+        return run, _destination_of(run, source)
 
     @staticmethod
     def planned(run: Run, destination: Destination) -> tuple[Plan, Comparison]:
@@ -84,16 +85,17 @@ class ExtractOperator(StageOperator):
         """Open a numbered snapshot, stage its rows, and say how many they are."""
         from usage_billing.arrivals import read  # noqa: PLC0415 - pandas and pyarrow, not at every parse.
 
-        source = billing_source(self.source)
-        interval, rescan = _interval(context, source)
-        own = source.recent_periods(interval.end) if rescan else source.periods(interval)
+        today = billing_source(self.source)
+        known = editions(today)
+        interval, rescan = _interval(context, today, known)
+        source = destination_in(today, _edition(today, known, interval, rescan), known[-1]).source
+        own = self._own(source, interval, rescan)
         if not own and source.settings.incremental == "interval":
             raise AirflowSkipException(
                 f"no whole {source.settings.period} of {source.settings.timezone.key} on or after "
                 f"{source.settings.bill_from} ends inside the data interval {interval}: nothing is owed"
             )
         book = ledger()
-        _registered(source)
         taken = read(source, interval, own, BaseHook.get_hook(source.settings.warehouse), book, staging())
         if taken.events is None:
             raise AirflowSkipException(
@@ -105,7 +107,7 @@ class ExtractOperator(StageOperator):
             dry = _is_dry(context)
             if not dry:
                 # What an older extraction reserved is not owed now.
-                book.begin_comparison(source.name, Reading(number), periods)
+                book.begin_comparison(source.name, Reading(number), periods, source.edition)
             # Rows that are there, marked as deleted, say themselves what is gone.
             if not taken.deleted:
                 if dry:
@@ -113,7 +115,24 @@ class ExtractOperator(StageOperator):
                         f"a dry run ends here: no usage of {source.name} in {Period.around(periods)}"
                     )
                 _skip_or_ask(book, source, Reading(number), periods)
-        return Run(source.name, number, interval, taken.folder, {"events": taken.events}, spans=joined(periods))
+        tables, spans = {"events": taken.events}, joined(periods)
+        return Run(source.name, number, interval, taken.folder, tables, spans=spans, edition=source.edition)
+
+    def _own(self, source: BillingSource, interval: Period, rescan: bool) -> tuple[Period, ...]:  # noqa: FBT001
+        """Return the run's own usage periods, and those before that it reads again, as far as its edition goes."""
+
+        def those_of(source: BillingSource) -> tuple[Period, ...]:
+            return source.recent_periods(interval.end) if rescan else source.periods(interval)
+
+        wider = those_of(replace(source, span=Period(EVER.start, source.span.end)))
+        if wider and wider[0].start < source.span.start:
+            self.log.info(
+                "looking back ends at %s, where the definition of %s begins: rows of before that come late are billed "
+                "by a backfill of their intervals",
+                source.span.start.isoformat(),
+                source.name,
+            )
+        return those_of(source)
 
 
 class ValidateOperator(StageOperator):
@@ -307,7 +326,7 @@ class ReconcileOperator(StageOperator):
         return run
 
 
-def _interval(context: Context, source: BillingSource) -> tuple[Period, bool]:
+def _interval(context: Context, source: BillingSource, known: Sequence[Edition]) -> tuple[Period, bool]:
     """Return the run's data interval, or the span of its params; and whether the run is a rescan.
 
     A rescan with neither is one of the usage periods that have ended by now.
@@ -322,7 +341,10 @@ def _interval(context: Context, source: BillingSource) -> tuple[Period, bool]:
         start, end = params.get("period_start"), params.get("period_end")
     if rescan and not (start and end):
         now = ledger().now()
-        return Period.around(source.recent_periods(now) or [Period(source.bill_from, now)]), rescan
+        calendar = Calendar.of(_in_force(known, now))
+        recent = () if calendar.kind == "interval" else calendar.last(now, source.settings.rescan)
+        owed = [period for period in recent if period.start >= source.bill_from]
+        return Period.around(owed or [Period(source.bill_from, now)]), rescan
     if not start or not end:
         raise Misconfigured(
             "this run has no data interval: trigger it with a logical date, or give both params period_start and "
@@ -349,11 +371,32 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     return Comparison(run.reading, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted)
 
 
-def _registered(source: BillingSource) -> Destination:
-    """Return the source's destination, once the ledger has found that it still bills the same to the same site."""
-    destination = destination_of(source)
-    ledger().register(source.name, destination.site, source.definition())
-    return destination
+def _destination_of(run: Run, source: BillingSource) -> Destination:
+    """Return the destination of the edition of a source by which a run was read, once the ledger has found it there.
+
+    Raises:
+        Misconfigured: it was replaced meanwhile, or cannot be billed any more.
+    """
+    known = editions(source)
+    span = Period.around(run.spans) if run.spans else run.interval
+    edition = edition_of(source, known, span)
+    # A run that was under way when this package was upgraded does not name it.
+    if run.edition not in {0, edition.number}:
+        raise Misconfigured(
+            f"billing source {source.name!r}: its definition for {span} was changed since the rows were read, and "
+            "nothing more is sent: clear the run from extract on"
+        )
+    return destination_in(source, edition, known[-1])
+
+
+def _edition(source: BillingSource, known: Sequence[Edition], interval: Period, rescan: bool) -> Edition:  # noqa: FBT001
+    """Return the edition of which a run compares usage periods; those of a rescan are the last ones."""
+    return _in_force(known, interval.end) if rescan else edition_of(source, known, interval)
+
+
+def _in_force(known: Sequence[Edition], moment: datetime) -> Edition:
+    """Return the edition of the usage periods that end by a moment."""
+    return next(one for one in known if one.span.start < moment <= one.span.end)
 
 
 def _plan(run: Run, destination: Destination) -> Plan:

@@ -5,11 +5,12 @@ from local midnight, so the repeated hour of autumn is two periods and the skipp
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 from zoneinfo import ZoneInfo
 
-from usage_billing.records import Period
+from usage_billing.records import EVER, Edition, Period, overlap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,17 +19,24 @@ PeriodKind = Literal["hour", "day", "week", "month", "interval"]
 _LONGER = {"hour": timedelta(hours=2), "day": timedelta(2), "week": timedelta(14), "month": timedelta(62)}
 """Longer than any usage period of the kind, so that an edge lies within."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SHORTEST = timedelta(microseconds=1)
 
 
-def usage_periods(kind: PeriodKind, zone: ZoneInfo, interval: Period, lookback: int = 0) -> tuple[Period, ...]:
+def usage_periods(
+    kind: PeriodKind, zone: ZoneInfo, interval: Period, lookback: int = 0, within: Period = EVER
+) -> tuple[Period, ...]:
     """Return the whole usage periods that a run of `interval` compares, in order; there may be none.
 
     A period belongs to the run whose interval holds its end (an end equal to the interval's own counts: the period is
-    closed by then), so runs side by side compare each period once. `lookback` adds that many earlier periods.
+    closed by then), so runs side by side compare each period once. `lookback` adds that many earlier periods. None
+    reaches beyond `within`: its start is an edge, and so is its end, which may cut the last period off.
     """
     if kind == "interval":
-        return (interval,)
-    edges = list(_edges(kind, zone, interval, lookback))
+        span = overlap(interval, within)
+        return (span,) if span else ()
+    edges = [edge for edge in _edges(kind, zone, interval, lookback) if within.start <= edge < within.end]
+    if within.end <= interval.end:
+        edges.append(within.end)
     own = [index for index, edge in enumerate(edges) if index > 0 and interval.start < edge <= interval.end]
     if not own:
         return ()
@@ -36,14 +44,52 @@ def usage_periods(kind: PeriodKind, zone: ZoneInfo, interval: Period, lookback: 
     return tuple(Period(edges[index - 1], edges[index]) for index in range(first, own[-1] + 1))
 
 
-def period_holding(kind: PeriodKind, zone: ZoneInfo, moment: datetime) -> Period:
-    """Return the usage period in which `moment` lies."""
-    return usage_periods(kind, zone, Period(moment, moment + _LONGER[kind]))[0]
+@dataclass(frozen=True, slots=True)
+class Calendar:
+    """The usage periods of one kind and zone within a span of time; see `usage_periods` for its edges."""
+
+    kind: PeriodKind
+    zone: ZoneInfo
+    within: Period = EVER
+
+    @classmethod
+    def of(cls, edition: Edition) -> Self:
+        """Return the calendar by which an edition of a source counts."""
+        return cls(edition.definition["period"], ZoneInfo(edition.definition["timezone"]), edition.span)
+
+    def ending_in(self, interval: Period, lookback: int = 0) -> tuple[Period, ...]:
+        """Return the usage periods that a run of `interval` compares."""
+        return usage_periods(self.kind, self.zone, interval, lookback, self.within)
+
+    def last(self, until: datetime, number: int) -> tuple[Period, ...]:
+        """Return the last `number` (at least 1) usage periods that have ended by `until`."""
+        until = min(until, self.within.end)
+        return self.ending_in(Period(until - _LONGER[self.kind], until), number)[-number:]
+
+    def holding(self, moment: datetime) -> Period:
+        """Return the usage period in which `moment` lies."""
+        return self.ending_in(Period(moment, moment + _LONGER[self.kind]))[0]
+
+    def touching(self, span: Period) -> tuple[Period, ...]:
+        """Return the usage periods that share a moment with `span`, in order."""
+        inside = overlap(span, self.within)
+        if inside is None or self.kind == "interval":
+            return (inside,) if inside else ()
+        last = self.holding(inside.end - _SHORTEST)
+        return self.ending_in(Period(inside.start, last.end))
 
 
-def last_periods(kind: PeriodKind, zone: ZoneInfo, until: datetime, number: int) -> tuple[Period, ...]:
-    """Return the last `number` (at least 1) usage periods that have ended by `until`."""
-    return usage_periods(kind, zone, Period(until - _LONGER[kind], until), number)[-number:]
+def first_day(kind: PeriodKind, zone: ZoneInfo, moment: datetime) -> date:
+    """Return the first day that begins at or after `moment`, and with which a usage period begins."""
+    day = _first_day(kind, moment.astimezone(zone).date())
+    while local_midnight(day, zone) < moment:
+        day = _next_day(kind, day)
+    return day
+
+
+def begins(kind: PeriodKind, day: date) -> bool:
+    """Say whether a usage period begins with `day`."""
+    return _first_day(kind, day) == day
 
 
 def locate(times: "np.ndarray", periods: Sequence[Period]) -> "np.ndarray":

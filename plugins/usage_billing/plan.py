@@ -60,7 +60,7 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     components = targets.index.get_level_values("component")
     shared = source.settings.shares_component_with
     ledger.feed(source.name, destination.site, comparison.reading, components, shared)
-    stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods)
+    stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods, source.edition)
     tally = Tally()
 
     def parts() -> Iterator[pa.Table]:

@@ -494,7 +494,8 @@ def _last_and_before(comparison: Comparison, ledger: Ledger, destination: Destin
         return periods[-1], None
     if len(periods) > 1:
         return periods[-1], periods[-2]
-    return periods[-1], ledger.compared_before(destination.source.name, periods[-1].start)
+    source = destination.source
+    return periods[-1], ledger.compared_before(source.name, periods[-1].start, source.span.start)
 
 
 def _owed(totals: Staged, staging: Staging, destination: Destination) -> Iterator[pd.DataFrame]:

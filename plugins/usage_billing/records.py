@@ -59,10 +59,20 @@ def joined(window: Window) -> tuple[Period, ...]:
     return tuple(spans)
 
 
+def overlap(one: Period, other: Period) -> Period | None:
+    """Return the time that two spans share, None where they share none."""
+    start, end = max(one.start, other.start), min(one.end, other.end)
+    return Period(start, end) if start < end else None
+
+
 def _plain(moment: datetime) -> datetime:
     """Return a moment in UTC as a plain `datetime`: Airflow hands out pendulum's, which add up differently."""
     utc = moment.astimezone(UTC)
     return datetime(utc.year, utc.month, utc.day, utc.hour, utc.minute, utc.second, utc.microsecond, tzinfo=UTC)
+
+
+EVER = Period(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
+"""All time: no usage is older, and the calendar ends."""
 
 
 PERSON_DECIDES = "a person decides: "
@@ -98,6 +108,21 @@ WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws
 
 UNAPPROVED = "not approved: "
 """How the reason of a delivery begins that a person was asked about, and did not approve. Each plan asks again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edition:
+    """How a source was defined over a span of time, and to which site it was billed; a later one begins where it ends.
+
+    `definition` is what names the bill, `settings` the whole section `destination` as it was then; empty where that was
+    not written down. `number` is 0 as long as the ledger has only looked at it.
+    """
+
+    number: int
+    span: Period
+    site: str
+    definition: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
 
 class Decision(StrEnum):
@@ -180,6 +205,7 @@ class Run:
 
     JSON all the way, and small whatever the interval: quantities stay in the tables, where they are exact. `spans` are
     the compared usage periods, those that touch each other made one: a period in a gap between them was not read.
+    `edition` is the number of the one under which they were read.
     """
 
     source: str
@@ -190,6 +216,7 @@ class Run:
     rows_quarantined: int = 0
     validation: int = 0
     spans: tuple[Period, ...] = ()
+    edition: int = 0
 
     @property
     def reading(self) -> Reading:
@@ -211,6 +238,7 @@ class Run:
             "rows_quarantined": self.rows_quarantined,
             "validation": self.validation,
             "spans": [[span.start.isoformat(), span.end.isoformat()] for span in self.spans],
+            "edition": self.edition,
         }
 
     @classmethod
@@ -227,8 +255,9 @@ class Run:
             value["folder"],
             tables,
             value["rows_quarantined"],
-            value.get("validation", 0),  # A run that was under way when this package was upgraded has neither.
+            value.get("validation", 0),  # A run that was under way when this package was upgraded has none of these.
             tuple(spans),
+            value.get("edition", 0),
         )
 
 

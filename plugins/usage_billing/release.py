@@ -24,7 +24,7 @@ _IN_PART = "no part of what was released goes alone, and the balance takes only 
 
 
 def reissue(destination: Destination, ledger: Ledger, window: Window | None = None) -> int:
-    """Write down a new revision of whatever is released and can go, in `window` or at all; return how many.
+    """Write down a new revision of whatever is released and can go, in `window` or its edition; return how many.
 
     Whoever sends what is reserved sends these; two that do this at once write each of them once.
 
@@ -32,7 +32,7 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
         Misconfigured, NotApplied: the site could not be asked; nothing was changed.
     """
     name = destination.source.name
-    held = ledger.released(name, window)
+    held = ledger.released(name, window or destination.source.span)
     if held.empty:
         return 0
     rows, why = _as_of_today(held, destination, ledger.now())

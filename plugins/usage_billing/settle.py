@@ -179,16 +179,16 @@ class Swept:
 
 
 def sweep(destination: Destination, ledger: Ledger, stopped: Callable[[], bool] = _NEVER) -> Swept:
-    """Settle every doubt of one source that can be settled now, whatever its usage period; wait for none.
+    """Settle every doubt of one edition of a source that can be settled now, of any usage period; wait for none.
 
     It ends before the next question once `stopped` says so.
 
     Raises:
         Misconfigured: the site turned the credentials or the question down.
     """
-    doubts = Doubts(destination, ledger, stopped=stopped)
+    doubts = Doubts(destination, ledger, destination.source.span, stopped)
     doubts.ask(doubts.open())
-    left = ledger.doubts(destination.source.name)
+    left = ledger.doubts(destination.source.name, destination.source.span)
     now = ledger.now()
     ages = [now - doubt.sent_at for doubt in left if doubt.sent_at is not None]
     return Swept(doubts.settled, tuple(left), max(ages, default=timedelta(0)))

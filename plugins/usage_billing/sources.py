@@ -7,8 +7,8 @@ A folder ``include/sources/<name>/`` holds ``source.yaml`` (what is billed, to w
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -21,13 +21,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     model_validator,
 )
 
 from usage_billing.errors import Misconfigured
-from usage_billing.periods import PeriodKind, last_periods, local_midnight, usage_periods
-from usage_billing.records import Period
+from usage_billing.periods import Calendar, PeriodKind, begins, local_midnight, usage_periods
+from usage_billing.records import EVER, Edition, Period
 
 WINDOW_BINDS = frozenset({"window_start", "window_end"})
 ARRIVAL_BINDS = frozenset({"after"})
@@ -59,6 +60,8 @@ def _cron(value: object) -> object:
     return value
 
 
+_FURTHEST = 400
+"""How many days around `effective_from` are looked at for a better one: more than a year."""
 _SPAN = re.compile(r"(\d{1,4})([mhd])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
@@ -71,6 +74,12 @@ def _span(value: object) -> timedelta:
     if found is None:
         raise ValueError(f"{value!r} is no span of time: write minutes as 30m, hours as 24h, days as 1d")
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
+
+
+def _as_written(span: timedelta) -> str:
+    """Return a span of time as `_span` takes it."""
+    unit, one = next((unit, one) for unit in "dhm" if span % (one := timedelta(**{_UNITS[unit]: 1})) == timedelta(0))
+    return f"{span // one}{unit}"
 
 
 def _overlap(value: object) -> timedelta | int:
@@ -133,16 +142,29 @@ class DestinationSettings(Settings):
 
     free: ClassVar[frozenset[str]] = frozenset({"connection", "threads", "late_usage", "grace"})
     """The keys that name nothing of what is billed, and so may change under history."""
+    of_the_component: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that tell how the component (or its stream) is made: another one may be made otherwise."""
 
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
-    grace: Annotated[timedelta, BeforeValidator(_span)] = timedelta(0)
+    grace: Annotated[timedelta, BeforeValidator(_span), PlainSerializer(_as_written, when_used="json")] = timedelta(0)
     """How long before the end of a billing period usage may have ended, and still passes after it."""
 
     def naming(self) -> dict[str, Any]:
         """Return the keys that name what is billed."""
         return self.model_dump(mode="json", exclude=set(self.free))
+
+    def as_of(self, edition: Edition, connection: str) -> dict[str, Any]:
+        """Return the keys of an older edition: it names what it named then, and is treated as this one says."""
+        named: Mapping[str, Any] = edition.definition["destination"]
+        then = {**edition.settings, **named, "connection": connection}
+        if named["name"] != self.name:
+            return then
+        today, naming = self.model_dump(mode="json", exclude={"connection"}), self.naming()
+        free = {key: value for key, value in today.items() if key not in naming}
+        keeps = self.of_the_component if naming != named else frozenset()
+        return {**free, **then, **{key: value for key, value in free.items() if key not in keeps}}
 
 
 class SourceSettings(Settings):
@@ -161,6 +183,7 @@ class SourceSettings(Settings):
     arrival_overlap: Annotated[timedelta | int, BeforeValidator(_overlap)] = timedelta(hours=1)
     rescan: int = Field(default=31, ge=1)
     bill_from: date
+    effective_from: date | None = None
     columns: Columns
     meter: Meter
     dimensions: tuple[str, ...] = ()
@@ -179,12 +202,8 @@ class SourceSettings(Settings):
     def _parts_fit_together(self) -> Self:
         if self.meter.function != "count" and self.columns.quantity is None:
             raise ValueError(f"meter {self.meter.function} needs columns.quantity, the column it measures")
-        first = {"week": self.bill_from.weekday() == 0, "month": self.bill_from.day == 1}
-        if not first.get(self.period, True):
-            raise ValueError(
-                f"bill_from {self.bill_from} is inside a {self.period}, whose rest would never be billed: "
-                f"take the first day of a {self.period}"
-            )
+        if faults := list(self._whats_wrong_with_its_days()):
+            raise ValueError("; ".join(faults))
         if self.period == "interval" and self.lookback:
             raise ValueError(
                 f"lookback is {self.lookback}, and with period: interval a run has no earlier usage periods to read: "
@@ -209,16 +228,61 @@ class SourceSettings(Settings):
             raise ValueError(f"dimensions may not be called {', '.join(sorted(clash))}: rename the column in usage.sql")
         return self
 
+    def _whats_wrong_with_its_days(self) -> Iterator[str]:
+        """Yield why `bill_from` and `effective_from` are no days on which this definition can begin."""
+        change = self.effective_from
+        # A day before the change belongs to the definition of then, which is judged with it.
+        if (change is None or self.bill_from >= change) and not begins(self.period, self.bill_from):
+            yield (
+                f"bill_from {self.bill_from} is inside a {self.period}, whose rest would never be billed: "
+                f"take the first day of a {self.period}"
+            )
+        if change is None:
+            return
+        if not begins(self.period, change):
+            yield (
+                f"effective_from {change} is inside a {self.period}, which neither definition would bill whole: "
+                f"take the first day of a {self.period}"
+            )
+        elif run := self._run_across(change):
+            near = [str(day) for step in (-1, 1) if (day := self._no_run_across(change, step))]
+            mend = f"take {' or '.join(near)}" if near else "let the schedule tick at midnight"
+            yield (
+                f"effective_from {change} is inside the run of {run}, which would compare usage periods of both "
+                f"definitions: {mend}"
+            )
+
+    def _run_across(self, day: date) -> Period | None:
+        """Return the run of the schedule that would compare usage periods on both sides of the start of `day`."""
+        edge = local_midnight(day, self.timezone)
+        ticks = croniter(self.schedule, (edge - timedelta(seconds=1)).astimezone(self.timezone))
+        after = ticks.get_next(datetime).astimezone(UTC)
+        run = Period(ticks.get_prev(datetime).astimezone(UTC), after)
+        if after == edge or not usage_periods(self.period, self.timezone, run, within=Period(edge, EVER.end)):
+            return None
+        return run
+
+    def _no_run_across(self, day: date, step: int) -> date | None:
+        """Return the nearest day, earlier or later by the sign of `step`, at which each run is of one definition."""
+        near = (day + timedelta(days=step * further) for further in range(1, _FURTHEST))
+        return next((one for one in near if begins(self.period, one) and not self._run_across(one)), None)
+
 
 @dataclass(frozen=True)
 class BillingSource:
-    """One stream of usage that is billed: its settings, its SQL and its expectations."""
+    """One stream of usage that is billed: its settings, its SQL and its expectations.
+
+    As an edition it is so over a span of time, and has usage periods there alone. `edition` is its number in the
+    ledger, 0 where it is none yet.
+    """
 
     settings: SourceSettings
     destination: DestinationSettings
     sql: str
     expectations: tuple[Mapping[str, Any], ...]
     arrivals_sql: str = ""
+    span: Period = EVER
+    edition: int = 0
 
     @property
     def name(self) -> str:
@@ -236,10 +300,22 @@ class BillingSource:
         """The instant before which nothing is owed: the start of `bill_from` in the billing zone."""
         return local_midnight(self.settings.bill_from, self.settings.timezone)
 
+    @property
+    def since(self) -> datetime | None:
+        """The instant before which the source was defined otherwise, None where nothing of before is owed."""
+        change = self.settings.effective_from
+        if change is None or change <= self.settings.bill_from:
+            return None
+        return local_midnight(change, self.settings.timezone)
+
+    @property
+    def calendar(self) -> Calendar:
+        """Its usage periods."""
+        return Calendar(self.settings.period, self.settings.timezone, self.span)
+
     def periods(self, interval: Period) -> tuple[Period, ...]:
         """Return the whole, closed usage periods that a run of `interval` compares, none of them before `bill_from`."""
-        settings = self.settings
-        found = usage_periods(settings.period, settings.timezone, interval, settings.lookback)
+        found = self.calendar.ending_in(interval, self.settings.lookback)
         return tuple(period for period in found if period.start >= self.bill_from)
 
     def recent_periods(self, until: datetime) -> tuple[Period, ...]:
@@ -248,19 +324,17 @@ class BillingSource:
         Raises:
             Misconfigured: only the runs know the source's usage periods.
         """
-        settings = self.settings
-        if settings.period == "interval":
+        if self.settings.period == "interval":
             raise Misconfigured(
                 f"{self.name} cannot be rescanned: with period: interval only a run's own interval is a usage period; "
                 "run the intervals again by a backfill"
             )
-        found = last_periods(settings.period, settings.timezone, until, settings.rescan)
+        found = self.calendar.last(until, self.settings.rescan)
         return tuple(period for period in found if period.start >= self.bill_from)
 
     def periods_of(self, spans: Iterable[Period]) -> tuple[Period, ...]:
         """Return the usage periods that spans from edge to edge are made of (see `records.joined`), in order."""
-        kind, zone = self.settings.period, self.settings.timezone
-        return tuple(period for span in spans for period in usage_periods(kind, zone, span))
+        return tuple(period for span in spans for period in self.calendar.ending_in(span))
 
     def definition(self) -> dict[str, Any]:
         """Return the settings that name what is billed; they may not change while history hangs on them."""
@@ -273,6 +347,34 @@ class BillingSource:
             "meter": settings.meter.model_dump(mode="json"),
             "dimensions": list(settings.dimensions),
         }
+
+
+def as_of(
+    source: BillingSource,
+    edition: Edition,
+    connection: str,
+    destination_settings: Callable[[str], type[DestinationSettings] | None],
+) -> BillingSource:
+    """Return an older edition of `source`: what names the bill is of then, all else, its SQL too, is of today.
+
+    Raises:
+        Misconfigured: the settings of today do not go with those of then, with every fault.
+    """
+    faults: list[str] = []
+    then, today = edition.definition, source.settings
+    values = today.model_dump() | {key: then[key] for key in ("period", "timezone", "meter", "dimensions")}
+    starts = edition.span.start.astimezone(ZoneInfo(then["timezone"])).date()
+    # Before its start it owes nothing; the first one has no such day.
+    values |= {"bill_from": max(today.bill_from, starts), "effective_from": None}
+    if then["period"] == "interval":
+        # No run reads another's interval: what of today looks for others has nothing to find there.
+        values |= {"lookback": 0, "incremental": "interval", "columns": {**values["columns"], "arrival": None}}
+    settings = _checked(SourceSettings, values, "source.yaml", "", faults)
+    destination = _destination(source.destination.as_of(edition, connection), destination_settings, faults)
+    if settings is None or destination is None:
+        told = f"billing source {source.name!r}, as it was defined until {edition.span.end:%Y-%m-%d %H:%M} UTC"
+        raise Misconfigured.all_at_once(told, faults)
+    return replace(source, settings=settings, destination=destination, span=edition.span, edition=edition.number)
 
 
 def source_names(folder: Path) -> list[str]:

@@ -7,9 +7,10 @@ failed task is what people already watch, and what Airflow's notifiers hang on, 
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 from airflow.sdk import BaseOperator, Context
@@ -18,7 +19,8 @@ from usage_billing.deliver import Delivered, Manners, resume
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, UsageBillingError
 from usage_billing.installation import (
     billing_source,
-    destination_of,
+    destination_in,
+    editions,
     ledger,
     ledger_name,
     sources_folder,
@@ -26,15 +28,14 @@ from usage_billing.installation import (
 )
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
-from usage_billing.records import NOBODY_CAN_TELL, PERSON_DECIDES, Period, State
+from usage_billing.records import EVER, NOBODY_CAN_TELL, PERSON_DECIDES, Edition, Period, State
 from usage_billing.release import reissue
 from usage_billing.settle import Swept, sweep
-from usage_billing.sources import source_names
+from usage_billing.sources import BillingSource, source_names
 from usage_billing.workers import Means
 
 _FAULTS = "faults"
 """Under which key a sweep leaves its faults, an empty list where it had none."""
-_EVER = Period(datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC))
 _NAMED = 20
 """How many doubts a message names; the ledger has them all."""
 # The next sweep comes soon: one that waits long for a site would only keep its pool.
@@ -71,25 +72,40 @@ class SweepOperator(BaseOperator):
         for name in _names(self.sources):
             if self._stop.is_set():
                 break
-            try:
-                if _is_anything_open(book, ledger_name(name)):
-                    self._sweep(book, name)
-            except UsageBillingError as fault:
-                self.log.warning("%s was not swept to its end: %s", name, fault)
-                faults[name] = fault
+            faults |= self._sweep(book, name) if _is_anything_open(book, ledger_name(name)) else {}
         if "ti" in context:
             context["ti"].xcom_push(key=_FAULTS, value=[f"{name}: {fault}" for name, fault in faults.items()])
         _raise(faults)
 
-    def _sweep(self, book: Ledger, name: str) -> None:
-        source = billing_source(name)
-        destination = destination_of(source)
-        book.register(source.name, destination.site, source.definition())
+    def _sweep(self, book: Ledger, name: str) -> dict[str, UsageBillingError]:
+        """Sweep a source edition by edition, each at its own site; return the fault of each that could not be swept."""
+        faults: dict[str, UsageBillingError] = {}
+
+        def tried(subject: str, work: Callable[[], None]) -> None:
+            try:
+                work()
+            except UsageBillingError as fault:
+                self.log.warning("%s was not swept to its end: %s", subject, fault)
+                faults[subject] = fault
+
+        def whole() -> None:
+            source = billing_source(name)
+            known = editions(source)
+            for edition in known:
+                if _is_anything_open(book, source.name, edition.span):
+                    subject = name if edition is known[-1] else f"{name} until {edition.span.end:%Y-%m-%d %H:%M} UTC"
+                    tried(subject, partial(self._sweep_edition, book, source, edition, known[-1]))
+
+        tried(name, whole)
+        return faults
+
+    def _sweep_edition(self, book: Ledger, source: BillingSource, edition: Edition, latest: Edition) -> None:
+        destination = destination_in(source, edition, latest)
         with marked(book, staging(), source.name):
             swept = sweep(destination, book, self._stop.is_set)
             reissue(destination, book)
             sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
-        self._tell(name, swept, sent)
+        self._tell(source.title, swept, sent)
 
     def _tell(self, name: str, swept: Swept, sent: Delivered) -> None:
         self.log.info(
@@ -179,7 +195,7 @@ def _doubts(book: Ledger, name: str) -> Iterator[Doubt]:
     """Yield the doubts of a source; what a dead worker left in the air is one from now on."""
     book.doubt_abandoned(name)
     now = book.now()
-    items = book.open_items(name, _EVER)
+    items = book.open_items(name, None)
     left = (items["state"] == State.IN_DOUBT) | ((items["state"] == State.RESERVED) & (items["sends"] > 0))
     for row in items[left].to_dict("records"):
         # From when it was written down: a doubt that ends and comes again grows old all the same.
@@ -236,9 +252,9 @@ def _names(sources: Sequence[str] | None) -> Sequence[str]:
     return source_names(sources_folder()) if sources is None else sources
 
 
-def _is_anything_open(book: Ledger, name: str) -> bool:
-    open_ones = book.in_the_air(name) or book.doubts(name) or book.resumable(name, limit=1)
-    return bool(open_ones) or not book.released(name).empty
+def _is_anything_open(book: Ledger, name: str, span: Period = EVER) -> bool:
+    open_ones = book.in_the_air(name, span) or book.doubts(name, span) or book.resumable(name, limit=1, span=span)
+    return bool(open_ones) or not book.released(name, span).empty
 
 
 def _raise(faults: Mapping[str, UsageBillingError]) -> None:

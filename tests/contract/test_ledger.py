@@ -1,5 +1,6 @@
 """What every ledger promises, on SQLite and on a real PostgreSQL server."""
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 from sqlalchemy.event import listen
@@ -20,7 +23,7 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Lease, Ledger, Reserved
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import PERSON_DECIDES, WITHHELD, Arrived, Decision, Period, Reading, Receipt, State
+from usage_billing.records import EVER, PERSON_DECIDES, WITHHELD, Arrived, Decision, Period, Reading, Receipt, State
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -112,7 +115,10 @@ def test_whoever_fed_a_component_before_the_upgrade_goes_on(world: SimpleNamespa
     reserved(world, {"s1": "7"})
     engine = create_engine(world.url)
     with engine.begin() as connection:
-        connection.execute(text("DROP TABLE fed_component"))
+        for table in ("fed_component", "edition"):
+            connection.exec_driver_sql(f"DROP TABLE {table}")
+        for name, value in (("site", "maxio:us:acme"), ("definition", json.dumps(DEFINITION))):
+            connection.exec_driver_sql(f"ALTER TABLE source ADD COLUMN {name} TEXT DEFAULT '{value}' NOT NULL")
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0006'"))  # noqa: S608
     engine.dispose()
     assert Ledger.create(world.url)
@@ -199,13 +205,143 @@ def test_the_migrations_give_the_tables_that_the_code_speaks_of(url: str) -> Non
 
 
 def test_a_changed_definition_is_refused_with_every_changed_key(world: SimpleNamespace) -> None:
-    """A source with history may not change its period and zone under it; both are named."""
+    """A source with history may not change its period and zone under it; both are named, and when they may change."""
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
     world.ledger.register("calls", "maxio:us:acme", DEFINITION)
     with pytest.raises(Misconfigured) as error:
         world.ledger.register("calls", "maxio:us:acme", {"period": "hour", "timezone": "Asia/Tokyo"})
     assert "2 faults" in str(error.value)
     assert 'period: was "day", is now "hour"' in str(error.value)
     assert 'timezone: was "UTC"' in str(error.value)
+    assert "effective_from: 2026-10-03, or a later one" in str(error.value)
+
+
+ACME = "maxio:us:acme"
+HOURLY = {"period": "hour", "timezone": "UTC", "meter": {"decimals": 2}}
+
+
+def spans(world: SimpleNamespace) -> list[tuple[str, datetime]]:
+    """Return the period of each edition, and its end."""
+    return [(one.definition["period"], one.span.end) for one in world.ledger.editions("calls")]
+
+
+def test_a_definition_that_nothing_was_compared_by_may_be_another_one(world: SimpleNamespace) -> None:
+    """What a first run got wrong is mended in place; its number does not come again."""
+    ((first,), (mended,)) = (world.ledger.register("calls", ACME, one) for one in (DEFINITION, HOURLY))
+    assert spans(world) == [("hour", EVER.end)]
+    assert mended.number > first.number
+
+
+def test_a_new_definition_ends_the_one_before_and_a_changed_mind_replaces_it(world: SimpleNamespace) -> None:
+    """The old one is kept for its days; put back before anything was compared by the new one, it goes on."""
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    known = world.ledger.register("calls", ACME, HOURLY, {"connection": "one"}, DAY.end)
+    assert spans(world) == [("day", DAY.end), ("hour", EVER.end)]
+    assert world.ledger.register("calls", ACME, HOURLY, {"connection": "one"}, DAY.end) == known
+    assert world.ledger.register("calls", ACME, HOURLY) == known
+    world.ledger.register("calls", ACME, HOURLY | {"timezone": "Asia/Tokyo"}, {}, DAY.end + timedelta(days=1))
+    assert spans(world) == [("day", DAY.end + timedelta(days=1)), ("hour", EVER.end)]
+    world.ledger.register("calls", ACME, DEFINITION)
+    assert spans(world) == [("day", EVER.end)]
+
+
+def test_a_look_at_a_new_definition_writes_nothing(world: SimpleNamespace) -> None:
+    """It judges as the run would, and says what the editions would be."""
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    old, new = world.ledger.agrees("calls", ACME, HOURLY, {}, DAY.end)
+    assert (old.span.end, new.span.start, new.number) == (DAY.end, DAY.end, 0)
+    with pytest.raises(Misconfigured, match="2026-10-01 is too early; the earliest day is 2026-10-02"):
+        world.ledger.agrees("calls", ACME, HOURLY, {}, DAY.start)
+    assert spans(world) == [("day", EVER.end)]
+
+
+def test_another_site_is_another_definition(world: SimpleNamespace) -> None:
+    """The same words at another site bill somebody else's customers."""
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    with pytest.raises(Misconfigured, match='site: was "maxio:us:acme", is now "maxio:us:orbit"'):
+        world.ledger.register("calls", "maxio:us:orbit", DEFINITION)
+    world.ledger.register("calls", "maxio:us:orbit", DEFINITION, {}, DAY.end)
+    assert [one.site for one in world.ledger.editions("calls")] == [ACME, "maxio:us:orbit"]
+
+
+def test_a_ledger_that_does_not_know_how_it_was_before_says_so(world: SimpleNamespace) -> None:
+    """Nobody may guess: a new source with a date is billed from there on only if nothing of before is owed."""
+    with pytest.raises(Misconfigured, match="set bill_from to the same day"):
+        world.ledger.register("others", ACME, HOURLY, {}, DAY.end)
+    assert world.ledger.sources() == ["calls"]
+
+
+def test_nothing_is_compared_by_a_definition_of_another_time(world: SimpleNamespace) -> None:
+    """A run that was read before the change, and a definition that was replaced, come too late."""
+    (first,) = world.ledger.editions("calls")
+    later = Period(DAY.end, DAY.end + timedelta(days=1))
+    world.ledger.begin_comparison("calls", extraction(world), [DAY], first.number)
+    *_, new = world.ledger.register("calls", ACME, HOURLY, {}, DAY.end)
+    with pytest.raises(Misconfigured, match="clear the run from extract on"):
+        world.ledger.begin_comparison("calls", extraction(world), [DAY, later], first.number)
+    world.ledger.register("calls", ACME, HOURLY | {"timezone": "Asia/Tokyo"}, {}, DAY.end)
+    with pytest.raises(Misconfigured, match="clear the run from extract on"):
+        world.ledger.begin_comparison("calls", extraction(world), [later], new.number)
+    world.ledger.begin_comparison("calls", extraction(world), [DAY], first.number)
+
+
+def test_the_list_of_touched_periods_follows_the_definition(world: SimpleNamespace) -> None:
+    """Two days that are listed when hours begin in the middle of the second: that one as its first half and hours."""
+    days = [DAY, Period(DAY.end, DAY.end + timedelta(days=1))]
+    with kept(world.ledger, "extract:calls", MINUTE) as held:
+        world.ledger.begin_extraction(held.lease, "calls", DAY, DAY, Arrived(tuple(days), 2, "7"))
+    half = DAY.end + timedelta(hours=12)
+    world.ledger.register("calls", ACME, HOURLY, {}, half)
+    hours = [Period(half + timedelta(hours=hour), half + timedelta(hours=hour + 1)) for hour in range(12)]
+    assert world.ledger.touched("calls") == (DAY, Period(DAY.end, half), *hours)
+    with kept(world.ledger, "extract:calls", MINUTE) as held:
+        world.ledger.begin_extraction(held.lease, "calls", DAY, DAY, Arrived((days[1],), 1, "8"))
+    assert world.ledger.touched("calls") == (DAY, Period(DAY.end, half), *hours)
+
+
+def test_what_was_usual_is_of_the_same_definition(world: SimpleNamespace) -> None:
+    """Months after days owe thirty times as much, and that is no jump."""
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    world.ledger.record_owed("calls", reading, {DAY: Decimal(7)})
+    assert world.ledger.usually_owed("calls", DAY.end, 31) == [7]
+    assert world.ledger.usually_owed("calls", DAY.end, 31, DAY.end) == []
+    assert world.ledger.usually_owed("calls", DAY.end, 31, DAY.start + MINUTE) == []
+    assert world.ledger.compared_before("calls", DAY.end, DAY.end) is None
+
+
+def test_a_ledger_of_before_the_editions_keeps_its_definitions(url: str) -> None:
+    """Each becomes the only edition of its source; what names no bill any more leaves it, and is kept beside it."""
+    upgraded(url, "0007")
+    named = {"name": "maxio_metered", "component": "handle:calls", "subscription_by": "reference"}
+    raw = {"name": "maxio_events", "mode": "events", "stream": "calls", "subscription_by": "account"}
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        insert = "INSERT INTO source (name, site, definition, registered_at) VALUES (:name, :site, :definition, :at)"
+        for name, destination in (("metered", named), ("raw", raw)):
+            definition = json.dumps(DEFINITION | {"destination": destination})
+            values = {"name": name, "site": ACME, "definition": definition, "at": DAY.start.replace(tzinfo=None)}
+            connection.execute(text(insert), values)
+    engine.dispose()
+    assert Ledger.create(url) is True
+    ledger = Ledger.connect(url)
+    (metered,), (events,) = ledger.editions("metered"), ledger.editions("raw")
+    del named["subscription_by"]
+    assert (metered.site, metered.definition["destination"], metered.span) == (ACME, named, EVER)
+    assert (metered.settings["subscription_by"], events.definition["destination"]) == ("reference", raw)
+    assert ledger.register("metered", ACME, DEFINITION | {"destination": named})[0].number == metered.number
+    ledger.close()
+
+
+def upgraded(url: str, revision: str) -> None:
+    """Make a ledger as an older package made it."""
+    config = Config()
+    config.set_main_option("script_location", "usage_billing:ledger/migrations")
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
 
 
 def test_a_second_worker_finds_no_row(world: SimpleNamespace) -> None:
@@ -743,6 +879,7 @@ def test_a_period_that_a_later_reading_was_compared_for_stays_on_the_list(world:
 def test_the_list_may_have_hundreds_of_gaps(world: SimpleNamespace) -> None:
     """Every other hour of a month is asked for and taken off at once, on either engine."""
     hours = tuple(Period(DAY.start + 2 * n * MINUTE * 60, DAY.start + (2 * n + 1) * MINUTE * 60) for n in range(400))
+    world.ledger.register("calls", ACME, HOURLY)
     reading = arrival(world, "17", *hours)
     world.ledger.begin_comparison("calls", reading, hours)
     assert world.ledger.standing("calls", hours).empty

@@ -25,7 +25,7 @@ from sqlalchemy import create_engine, text
 
 from living import LivingHouse
 from stories import SITES, WORLDS, Event, a_day, shipped
-from usage_billing.adopt import REVISIONS_AHEAD, periods_of
+from usage_billing.adopt import REVISIONS_AHEAD, periods_of, span_of
 from usage_billing.cli import main
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Ledger, marker
@@ -657,10 +657,10 @@ def test_raw_events_are_left_to_the_ordinary_run_and_older_ones_refused(house: L
 def test_a_span_has_whole_closed_periods_and_must_have_one() -> None:
     """The last day is not part of it, nor is what has not ended; an empty span says how it is meant."""
     source, now = shipped("api_calls"), datetime(2026, 10, 8, 12, tzinfo=UTC)
-    found = periods_of(source, date(2026, 10, 5), date(2026, 11, 1), now)
+    found = periods_of(source, span_of(source, date(2026, 10, 5), date(2026, 11, 1), now))
     assert found == tuple(period for day in (5, 6, 7) for period in source.periods(a_day(source, day)))
     with pytest.raises(Misconfigured, match="--to is the day after the last one"):
-        periods_of(source, date(2026, 10, 5), date(2026, 10, 5), now)
+        span_of(source, date(2026, 10, 5), date(2026, 10, 5), now)
 
 
 def test_a_source_billed_by_interval_is_cut_by_its_schedule() -> None:
@@ -668,7 +668,8 @@ def test_a_source_billed_by_interval_is_cut_by_its_schedule() -> None:
     source = shipped("api_calls")
     settings = source.settings.model_copy(update={"period": "interval", "schedule": "0 12 * * *"})
     source = type(source)(settings, source.destination, source.sql, source.expectations)
-    found = periods_of(source, date(2026, 10, 31), date(2026, 11, 3), datetime(2026, 12, 1, tzinfo=UTC))
+    span = span_of(source, date(2026, 10, 31), date(2026, 11, 3), datetime(2026, 12, 1, tzinfo=UTC))
+    found = periods_of(source, span)
     noons = [datetime(2026, 10, 31, 16, tzinfo=UTC), datetime(2026, 11, 1, 17, tzinfo=UTC)]
     noons.append(datetime(2026, 11, 2, 17, tzinfo=UTC))
     assert found == (Period(noons[0], noons[1]), Period(noons[1], noons[2]))

@@ -307,6 +307,7 @@ def test_a_look_at_a_definition_that_changed_says_so(house: House) -> None:
     assert house.ledger.sources() == []
     house.ledger.register(source.name, site, source.definition())
     house.ledger.agrees(source.name, site, source.definition())
+    house.run(source, a_day(source, 5), usage(source, 5, "3"))
     with pytest.raises(Misconfigured, match="period: was"):
         house.ledger.agrees(source.name, site, {**source.definition(), "period": "hour"})
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from usage_billing.periods import local_midnight, locate, usage_periods
-from usage_billing.records import Period
+from usage_billing.periods import Calendar, first_day, local_midnight, locate, usage_periods
+from usage_billing.records import EVER, Period
 
 NEW_YORK = ZoneInfo("America/New_York")
 ZONES = [
@@ -134,3 +134,37 @@ def test_an_interval_of_airflows_own_kind_gives_the_same_periods(kind):
     foreign = Period(pendulum.instance(start), pendulum.instance(end))
     assert usage_periods(kind, zone, foreign, 1) == usage_periods(kind, zone, Period(start, end), 1)
     assert type(foreign.end) is datetime
+
+
+KINDS = ["hour", "day", "week", "month"]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    old=st.tuples(st.sampled_from(KINDS), st.sampled_from(ZONES)),
+    new=st.tuples(st.sampled_from(KINDS), st.sampled_from(ZONES)),
+    about=st.datetimes(datetime(2026, 3, 1), datetime(2026, 12, 1)),  # noqa: DTZ001
+)
+def test_where_one_calendar_follows_another_no_moment_is_in_two_periods_or_in_none(old, new, about):
+    """Whatever kind and zone end and begin: the old one's last period is cut off, and the new one's is whole."""
+    edge = local_midnight(first_day(*new, about.replace(tzinfo=UTC)), new[1])
+    span = Period(edge - timedelta(days=70), edge + timedelta(days=70))
+    before = Calendar(*old, Period(EVER.start, edge)).ending_in(span)
+    after = Calendar(*new, Period(edge, EVER.end)).ending_in(span)
+    assert before[-1].end == edge == after[0].start
+    assert all(one.end == other.start for one, other in itertools.pairwise((*before, *after)))
+    assert after == tuple(period for period in usage_periods(*new, span) if period.start >= edge)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_calendar_finds_the_period_of_each_moment_and_the_last_ones(kind):
+    """Also where it ends: the cut period holds its moments, is the last one, and nothing comes after it."""
+    edge = datetime(2026, 10, 14, 15, 30, tzinfo=UTC)
+    calendar = Calendar(kind, NEW_YORK, Period(EVER.start, edge))
+    last = calendar.holding(edge - timedelta(minutes=1))
+    assert last.end == edge
+    assert calendar.last(edge + timedelta(days=99), 2)[-1] == last
+    assert calendar.last(edge, 2) == calendar.last(edge + timedelta(days=99), 2)
+    around = Period(last.start - timedelta(minutes=1), edge + timedelta(days=9))
+    assert calendar.touching(around) == calendar.last(edge, 2)
+    assert calendar.touching(Period(edge, edge + timedelta(days=9))) == ()

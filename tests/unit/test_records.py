@@ -22,9 +22,10 @@ def test_periods_that_touch_are_joined_and_gaps_stay() -> None:
 
 
 def test_a_run_goes_through_json_with_what_it_compares() -> None:
-    """What travels by XCom comes back the same, gaps and all; a run of before an upgrade has no spans."""
-    run = Run("calls", 7, days(4)[0], "calls/7", {"events": Staged("m", 3, "d")}, spans=joined(days(1, 2, 4)))
+    """What travels by XCom comes back the same, gaps and all; one of before an upgrade has no spans and no edition."""
+    tables = {"events": Staged("m", 3, "d")}
+    run = Run("calls", 7, days(4)[0], "calls/7", tables, spans=joined(days(1, 2, 4)), edition=2)
     value = json.loads(json.dumps(run.to_json()))
     assert Run.from_json(value) == run
-    del value["spans"]
-    assert Run.from_json(value).spans == ()
+    del value["spans"], value["edition"]
+    assert (Run.from_json(value).spans, Run.from_json(value).edition) == ((), 0)

@@ -6,8 +6,8 @@ from typing import Literal
 import pytest
 
 from usage_billing.errors import Misconfigured
-from usage_billing.records import Period
-from usage_billing.sources import DestinationSettings, load_source, source_names
+from usage_billing.records import EVER, Edition, Period
+from usage_billing.sources import DestinationSettings, as_of, load_source, source_names
 
 SOURCE = """\
 name: calls
@@ -254,3 +254,101 @@ def test_the_name_of_before_is_free_for_nobody(load, tmp_path):
     neighbour(tmp_path, "spoken", "formerly: calls\n")
     (fault,) = faults(load)
     assert "source 'spoken' says formerly: calls" in fault
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("period: day", "period: month\neffective_from: 2026-11-05", "effective_from 2026-11-05 is inside a month"),
+        ("period: day", "period: week\neffective_from: 2026-11-05", "take the first day of a week"),
+        ("2026-10-01", "2026-10-05\neffective_from: 2026-10-05", ""),
+        ("period: day", "period: month\neffective_from: 2026-09-01", ""),
+    ],
+)
+def test_a_definition_begins_with_a_usage_period(load, old, new, told):
+    """A day inside one would leave usage that neither definition bills whole."""
+    text = SOURCE.replace(old, new, 1)
+    if not told:
+        assert load(source=text).since is None  # Nothing of before is owed.
+        return
+    (found,) = faults(load, source=text)
+    assert told in found
+
+
+def test_bill_from_is_judged_with_the_definition_that_it_belongs_to(load):
+    """A month may begin long after a first day in mid-month, which the definition of then has to bear."""
+    source = load(
+        source=SOURCE.replace("period: day", "period: month\neffective_from: 2026-11-01").replace("10-01", "10-05")
+    )
+    assert source.since == datetime(2026, 11, 1, 4, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "period", "day", "told"),
+    [
+        ("0 0 1 * *", "day", "2026-11-15", "take 2026-11-01 or 2026-12-01"),
+        ("0 0 * * 1", "hour", "2026-11-05", "take 2026-11-02 or 2026-11-09"),
+        ("0 0 * * 1", "interval", "2026-11-05", "take 2026-11-02 or 2026-11-09"),
+        ("30 2 * * *", "hour", "2026-11-05", "let the schedule tick at midnight"),
+        ("30 2 * * *", "day", "2026-11-05", ""),
+        ("0 0 * * *", "month", "2026-11-01", ""),
+        ("0 0 1 * *", "month", "2026-11-01", ""),
+    ],
+)
+def test_a_run_of_the_schedule_never_lies_in_two_definitions(load, schedule, period, day, told):
+    """The source's own run would stop at the change: the file says so before, and which days work."""
+    text = SOURCE.replace("0 0 * * *", schedule).replace("period: day", f"period: {period}\neffective_from: {day}")
+    if not told:
+        assert load(source=text).since is not None
+        return
+    (found,) = faults(load, source=text)
+    assert f"effective_from {day} is inside the run of 2026-11-" in found
+    assert told in found
+
+
+def edition(source, **changes):
+    """Return how a source was until November, with these changes of its definition."""
+    definition = source.definition() | changes
+    settings = {"name": "site", "connection": "site_of_then", "stream": "old", "threads": 2}
+    return Edition(7, Period(EVER.start, datetime(2026, 11, 1, tzinfo=UTC)), "site:then", definition, settings)
+
+
+def test_an_edition_names_what_it_named_and_is_read_as_the_source_is_today(load):
+    """Period, zone, meter and stream are of then; the query, the limits and the threads are of today."""
+    today = load(source=SOURCE.replace("period: day", "period: month\neffective_from: 2026-11-01\nlookback: 2"))
+    then = as_of(
+        today,
+        edition(today, period="day", timezone="UTC", dimensions=[], destination={"name": "site", "stream": "old"}),
+        "site_of_then",
+        {"site": SiteSettings}.get,
+    )
+    assert (then.settings.period, then.settings.timezone.key, then.settings.dimensions) == ("day", "UTC", ())
+    assert (then.destination.stream, then.destination.connection, then.destination.threads) == (
+        "old",
+        "site_of_then",
+        4,
+    )
+    assert (then.sql, then.settings.lookback, then.edition) == (today.sql, 2, 7)
+    last = Period(datetime(2026, 10, 31, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC))
+    assert then.periods(Period(last.start, datetime(2026, 11, 9, tzinfo=UTC)))[-1] == last
+
+
+def test_settings_of_today_that_do_not_go_with_an_edition_are_told_as_its_faults(load):
+    """A first day in mid-month goes with days; if it was a month then, the message says of when it speaks."""
+    today = load(source=SOURCE.replace("10-01", "10-05"))
+    with pytest.raises(Misconfigured, match=r"as it was defined until 2026-11-01 00:00 UTC(.|\n)*inside a month"):
+        as_of(today, edition(today, period="month"), "site_of_then", {"site": SiteSettings}.get)
+
+
+def test_an_edition_by_the_runs_own_interval_bears_a_source_that_goes_by_arrival(load):
+    """What looks for other periods has nothing to find there, and is left out."""
+    today = load(source=BY_ARRIVAL, arrivals=ARRIVALS)
+    then = as_of(today, edition(today, period="interval"), "site_acme", {"site": SiteSettings}.get)
+    assert (then.settings.incremental, then.settings.columns.arrival) == ("interval", None)
+
+
+@pytest.mark.parametrize("grace", ["0m", "36h", "90m", "2d"])
+def test_a_span_of_time_is_kept_as_it_is_read(load, grace):
+    """The ledger keeps the section of the destination as JSON, from which an edition is read again."""
+    destination = load(source=SOURCE.replace("stream: calls", f"stream: calls, grace: {grace}")).destination
+    assert SiteSettings.model_validate(destination.model_dump(mode="json")) == destination

@@ -33,8 +33,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from usage_billing.errors import Misconfigured, NotApplied, Stale
+from usage_billing.ledger import editions, queries
 from usage_billing.ledger import engine as engines
-from usage_billing.ledger import queries
 from usage_billing.ledger.tables import (
     approval,
     compared_period,
@@ -48,6 +48,7 @@ from usage_billing.ledger.tables import (
     watermark,
 )
 from usage_billing.records import (
+    EVER,
     PASSES,
     PERSON_DECIDES,
     REFUSED_HERE,
@@ -57,6 +58,7 @@ from usage_billing.records import (
     Arrived,
     Decision,
     Delivery,
+    Edition,
     Extraction,
     Period,
     Reading,
@@ -134,32 +136,52 @@ class Ledger:
 
     # --- sources -----------------------------------------------------------------------------------------------------
 
-    def register(self, name: str, site: str, definition: Mapping[str, Any]) -> None:
-        """Remember what a source bills, or check that it still bills the same.
+    def register(
+        self,
+        name: str,
+        site: str,
+        definition: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+        since: datetime | None = None,
+    ) -> tuple[Edition, ...]:
+        """Remember what a source bills, or check that it still bills the same; return all its editions, in order.
+
+        `settings` are the whole section `destination`. From `since` on it may bill something else than before, if
+        nothing of then was compared: that makes a new edition, which ends the one before. One of which nothing was
+        compared yet is replaced by another.
 
         Raises:
             Misconfigured: an identity-bearing setting differs from the one under which usage was billed.
         """
-        found = json.dumps(definition, sort_keys=True)
+        wanted = editions.Wanted(name, site, definition, settings or {}, since)
         with self._writing() as connection:
-            known = connection.execute(select(source).where(source.c.name == name)).one_or_none()
-            if known is None:
-                row = {"name": name, "site": site, "definition": found, "registered_at": self._now(connection)}
-                statement = self._insert(source).values(row)
-                connection.execute(statement.on_conflict_do_nothing())
-                return
-        _raise_if_changed(known, site, found)
+            now = self._now(connection)
+            new = self._insert(source).values(name=name, registered_at=now)
+            connection.execute(new.on_conflict_do_nothing())
+            # While it is judged, and written, nothing may be compared.
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            return editions.write(connection, name, editions.judged(connection, wanted), now)
 
-    def agrees(self, name: str, site: str, definition: Mapping[str, Any]) -> None:
-        """Check that a source still bills the same, as `register` does, and write nothing.
+    def agrees(
+        self,
+        name: str,
+        site: str,
+        definition: Mapping[str, Any],
+        settings: Mapping[str, Any] | None = None,
+        since: datetime | None = None,
+    ) -> tuple[Edition, ...]:
+        """Judge a source as `register` does, write nothing, and return its editions as they would be.
 
         Raises:
             Misconfigured: as `register`.
         """
         with self._reading() as connection:
-            known = connection.execute(select(source).where(source.c.name == name)).one_or_none()
-        if known is not None:
-            _raise_if_changed(known, site, json.dumps(definition, sort_keys=True))
+            return editions.judged(connection, editions.Wanted(name, site, definition, settings or {}, since))
+
+    def editions(self, name: str) -> tuple[Edition, ...]:
+        """Return the editions of a source as they were registered, in order."""
+        with self._reading() as connection:
+            return editions.known(connection, name)
 
     def feed(
         self, name: str, site: str, reading: Reading, components: Iterable[str], shared_with: Sequence[str] = ()
@@ -258,9 +280,11 @@ class Ledger:
             return number
 
     def _take_up(self, connection: Connection, name: str, number: int, arrived: Arrived) -> None:
+        # A new edition may have begun since they were reckoned; while its row is locked, no other one does.
+        connection.execute(select(source).where(source.c.name == name).with_for_update())
         rows = [
             {"source": name, "period_start": period.start, "period_end": period.end, "extraction": number}
-            for period in arrived.periods
+            for period in editions.cut(editions.known(connection, name), arrived.periods)
         ]
         if rows:
             touch = self._insert(touched_period)
@@ -335,15 +359,18 @@ class Ledger:
 
     # --- comparing ---------------------------------------------------------------------------------------------------
 
-    def begin_comparison(self, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
-        """Declare that a reading is being compared for `periods`; earlier ones then send none.
+    def begin_comparison(
+        self, name: str, reading: Reading, periods: Sequence[Period], edition: int = 0
+    ) -> frozenset[Period]:
+        """Declare that a reading is being compared for `periods`, by an edition; earlier ones then send none.
 
         Return the periods for which a later one was compared: this one has no say about them. A reading without a
         number is a look of a dry run: it counts as the newest, and nothing is written down.
 
         Raises:
             Stale: those are all of them.
-            Misconfigured: a period overlaps another that was compared, so rows would be billed under both.
+            Misconfigured: a period overlaps another that was compared, so rows would be billed under both; or it is
+                billed by another edition meanwhile.
         """
         if not reading.extraction:
             with self._reading() as connection:
@@ -359,6 +386,7 @@ class Ledger:
         )
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
+            editions.raise_if_moved(connection, name, edition, periods)
             _raise_if_overlapping(connection, name, periods)
             stale = _stale(connection, name, reading, periods)
             if stale == frozenset(periods):
@@ -380,15 +408,20 @@ class Ledger:
             for row in rows:
                 connection.execute(queries.RECORD_OWED, row)
 
-    def usually_owed(self, name: str, before: datetime, most: int) -> list[Decimal]:
-        """Return what the last `most` usage periods that end by `before` owed in all, of those that owed anything."""
+    def usually_owed(self, name: str, before: datetime, most: int, since: datetime = EVER.start) -> list[Decimal]:
+        """Return what the last `most` usage periods from `since` to `before` owed in all, if they owed anything."""
+        if before <= since:
+            return []
         with self._reading() as connection:
-            return [Decimal(owed) for owed in connection.execute(queries.owed_before(name, before, most)).scalars()]
+            owed = connection.execute(queries.owed_in(name, Period(since, before), most)).scalars()
+            return [Decimal(quantity) for quantity in owed]
 
-    def compared_before(self, name: str, moment: datetime) -> Period | None:
-        """Return the last usage period of a source that was compared and ends by `moment`, None if there is none."""
+    def compared_before(self, name: str, moment: datetime, since: datetime = EVER.start) -> Period | None:
+        """Return the last compared usage period of a source from `since` to `moment`, None if there is none."""
+        if moment <= since:
+            return None
         with self._reading() as connection:
-            row = connection.execute(queries.compared_before(name, moment)).first()
+            row = connection.execute(queries.compared_in(name, Period(since, moment))).first()
         return None if row is None else Period(row.period_start, row.period_end)
 
     def standing(self, name: str, window: Window, low: str = "", high: str = "g") -> pd.DataFrame:
@@ -496,12 +529,12 @@ class Ledger:
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESERVED, binds).mappings()]
 
-    def resumable(self, name: str, limit: int, after: str = "") -> list[Delivery]:
-        """Return up to `limit` deliveries, by token, that stand and for which no run is needed.
+    def resumable(self, name: str, limit: int, after: str = "", span: Period = EVER) -> list[Delivery]:
+        """Return up to `limit` deliveries of a span, by token, that stand and for which no run is needed.
 
         They were sent and turned out not to be there, or a person released them.
         """
-        binds = {"of": name, "after": after, "most": limit}
+        binds = {"of": name, "after": after, "most": limit, "begin": span.start, "until": span.end}
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESUMABLE, binds).mappings()]
 
@@ -860,21 +893,6 @@ class Ledger:
         return True
 
 
-def _raise_if_changed(known: Any, site: str, definition: str) -> None:
-    before = {"site": known.site, **json.loads(known.definition)}
-    after = {"site": site, **json.loads(definition)}
-    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    if changed:
-        raise Misconfigured.all_at_once(
-            f"billing source {known.name!r} has history in the ledger, and its definition changed",
-            [
-                f"{key}: was {json.dumps(before.get(key))}, is now {json.dumps(after.get(key))}; "
-                "put it back, or bill the change as a new source whose bill_from is the day of the change"
-                for key in changed
-            ],
-        )
-
-
 def _why_not_fed(name: str, other: Any) -> str:
     return (
         f"component {other.component} of {other.site} is fed by source {other.source!r}: if {name!r} is its new name, "
@@ -965,8 +983,8 @@ def _why_undecidable(connection: Connection, row: Any, state: State, counted: De
     elif state is State.WRITTEN_OFF and _is_followed(connection, row):
         wrong = "a later revision has replaced it, and holds what is owed"
     elif counted is not None:
-        of = connection.execute(select(source).where(source.c.name == row.source)).one()
-        wrong = _why_miscounted(row, counted, of)
+        of = editions.at(connection, row.source, row.period_start)
+        wrong = _why_miscounted(row, counted, of.definition if of else {})
     return wrong
 
 
@@ -994,12 +1012,12 @@ def _why_unreleasable(row: Any) -> str:
     return ""
 
 
-def _why_miscounted(row: Any, counted: Decimal, of: Any) -> str:
+def _why_miscounted(row: Any, counted: Decimal, definition: Mapping[str, Any]) -> str:
     if not row.subscription and counted != Decimal(row.quantity):
         return f"a chunk of raw events counts whole ({row.quantity}) or not at all: which of them count is not known"
-    decimals = int(json.loads(of.definition).get("meter", {}).get("decimals", 0))
+    decimals = int(definition.get("meter", {}).get("decimals", 0))
     if not counted.is_finite() or counted != round(counted, decimals):
-        return f"{counted} is no quantity of {decimals} decimal places, in which {of.name!r} is measured"
+        return f"{counted} is no quantity of {decimals} decimal places, in which {row.source!r} is measured"
     return ""
 
 

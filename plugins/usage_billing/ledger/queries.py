@@ -102,17 +102,21 @@ def newer_comparisons(source: str, reading: Reading, span: Period) -> Select[Any
     return touching(source, span).where(read_as(compared_period) > given)
 
 
-def compared_before(source: str, moment: Any) -> Select[Any]:
-    """Select the last usage period of a source that was compared and ends by a moment."""
-    ours = select(compared_period).where(compared_period.c.source == source, compared_period.c.period_end <= moment)
-    return ours.order_by(compared_period.c.period_end.desc()).limit(1)
+def compared_in(source: str, span: Period) -> Select[Any]:
+    """Select the last usage period of a source that was compared and lies in a span."""
+    return select(compared_period).where(_lies_in(source, span)).order_by(compared_period.c.period_end.desc()).limit(1)
 
 
-def owed_before(source: str, moment: Any, most: int) -> Select[Any]:
-    """Select what the last usage periods of a source that end by a moment owed, where that is known and not nothing."""
+def owed_in(source: str, span: Period, most: int) -> Select[Any]:
+    """Select what the last usage periods of a source that lie in a span owed, where that is known and not nothing."""
     known = and_(compared_period.c.owed != "", compared_period.c.owed != "0")
-    ours = and_(compared_period.c.source == source, compared_period.c.period_end <= moment)
-    return select(compared_period.c.owed).where(ours, known).order_by(compared_period.c.period_end.desc()).limit(most)
+    owed = select(compared_period.c.owed).where(_lies_in(source, span), known)
+    return owed.order_by(compared_period.c.period_end.desc()).limit(most)
+
+
+def _lies_in(source: str, span: Period) -> ColumnElement[bool]:
+    inside = and_(compared_period.c.period_start >= span.start, compared_period.c.period_end <= span.end)
+    return and_(compared_period.c.source == source, inside)
 
 
 def take_off(source: str, reading: Reading, periods: Sequence[Period]) -> Delete:
@@ -207,6 +211,8 @@ RESUMABLE = (
         delivery.c.state == State.RESERVED,
         or_(delivery.c.sends > 0, delivery.c.released != ""),
         ~_OUTDATED,
+        delivery.c.period_start >= bindparam("begin", type_=UtcDateTime()),
+        delivery.c.period_end <= bindparam("until", type_=UtcDateTime()),
         delivery.c.token > bindparam("after"),
     )
     .order_by(delivery.c.token)

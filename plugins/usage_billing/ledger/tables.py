@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from usage_billing.records import Decision, State, check_aware
 
-SCHEMA_VERSION = "0007"
+SCHEMA_VERSION = "0008"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -67,10 +67,6 @@ source = Table(
     "source",
     metadata,
     Column("name", String(80), primary_key=True),
-    Column("site", String(255), nullable=False),
-    Column(
-        "definition", Text, nullable=False, comment="Identity-bearing settings as JSON; may not change under history."
-    ),
     Column("registered_at", UtcDateTime, nullable=False),
 )
 
@@ -81,6 +77,24 @@ fed_component = Table(
     Column("site", String(255), primary_key=True),
     Column("component", String(255), primary_key=True),
     Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+)
+
+_start = "From when on it is in force, until the next one; the first one of all: since ever."
+_whole = "The whole section `destination` as it was last; empty where nobody wrote that down."
+
+edition = Table(
+    "edition",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("source", String(80), ForeignKey("source.name"), nullable=False),
+    Column("effective_from", UtcDateTime, nullable=False, comment=_start),
+    Column("site", String(255), nullable=False),
+    Column("definition", Text, nullable=False, comment="Identity-bearing settings as JSON."),
+    Column("settings", Text, nullable=False, server_default="{}", comment=_whole),
+    Column("registered_at", UtcDateTime, nullable=False),
+    UniqueConstraint("source", "effective_from", name="edition_start"),
+    # A number stands for one definition for ever: a run that was read under it must notice that it was replaced.
+    sqlite_autoincrement=True,
 )
 
 lease = Table(

@@ -25,7 +25,7 @@ _READS_ONLY = frozenset(
     {
         "standing", "has", "reserved", "resumable", "released", "doubts", "in_the_air", "may_send", "accepted",
         "accepted_at", "open_items", "outdated", "validated_at", "extractions", "known", "holder_of", "watermark",
-        "touched",
+        "touched", "editions",
     }
 )  # fmt: skip
 

@@ -56,6 +56,7 @@ class MaxioEventsSettings(MaxioDestinationSettings):
     """
 
     free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"metric", "fed_by_others", "activation"}
+    of_the_component: ClassVar[frozenset[str]] = frozenset({"metric", "fed_by_others", "activation", "subscription_by"})
 
     name: Literal["maxio_events"]
     stream: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
@@ -78,9 +79,14 @@ class MaxioEventsSettings(MaxioDestinationSettings):
         return self
 
     def naming(self) -> dict[str, Any]:
-        """Return the keys that name what is billed; totals were named without their mode before there was another."""
+        """Return the keys that name what is billed.
+
+        Totals were named without their mode before there was another. They go by the subscription's number, whatever
+        their text calls it; of a raw event the text itself may not change.
+        """
         named = super().naming()
-        return named if self.mode == "events" else {key: value for key, value in named.items() if key != "mode"}
+        free = set() if self.mode == "events" else {"mode", "subscription_by"}
+        return {key: value for key, value in named.items() if key not in free}
 
 
 class MaxioEvents(MaxioDestination):
@@ -196,7 +202,8 @@ class MaxioEvents(MaxioDestination):
         account = json.loads(address)["account"]
         by = self.settings.subscription_by
         if by == "subscription_id":
-            return f',"subscription_id":{int(account)}}}'
+            # Of a delivery that was named by reference before, and whose account has no usage any more, none is sent.
+            return f',"subscription_id":{account if account.isdigit() else json.dumps(account)}}}'
         if by == "subscription_reference":
             return f',"subscription_reference":{json.dumps(account)}}}'
         return f"}},{json.dumps(by)}:{json.dumps(account)}"
@@ -286,7 +293,7 @@ class MaxioEvents(MaxioDestination):
         """
         earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
         targets = super().resolve(sorted({account for moments in earliest.values() for account in moments}))
-        today = {target.account: target for target in targets}
+        today = {one.account: self._named_otherwise(one) if one.unknown else one for one in targets}
         found: dict[str, datetime] = {}
         resting: dict[str, str] = {}
         opened: dict[str, datetime] = {}
@@ -302,6 +309,15 @@ class MaxioEvents(MaxioDestination):
             elif starts := [start for _, start, _ in spans if start is not None]:
                 opened[token] = max(starts)
         return found, resting, opened
+
+    def _named_otherwise(self, target: Target) -> Target:
+        """Return the target of an account by the other way of naming it, in which it may have been sent before."""
+        account = target.account
+        by_number = not self._by_id() and account.isascii() and account.isdigit()
+        found = self.client.subscription(int(account)) if by_number else None
+        if self._by_id():
+            found = self.client.subscription_by_reference(account)
+        return self._target(account, found, self._component, self._unusable) if found else target
 
     def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
         """Return the time of each account's earliest event."""

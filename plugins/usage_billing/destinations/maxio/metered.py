@@ -50,7 +50,7 @@ class MaxioMeteredSettings(MaxioDestinationSettings):
     that names its usage period, or held, or refused.
     """
 
-    free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"memo"}
+    free: ClassVar[frozenset[str]] = MaxioDestinationSettings.free | {"memo", "subscription_by"}
 
     name: Literal["maxio_metered"]
     subscription_by: Literal["id", "reference"]
