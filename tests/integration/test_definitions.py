@@ -566,6 +566,28 @@ def test_looking_back_ends_where_the_definition_begins(place: Place, caplog: pyt
     assert place.billed() == 5 + 2 + 1
 
 
+def test_a_ledger_that_was_lost_adopts_each_side_by_its_own_definition(place: Place) -> None:
+    """With the new one alone nobody knows how it was before, and nothing is adopted or sent under a wrong name."""
+    changed(place)
+    place.define(dimensions=["region"], effective_from="2026-10-06")
+    place.run("10-06", "10-07")
+    installation.ledger().close()
+    installation._ledger.cache_clear()
+    for file in place.folder.glob("ledger.sqlite*"):
+        file.unlink()
+    Ledger.create(installation.ledger_url())
+    adopt = ["ledger", "adopt", "calls", "--from"]
+    assert main([*adopt, "2026-10-05", "--to", "2026-10-06"]) == 1
+    place.define()
+    assert main([*adopt, "2026-10-05", "--to", "2026-10-06", "--leave-unmatched"]) == 0
+    place.define(dimensions=["region"], effective_from="2026-10-06")
+    assert main([*adopt, "2026-10-05", "--to", "2026-10-07"]) == 1
+    assert main([*adopt, "2026-10-06", "--to", "2026-10-07"]) == 0
+    for start, end in (("10-05", "10-06"), ("10-06", "10-07")):
+        place.run(start, end)
+    assert (place.billed(), place.writes()) == (10, 2)
+
+
 # --- arrivals --------------------------------------------------------------------------------------------------------
 
 
