@@ -787,3 +787,19 @@ def test_external_keys(telco: Telco, switches: dict[str, str], keys: list[str], 
     for key in keys:
         telco.use(1, external_key=key)
     assert telco.total() == billed
+
+
+def test_a_subscription_takes_another_reference_and_another_one_its_old_one(acme: Acme) -> None:
+    """From then on the name leads elsewhere; what was used stays with the subscription. No two bear one name."""
+
+    def rename(number: int, reference: str) -> int:
+        return acme.ask("PUT", f"/subscriptions/{number}.json", {"subscription": {"reference": reference}}).status
+
+    acme.use(5, "a")
+    assert rename(502, "a") == 422
+    assert rename(501, "old") == 200
+    assert rename(502, "a") == 200
+    assert acme.ask("PUT", "/subscriptions/501.json", {"subscription": {"state": "canceled"}}).status == 422
+    acme.use(7, "a")
+    found = {row.subscription: (row.reference, row.stored) for row in acme.sandbox.billed(acme.site)}
+    assert found == {"501": ("old", 5), "502": ("a", 7)}

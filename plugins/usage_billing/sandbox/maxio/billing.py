@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from usage_billing.sandbox.billing import ZERO, Account, InvoiceLine, StoredTotal
+from usage_billing.sandbox.billing import ZERO, Account, InvoiceLine, StoredTotal, all_accounts
 from usage_billing.sandbox.books import LIVE_STATES, Books, Row
 from usage_billing.sandbox.clock import from_micros
 from usage_billing.sandbox.switches import SwitchBoard
@@ -296,7 +296,9 @@ class MaxioBiller:
         )
 
     def _sum(self, rows: Iterable[tuple[int | None, str, int, str]]) -> Iterable[StoredTotal]:
+        # One that was purged is known by its first name still.
         references = {s.id: s.reference or "" for s in self.world.subscriptions}
+        references |= {account.id: account.reference or "" for account in all_accounts(self.books, self._site)}
         sums: dict[tuple[int | None, str, int], tuple[Decimal, int]] = {}
         for number, subscriber, component, value in rows:
             key = (number, subscriber, component)

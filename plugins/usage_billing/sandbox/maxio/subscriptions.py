@@ -28,6 +28,7 @@ class Subscriptions:
         self.routes = (
             Route("GET", "/subscriptions/lookup", "lookup_subscription", self.lookup_subscription),
             Route("GET", one, "read_subscription", self.read_subscription),
+            Route("PUT", one, "update_subscription", self.update_subscription, writing=True),
             Route("DELETE", one, "cancel_subscription", self.cancel_subscription, writing=True),
             Route("POST", f"{one}/purge", "purge_subscription", self.purge_subscription, writing=True),
             Route("GET", "/subscriptions", "list_subscriptions", self.list_subscriptions),
@@ -48,6 +49,21 @@ class Subscriptions:
         if account is None:
             raise NotFound
         return json_reply(self.site.views.subscription(account))
+
+    def update_subscription(self, call: Call, subscription: str) -> Response:
+        """`PUT /subscriptions/{id}.json`: gives it another reference, which is all that this site lets one change."""
+        account = self.site.account(subscription)
+        wanted = body_object(call).get("subscription")
+        if not isinstance(wanted, dict) or wanted.keys() != {"reference"}:
+            raise Unprocessable("subscription: must hold its reference, and nothing else.")
+        other = find_by_reference(self.site.books, self.site.world.site, str(wanted["reference"]))
+        if other is not None and other.id != account.id:
+            raise Unprocessable("Reference: must be unique - that value has been taken.")
+        self.site.books.write(
+            "UPDATE account SET reference = ? WHERE site = ? AND id = ?",
+            *(str(wanted["reference"]), self.site.world.site, account.id),
+        )
+        return json_reply(self.site.views.subscription(self.site.account(subscription)))
 
     def cancel_subscription(self, call: Call, subscription: str) -> Response:
         """`DELETE /subscriptions/{id}.json`: ends it at once; what was used and not billed yet is billed no more."""
