@@ -106,6 +106,11 @@ WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws
 """The reason of a negative difference that waits for its run's quarantined rows, whatever else speaks against it."""
 
 
+MOVED = "moved: "
+"""How the reason of a difference begins that waits since its account leads to another subscription than it did: for a
+person's choice or, once they chose `move`, for the credit of the former subscription."""
+
+
 UNAPPROVED = "not approved: "
 """How the reason of a delivery begins that a person was asked about, and did not approve. Each plan asks again."""
 
@@ -131,6 +136,15 @@ class Decision(StrEnum):
     APPROVED = "approved"
     REJECTED = "rejected"
     TIMED_OUT = "timed_out"
+
+
+class Choice(StrEnum):
+    """What a person chose for the usage that was billed before its account led to another subscription."""
+
+    MOVE = "move"
+    """It goes to the new one: the former one is credited first."""
+    FROM_NOW = "from_now"
+    """It stays with the former one, and later usage goes to the new one."""
 
 
 class State(StrEnum):
@@ -395,7 +409,8 @@ class SiteTotal:
 class Comparison:
     """What a plan compares: the totals of one reading, for whole usage periods of one source, which may leave gaps.
 
-    `events` are the accepted rows themselves; only a source that is billed by raw events needs them.
+    `events` are the accepted rows themselves; only a source that is billed by raw events needs them. `moves` are the
+    accounts that lead elsewhere than they did, as the totals were counted by them (see `moves.placed`).
     """
 
     reading: Reading
@@ -405,6 +420,7 @@ class Comparison:
     rows_accepted: int
     rows_quarantined: int
     events: Staged | None = None
+    moves: Staged | None = None
 
     @property
     def window(self) -> Period:
@@ -418,7 +434,8 @@ class Tally:
 
     `partial` counts those of which only a part may go now: what is left is planned again once that part has landed.
     `released` counts those that the ledger lists as held or refused, and that may go by now; `refused` those that the
-    source itself refuses.
+    source itself refuses. `follows` counts those that wait for a credit elsewhere, and `moved` is what decided moves
+    take away and add in all: what one subscription loses and another gets is not withdrawn.
     """
 
     new: int = 0
@@ -435,6 +452,8 @@ class Tally:
     settled: int = 0
     negative: int = 0
     events: int = 0
+    follows: int = 0
+    moved: int = 0
 
     @property
     def unsettled(self) -> int:

@@ -23,7 +23,19 @@ from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Lease, Ledger, Reserved
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
-from usage_billing.records import EVER, PERSON_DECIDES, WITHHELD, Arrived, Decision, Period, Reading, Receipt, State
+from usage_billing.records import (
+    EVER,
+    MOVED,
+    PERSON_DECIDES,
+    WITHHELD,
+    Arrived,
+    Choice,
+    Decision,
+    Period,
+    Reading,
+    Receipt,
+    State,
+)
 from usage_billing.uniqueness import identity, uniqueness_token
 
 DAY = Period(datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 10, 2, tzinfo=UTC))
@@ -884,3 +896,108 @@ def test_the_list_may_have_hundreds_of_gaps(world: SimpleNamespace) -> None:
     world.ledger.begin_comparison("calls", reading, hours)
     assert world.ledger.standing("calls", hours).empty
     assert world.ledger.take_off("calls", reading, hours) == 400
+
+
+# --- where accounts lead ----------------------------------------------------------------------------------------------
+
+
+def targets(led: dict[str, str]) -> pd.DataFrame:
+    """Return where accounts lead."""
+    rows = [
+        {"account": account, "subscription": subscription, "component": "1", "price_point": "", "address": "{}"}
+        for account, subscription in led.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def led(world: SimpleNamespace, **more: object) -> list[tuple[str, str, datetime | None, str]]:
+    """Return the places of accounts that moved."""
+    rows = world.ledger.placements("calls", **more)
+    moments = [None if pd.isna(since) else since for since in rows["since"]]
+    return list(zip(rows["account"], rows["subscription"], moments, rows["decision"], strict=True))
+
+
+def test_an_account_is_placed_once_and_again_where_it_leads_elsewhere(world: SimpleNamespace) -> None:
+    """What is known is not written again; a move counts from the end of the last compared period on."""
+    first = targets({"a": "1", "b": "1", "c": "2"})
+    assert world.ledger.displaced("calls", first)["since"].tolist() == [None] * 3
+    world.ledger.place("calls", first, world.clock.now)
+    assert world.ledger.displaced("calls", first).empty
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    second = targets({"a": "2", "b": "1", "d": "1"})
+    found = world.ledger.displaced("calls", second)
+    assert dict(zip(found["account"], found["since"], strict=True)) == {"a": DAY.end, "d": None}
+    assert led(world) == []
+    world.ledger.place("calls", second, world.clock.now)
+    assert led(world) == [("a", "1", None, ""), ("a", "2", DAY.end, "")]
+    assert len(led(world, also=["a", "d"])) == 3
+    world.ledger.place("calls", second, world.clock.now)
+    assert len(led(world)) == 2
+
+
+def test_a_move_before_anything_was_compared_moves_nothing(world: SimpleNamespace) -> None:
+    """No usage period lies before it."""
+    for subscription in "12":
+        world.ledger.place("calls", targets({"a": subscription}), world.clock.now)
+    assert [since for *_, since, _ in led(world)] == [None, datetime(1970, 1, 1, tzinfo=UTC)]
+
+
+def test_a_look_up_that_began_earlier_places_nothing_over_a_later_one(world: SimpleNamespace) -> None:
+    """A worker that slept between the answer and this line is told to look again."""
+    world.ledger.place("calls", targets({"a": "1"}), world.clock.now)
+    world.ledger.place("calls", targets({"a": "2"}), world.clock.now + 2 * MINUTE)
+    with pytest.raises(NotApplied, match="looked up by another run"):
+        world.ledger.place("calls", targets({"a": "1", "b": "1"}), world.clock.now + MINUTE)
+    assert [subscription for _, subscription, *_ in led(world, also=["b"])] == ["1", "2"]
+
+
+def test_two_runs_that_see_the_same_at_once_place_it_once(world: SimpleNamespace) -> None:
+    """Both found the accounts unknown; one of them writes."""
+    other = Ledger.connect(world.url, clock=lambda: world.clock.now)
+    many = targets({f"{number:04d}": "1" for number in range(1200)})
+    threads = [
+        threading.Thread(target=ledger.place, args=("calls", many, world.clock.now)) for ledger in (world.ledger, other)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    other.close()
+    assert len(led(world, also=many["account"].tolist())) == 1200
+
+
+def test_a_choice_is_kept_with_who_and_why_and_stands(world: SimpleNamespace) -> None:
+    """It is about all that is open of an account; the same again is no other, and another one is refused."""
+    with pytest.raises(Misconfigured, match="was never seen"):
+        world.ledger.decide_move("calls", "a", Choice.MOVE, "vera", "so it is")
+    world.ledger.place("calls", targets({"a": "1"}), world.clock.now)
+    with pytest.raises(Misconfigured, match="only ever led to subscription 1"):
+        world.ledger.decide_move("calls", "a", Choice.MOVE, "vera", "so it is")
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    for subscription in "23":
+        world.ledger.place("calls", targets({"a": subscription}), world.clock.now)
+    assert world.ledger.decide_move("calls", "a", Choice.MOVE, "vera", "so it is")
+    assert not world.ledger.decide_move("calls", "a", Choice.MOVE, "otto", "so it is")
+    with pytest.raises(Misconfigured, match="move was chosen by vera on 2026-10-05"):
+        world.ledger.decide_move("calls", "a", Choice.FROM_NOW, "otto", "no")
+    rows = world.ledger.placements("calls")
+    assert rows["decision"].tolist() == ["", "move", "move"]
+    assert rows[["decided_by", "note"]].iloc[-1].tolist() == ["vera", "so it is"]
+    world.ledger.place("calls", targets({"a": "1"}), world.clock.now)
+    assert world.ledger.decide_move("calls", "a", Choice.FROM_NOW, "otto", "another one")
+    assert world.ledger.placements("calls")["decision"].tolist() == ["", "move", "move", "from_now"]
+
+
+def test_what_is_held_since_it_moved_is_summed_by_its_place_and_not_released(world: SimpleNamespace) -> None:
+    """It is for `usage-billing ledger move`; a sweep takes none of it, not even what was released before."""
+    reading = extraction(world)
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    held = proposals({"1": "-5", "2": "5"}, state=State.HELD, reason=f"{MOVED}elsewhere", released="vera let it go")
+    world.ledger.reserve("calls", "maxio:us:acme", reading, held)
+    assert world.ledger.held_for_moves("calls") == {
+        ("1", "1", "", DAY.start): Decimal(-5),
+        ("2", "1", "", DAY.start): Decimal(5),
+    }
+    assert world.ledger.released("calls").empty
+    with pytest.raises(Misconfigured, match="ledger moves"):
+        world.ledger.decide(held["token"].tolist(), State.HELD, "vera")

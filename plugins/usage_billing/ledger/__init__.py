@@ -43,12 +43,14 @@ from usage_billing.ledger.tables import (
     fed_component,
     lease,
     ledger,
+    placement,
     source,
     touched_period,
     watermark,
 )
 from usage_billing.records import (
     EVER,
+    MOVED,
     PASSES,
     PERSON_DECIDES,
     REFUSED_HERE,
@@ -56,6 +58,7 @@ from usage_billing.records import (
     WITHHELD,
     Approval,
     Arrived,
+    Choice,
     Decision,
     Delivery,
     Edition,
@@ -80,6 +83,9 @@ _DECISIONS: Mapping[State, tuple[State, ...]] = {
 ADOPTED = "adopted on "
 """How the reason of each adopted delivery begins. One that is held with it waits for a person, whatever the warehouse
 says by then: the site may have it, and nobody can ask."""
+
+_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
+"""Before all usage: since then an account leads elsewhere that did so before anything was compared."""
 
 _BATCH = 500
 """How many values go into one IN list: SQLite and PostgreSQL both take more, plans stay readable with this."""
@@ -440,6 +446,91 @@ class Ledger:
         )
         with self._reading() as connection:
             return connection.execute(statement).first() is not None
+
+    # --- placing -----------------------------------------------------------------------------------------------------
+
+    def displaced(self, name: str, targets: pd.DataFrame) -> pd.DataFrame:
+        """Return those of `targets` of which the account last led elsewhere, or was never seen.
+
+        Columns as `targets`: account, subscription, component, price_point and address; and ``since``, from which usage
+        period on it leads there: after the last one that was compared, or None for an account that was never seen.
+        """
+        with self._reading() as connection:
+            return self._displaced(connection, name, targets)[[*targets.columns, "since"]]
+
+    def place(self, name: str, targets: pd.DataFrame, looked_up_at: datetime) -> None:
+        """Write down where accounts lead by now (columns of `displaced`), each that was never seen or led elsewhere.
+
+        `looked_up_at` is when they began to be looked up, by the ledger's time.
+
+        Raises:
+            NotApplied: of some of them a later look-up saw another place; nothing was written down.
+        """
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            found = self._displaced(connection, name, targets)
+            later = found.loc[found["seen_at"] > pd.Timestamp(looked_up_at), "account"]
+            if len(later):
+                raise NotApplied(
+                    f"{len(later)} accounts of {name!r} (such as {later.iloc[0]!r}) were looked up by another run "
+                    "meanwhile, and lead elsewhere; validate again"
+                )
+            if len(found):
+                rows = found.assign(source=name, seen_at=looked_up_at).astype(object).to_dict("records")
+                connection.execute(insert(placement), rows)  # type: ignore[arg-type]
+
+    def _displaced(self, connection: Connection, name: str, targets: pd.DataFrame) -> pd.DataFrame:
+        """Return `displaced` and ``seen_at``: when the place was seen that an account led to last."""
+        place = ["subscription", "component", "price_point"]
+        seen = [
+            self._frame_of(connection, queries.placements(name, some))[["account", *place, "seen_at"]]
+            for some in _batches(targets["account"].tolist())
+        ]
+        if not seen:
+            return targets.reindex(columns=[*targets.columns, "since", "seen_at"])
+        last = pd.concat(seen, ignore_index=True).drop_duplicates("account", keep="last")
+        last["seen_at"] = pd.to_datetime(last["seen_at"], utc=True)
+        both = targets.merge(last, on="account", how="left", suffixes=("", "_was"))
+        elsewhere = pd.concat([both[word] != both[f"{word}_was"] for word in place], axis="columns").any(axis="columns")
+        found = both[elsewhere]
+        known = found["seen_at"].notna()
+        since = connection.execute(queries.last_compared(name)).scalar() if known.any() else None
+        moments = [(since or _BEGINNING) if seen_before else None for seen_before in known]
+        return found[[*targets.columns, "seen_at"]].assign(since=pd.Series(moments, found.index, dtype=object))
+
+    def placements(self, name: str, also: Sequence[str] = ()) -> pd.DataFrame:
+        """Return every place of the accounts that moved, and of those `also` named, by account, in order.
+
+        Columns are those of the table.
+        """
+        parts = [self._frame(queries.placements(name, queries.moved(name)))]
+        parts += [self._frame(queries.placements(name, some)) for some in _batches(also)]
+        whole = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+        return whole.drop_duplicates("number").sort_values(["account", "number"], ignore_index=True)
+
+    def decide_move(self, name: str, account: str, choice: Choice, by: str, note: str) -> bool:
+        """Write down what a person chose for what an account used before it moved; False if that stood already.
+
+        Raises:
+            Misconfigured: the account has not moved, or something else was chosen before.
+        """
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            rows = connection.execute(queries.placements(name, [account])).all()
+            moved = [row for row in rows if row.since is not None]
+            if not moved:
+                seen = f"only ever led to subscription {rows[-1].subscription}" if rows else "was never seen"
+                raise Misconfigured(f"account {account!r} of {name!r} {seen}: there is no move to decide")
+            open_ones = [row.number for row in moved if not row.decision]
+            last = moved[-1]
+            if not open_ones and last.decision != choice:
+                raise Misconfigured(
+                    f"account {account!r} of {name!r}: {last.decision} was chosen by {last.decided_by} on "
+                    f"{last.decided_at:%Y-%m-%d}, and it stands: what was done by it is not undone"
+                )
+            values = {"decision": choice, "decided_by": by, "note": note, "decided_at": self._now(connection)}
+            connection.execute(update(placement).where(placement.c.number.in_(open_ones)).values(values))
+            return bool(open_ones)
 
     # --- approving ---------------------------------------------------------------------------------------------------
 
@@ -838,6 +929,18 @@ class Ledger:
         statement = select(delivery).where(queries.in_window(name, window), delivery.c.state.in_(states))
         return self._frame(statement.order_by(delivery.c.state, delivery.c.identity))
 
+    def held_for_moves(self, name: str) -> dict[tuple[str, str, str, datetime], Decimal]:
+        """Return what is held since its account moved, by subscription, component, price point and period start."""
+        names = ("subscription", "component", "price_point", "period_start")
+        columns = [*(delivery.c[word] for word in names), delivery.c.quantity]
+        ours = delivery.c.source == name, delivery.c.state == State.HELD
+        statement = select(*columns).where(*ours, delivery.c.reason.startswith(MOVED, autoescape=True))
+        sums: dict[tuple[str, str, str, datetime], Decimal] = {}
+        with self._reading() as connection:
+            for *key, quantity in connection.execute(statement):
+                sums[tuple(key)] = sums.get(tuple(key), Decimal(0)) + Decimal(quantity)
+        return sums
+
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _now(self, connection: Connection) -> datetime:
@@ -1004,6 +1107,11 @@ def _why_unreleasable(row: Any) -> str:
         return "it was not approved, and its source asks for approvals: clear the plan of its run, which asks again"
     if row.reason.startswith(WITHHELD):
         return f"{WITHHELD}: mend the rows, and the next run of its period judges it anew"
+    if row.reason.startswith(MOVED):
+        return (
+            "it waits for what is decided about its account, and for no release: see `usage-billing ledger moves`; the "
+            "next run of its period judges it anew"
+        )
     if not row.subscription:
         return (
             "raw events are not released by name: with late_usage: now a run of their periods sends what came late; "

@@ -19,6 +19,7 @@ from sqlalchemy import (
     delete,
     exists,
     false,
+    func,
     not_,
     or_,
     select,
@@ -34,9 +35,10 @@ from usage_billing.ledger.tables import (
     delivery,
     fed_component,
     lease,
+    placement,
     touched_period,
 )
-from usage_billing.records import WITHHELD, Decision, Period, Reading, State, Window, joined
+from usage_billing.records import MOVED, WITHHELD, Decision, Period, Reading, State, Window, joined
 
 
 def alive(now: Any) -> ColumnElement[bool]:
@@ -117,6 +119,22 @@ def owed_in(source: str, span: Period, most: int) -> Select[Any]:
 def _lies_in(source: str, span: Period) -> ColumnElement[bool]:
     inside = and_(compared_period.c.period_start >= span.start, compared_period.c.period_end <= span.end)
     return and_(compared_period.c.source == source, inside)
+
+
+def last_compared(source: str) -> Select[Any]:
+    """Select when the last usage period of a source ends that was compared."""
+    return select(func.max(compared_period.c.period_end)).where(compared_period.c.source == source)
+
+
+def placements(source: str, accounts: Any) -> Select[Any]:
+    """Select all places of some accounts, a list or a query of them, each account's in the order of their time."""
+    ours = select(placement).where(placement.c.source == source, placement.c.account.in_(accounts))
+    return ours.order_by(placement.c.account, placement.c.number)
+
+
+def moved(source: str) -> Select[Any]:
+    """Select the accounts that were seen to lead elsewhere than before."""
+    return select(placement.c.account).where(placement.c.source == source, placement.c.since.is_not(None))
 
 
 def take_off(source: str, reading: Reading, periods: Sequence[Period]) -> Delete:
@@ -219,11 +237,13 @@ RESUMABLE = (
     .limit(bindparam("most"))
 )
 
-# Held, and let go by a person: the newest reading still owes just this. What quarantine withholds waits for it.
+# Held, and let go by a person: the newest reading still owes just this. What quarantine withholds waits for it, and
+# what moved for its own decision.
 _RELEASED = and_(
     delivery.c.state == State.HELD,
     delivery.c.released != "",
     not_(delivery.c.reason.startswith(WITHHELD, autoescape=True)),
+    not_(delivery.c.reason.startswith(MOVED, autoescape=True)),
     ~_OUTDATED,
 )
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
     text,
 )
 
-from usage_billing.records import Decision, State, check_aware
+from usage_billing.records import Choice, Decision, State, check_aware
 
 SCHEMA_VERSION = "0008"
 VERSION_TABLE = "usage_ledger_version"
@@ -189,6 +189,35 @@ touched_period = Table(
         "extraction", Integer, ForeignKey("extraction.number"), nullable=False, comment="Which last saw it touched."
     ),
 )
+
+_choices = ", ".join(f"'{choice}'" for choice in ("", *Choice))
+
+# Where each account was seen to lead, one row for each time that it led elsewhere than before.
+placement = Table(
+    "placement",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("source", String(80), ForeignKey("source.name"), nullable=False),
+    Column("account", Text, nullable=False),
+    Column("subscription", Text, nullable=False),
+    Column("component", Text, nullable=False),
+    Column("price_point", Text, nullable=False),
+    Column("address", Text, nullable=False, comment="How a request reached it when it was first seen."),
+    Column("since", UtcDateTime, comment="From which usage period on; empty where it was never seen before."),
+    Column("seen_at", UtcDateTime, nullable=False, comment="When the look-up began that saw it first."),
+    Column(
+        "decision", String(16), nullable=False, server_default="", comment="About what was used before; empty: none."
+    ),
+    Column("decided_by", Text, nullable=False, server_default=""),
+    Column("note", Text, nullable=False, server_default=""),
+    Column("decided_at", UtcDateTime),
+    CheckConstraint(f"decision IN ({_choices})", name="placement_decision"),
+    sqlite_autoincrement=True,
+)
+Index("placement_by_account", placement.c.source, placement.c.account, placement.c.number)
+# Few accounts ever move, and each run asks which.
+_moved = text("since IS NOT NULL")
+Index("placement_moved", placement.c.source, placement.c.since, sqlite_where=_moved, postgresql_where=_moved)
 
 _states = ", ".join(f"'{state}'" for state in State)
 _open_states = text("state IN ({})".format(", ".join(f"'{state}'" for state in OPEN_STATES)))
