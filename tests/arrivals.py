@@ -19,6 +19,7 @@ from usage_billing.deliver import Delivered, Manners
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSite, ChargeOverUsage
 from usage_billing.ledger import Ledger
+from usage_billing.moves import placed
 from usage_billing.records import Comparison, Period, Tally
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, Columns
@@ -188,12 +189,13 @@ class ArrivalHouse(House):
             return taken, None
         began = ledger.now()
         found = validate(taken.events, source, taken.periods, destination.resolve, self.staging, taken.folder)
-        aside = found.quarantined
+        moves = placed(found.targets, source.name, began, ledger, self.staging, taken.folder)
+        found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(taken.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         totals = aggregate(
-            found.accepted, found.targets, source, destination.site, taken.periods, self.staging, taken.folder
+            found.accepted, found.targets, source, destination.site, taken.periods, self.staging, taken.folder, moves
         )
-        rows = (found.accepted.rows, aside.rows, found.accepted)
+        rows = (found.accepted.rows, aside.rows, found.accepted, moves)
         return taken, Comparison(reading, taken.periods, totals, found.targets, *rows)
 
     def settle(

@@ -21,6 +21,7 @@ from usage_billing.destinations.http import Transport
 from usage_billing.destinations.maxio import MaxioEvents, MaxioMetered, MaxioSettings, MaxioSite
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
+from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.reconcile import Reconciliation, reconcile
 from usage_billing.records import Comparison, Period, Plan, Reading
@@ -145,19 +146,24 @@ class House:
         self.ledger.record_read(number, extracted.rows)
         began = self.ledger.now()
         found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder)
-        totals = aggregate(found.accepted, found.targets, source, destination.site, periods, self.staging, folder)
+        moves = placed(found.targets, source.name, began, self.ledger, self.staging, folder)
+        found = replace(found, moves=moves)
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
+        totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, folder, moves)
         reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
-        return Comparison(reading, periods, totals, targets, accepted.rows, found.quarantined.rows, accepted), folder
+        return Comparison(reading, periods, totals, targets, accepted.rows, aside.rows, accepted, moves), folder
 
     def looked(self, source: BillingSource, interval: Period, events: Iterable[Event]) -> Comparison:
         """Validate and aggregate for a look: without a number, and without a word to the ledger."""
         destination, periods = self.destination(source), source.periods(interval)
         extracted = self.staging.write("looked", "events", [as_table(source, list(events))])
         found = validate(extracted, source, periods, destination.resolve, self.staging, "looked")
-        accepted, targets = found.accepted, found.targets
-        totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, "looked")
-        return Comparison(Reading(0), periods, totals, targets, accepted.rows, found.quarantined.rows, accepted)
+        accepted, targets, aside = found.accepted, found.targets, found.quarantined
+        looked_up_at = self.ledger.now()
+        looked = (targets, source.name, looked_up_at, self.ledger, self.staging, "looked")
+        moves = placed(*looked, look_only=True)
+        totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, "looked", moves)
+        return Comparison(Reading(0), periods, totals, targets, accepted.rows, aside.rows, accepted, moves)
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
         """Plan what was compared."""

@@ -263,6 +263,14 @@ ELSEWHERE = {
         "tests/integration/test_late_usage.py",
         "test_what_is_held_is_listed_and_released_by_name",
     ),
+    "usage-billing ledger moves --source api_calls": (
+        "tests/integration/test_moved_accounts.py",
+        "test_what_is_to_decide_is_listed_and_decided_by_name",
+    ),
+    'usage-billing ledger move api_calls acct-0001 --choose from_now --because "the contract changed on the 6th"': (
+        "tests/integration/test_moved_accounts.py",
+        "test_what_is_to_decide_is_listed_and_decided_by_name",
+    ),
     "usage-billing ledger list api_calls --state held": (
         "tests/integration/test_late_usage.py",
         "test_what_is_held_is_listed_and_released_by_name",

@@ -13,10 +13,10 @@ from typing import cast
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from usage_billing import quantities
 from usage_billing.errors import Misconfigured
+from usage_billing.moves import Moves, Places
 from usage_billing.periods import locate
 from usage_billing.records import Period, Staged
 from usage_billing.sources import BillingSource, Meter
@@ -35,13 +35,17 @@ def aggregate(
     periods: Sequence[Period],
     staging: Staging,
     folder: str,
+    moves: Staged | None = None,
 ) -> Staged:
     """Stage the usage totals of `accepted` below `folder`, sorted by identity throughout all parts.
 
-    Columns: ``identity`` (64 hexadecimal characters), ``account`` (the smallest that adds to it), ``subscription``,
-    ``component``, ``price_point``, ``address`` and ``open_from`` (that account's), ``dimensions`` (canonical JSON
-    text), ``period_start``, ``period_end`` (UTC), ``events``, ``quantity`` (``decimal128(38, decimals)``). Parts hold
-    at most ``batch_rows`` rows; a part's first and last rows are its lowest and highest identities.
+    What an account used before it moved counts as `moves` say (see `moves.placed`).
+
+    Columns: ``identity`` (64 hexadecimal characters), ``account`` (the smallest that adds to it, one that leads there
+    today before one that did), ``subscription``, ``component``, ``price_point``, ``address`` and ``open_from`` (that
+    account's), ``dimensions`` (canonical JSON text), ``period_start``, ``period_end`` (UTC), ``events``, ``quantity``
+    (``decimal128(38, decimals)``). Parts hold at most ``batch_rows`` rows; a part's first and last rows are its lowest
+    and highest identities.
 
     Memory holds the targets and about ``batch_rows`` rows of partial results.
 
@@ -50,7 +54,8 @@ def aggregate(
         OverflowError: a total has more than 38 digits.
     """
     settings = source.settings
-    grouping = _Grouping(source, site, periods, pa.concat_tables(staging.read(targets)))
+    places = Places(pa.concat_tables(staging.read(targets)), periods, Moves.staged(source.name, moves, staging))
+    grouping = _Grouping(source, site, periods, places)
     reduction = _Reduction(settings.meter)
     partial = (grouping.identified(reduction, part) for part in staging.read(accepted))
     ranges = min(-(-accepted.rows // settings.batch_rows), _MAX_RANGES) or 1
@@ -130,12 +135,12 @@ class _Reduction:
 class _Grouping:
     """The words of a usage total: what its identity is made of, where it is billed, which period it covers."""
 
-    def __init__(self, source: BillingSource, site: str, periods: Sequence[Period], targets: pa.Table) -> None:
+    def __init__(self, source: BillingSource, site: str, periods: Sequence[Period], places: Places) -> None:
         self._source = source
         self._site = site
         self._periods = periods
-        # Sorted, so that the smallest account has the smallest number.
-        self._targets = targets.sort_by("account")
+        self._places = places
+        self._targets = places.targets
         names = self._targets.select(["subscription", "component", "price_point"]).to_pandas()
         self._key = names.groupby(list(names), sort=False).ngroup().to_numpy()
         self._words = list(names.drop_duplicates().itertuples(index=False, name=None))
@@ -149,8 +154,8 @@ class _Grouping:
         Raises:
             Misconfigured: a row has no target or no period.
         """
-        account = _position(part.column("account"), self._targets.column("account"))
         period = locate(part.column("time").to_numpy(), self._periods)
+        account = self._places.of(part.column("account"), period)
         if (account < 0).any() or (period < 0).any():
             raise Misconfigured(
                 "aggregate: an accepted row has no target or no usage period; clear the run from extract on"
@@ -218,12 +223,6 @@ def _codes(column: pa.ChunkedArray) -> np.ndarray:
         return np.zeros(0, dtype="int64")
     codes: np.ndarray = encoded.indices.to_numpy().astype("int64")
     return codes
-
-
-def _position(column: pa.ChunkedArray, known: pa.ChunkedArray) -> np.ndarray:
-    """Return where each value stands in `known`, -1 where it does not."""
-    positions: np.ndarray = pc.fill_null(pc.index_in(column, value_set=known), -1).to_numpy().astype("int64")
-    return positions
 
 
 def _folded(left: np.ndarray, right: np.ndarray) -> np.ndarray:

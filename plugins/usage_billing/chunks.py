@@ -26,8 +26,9 @@ from usage_billing.archive import EVENTS, Archived
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.ledger import Ledger, bases
+from usage_billing.moves import Moves, Places
 from usage_billing.periods import locate
-from usage_billing.records import REFUSED_HERE, UNAPPROVED, Comparison, Period, Plan, Reading, State, Tally
+from usage_billing.records import MOVED, REFUSED_HERE, UNAPPROVED, Comparison, Period, Plan, Reading, State, Tally
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import event_tokens, identity, uniqueness_token
 
@@ -37,15 +38,16 @@ _SHARE_AFTER_REFUSAL = 10
 _MAX_RANGES = 256
 _EXAMPLES = 3
 
-_GOES, _CLOSED, _UNKNOWN, _REFUSES = range(4)
+_GOES, _CLOSED, _UNKNOWN, _REFUSES, _MOVED = range(5)
 _WHY_CLOSED = "its billing period is closed: the site would take the events and never bill them"
 _WHY_HELD = (
     "",
     _WHY_CLOSED,
     "the open billing period of its accounts is not known",
     f"{REFUSED_HERE}{_WHY_CLOSED}",
+    f"{MOVED}its accounts lead elsewhere than when its period was billed: `usage-billing ledger moves` names them",
 )
-_STATES = (State.RESERVED, State.HELD, State.HELD, State.REFUSED)
+_STATES = (State.RESERVED, State.HELD, State.HELD, State.REFUSED, State.HELD)
 """In which state a chunk is born, by why it may not go."""
 
 _DELIVERED, _IN_THE_AIR, _REFUSED_ALONE, _REFUSED_TOGETHER = range(4)
@@ -105,7 +107,8 @@ def plan_events(
     book = _Book(ledger.standing(source.name, comparison.periods), comparison, stale)
     with Spill() as left, Spill() as changed, Spill() as vanished:
         join = _Join(book, destination.events_to_chunk, left, changed, vanished)
-        _compare(comparison, _Arrivals(comparison, destination, targets), staging, join)
+        places = Places(targets, comparison.periods, Moves.staged(source.name, comparison.moves, staging))
+        _compare(comparison, _Arrivals(comparison, destination, places), staging, join)
         writer = _Writer(comparison, destination, book, join, _component(targets, book))
         proposals = staging.write(folder, "proposals", writer.parts())
     join.check(comparison.rows_accepted, writer.cut)
@@ -268,11 +271,11 @@ def _read(spill: Spill, number: int, schema: pa.Schema) -> pa.Table:
 class _Arrivals:
     """Accepted rows in the words of the archive, each with its usage period and whether it may go."""
 
-    def __init__(self, comparison: Comparison, destination: Destination, targets: pa.Table) -> None:
+    def __init__(self, comparison: Comparison, destination: Destination, places: Places) -> None:
         self.destination = destination
         self._periods = comparison.periods
         self._source = destination.source
-        self._targets = targets
+        self._places = places
 
     def events(self, part: pa.Table) -> pa.Table:
         """Return a part's rows in the columns of `_ARRIVED`.
@@ -280,11 +283,11 @@ class _Arrivals:
         Raises:
             Misconfigured: a row has no target or no period; the stages do not fit together.
         """
-        place = pc.index_in(part.column("account"), value_set=self._targets.column("account").combine_chunks())
         period = locate(part.column("time").to_numpy(), self._periods)
-        if place.null_count or (period < 0).any():
+        place = self._places.of(part.column("account"), period)
+        if (place < 0).any() or (period < 0).any():
             raise Misconfigured("raw events: an accepted row has no target or no usage period; clear from extract on")
-        target = self._targets.take(place)
+        target = self._places.targets.take(pa.array(place))
         ids = part.column("event_id").to_pylist()
         name = (self.destination.site, self._source.name, self.destination.stream)
         rows = pd.DataFrame(
@@ -297,6 +300,7 @@ class _Arrivals:
             }
         )
         why, moves = self._late(part.column("time"), target.column("open_from"))
+        why = np.where(self._places.undecided(part.column("account"), period), _MOVED, why)
         body, original = self.destination.encode_events(rows), pd.Series(None, index=rows.index, dtype=object)
         if moves.any():
             original[moves] = body[moves]
@@ -564,7 +568,8 @@ class _Writer:
     def _stays(self, last: _Row, wanted: _Wanted) -> bool:
         """Say whether the last row of an identity is what is wanted of it."""
         if wanted.state is not State.RESERVED:
-            return last.state in {wanted.state, State.WRITTEN_OFF}
+            waits_otherwise = last.reason.startswith(MOVED) and last.reason != wanted.reason
+            return last.state in {wanted.state, State.WRITTEN_OFF} and not waits_otherwise
         # What was held right before it was sent would be held again: these are the answers of then, not of now.
         held_since = last.state is State.HELD and last.reason not in _WHY_HELD
         held_since &= not last.reason.startswith(UNAPPROVED)

@@ -3,7 +3,8 @@
 import argparse
 import getpass
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -17,7 +18,7 @@ from usage_billing.records import Comparison, Period, Reading
 if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
     from usage_billing.destinations.base import Destination
-    from usage_billing.ledger import Lease
+    from usage_billing.ledger import Lease, Ledger
     from usage_billing.sources import BillingSource
     from usage_billing.staging import Staging
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--counted", type=Decimal, help="with accepted: how much of it the site counts")
     decide.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
     decide.set_defaults(command=_ledger_decide)
+    _add_moves(actions)
 
     preview = commands.add_parser("preview", help="tell what a run would send; sends nothing, and writes nothing down")
     preview.add_argument("source", help="the billing source")
@@ -97,6 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--jobs", type=int, default=2, metavar="N", help="how many processes")
     simulate.set_defaults(command=_simulate)
     return parser
+
+
+def _add_moves(actions: Any) -> None:
+    moves = actions.add_parser("moves", help="tell whose usage was billed before it led to another subscription")
+    moves.add_argument("--source", help="only this billing source")
+    moves.set_defaults(command=_ledger_moves)
+    move = actions.add_parser("move", help="write down what a person chose for the usage of before such a move")
+    move.add_argument("source", help="the billing source")
+    move.add_argument("account", help="the warehouse's account")
+    move.add_argument("--choose", required=True, choices=sorted(_CHOICES), help="; ".join(_CHOICES.values()))
+    move.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
+    move.set_defaults(command=_ledger_move)
 
 
 def _ledger_init(_options: argparse.Namespace) -> str:
@@ -131,6 +145,64 @@ def _ledger_decide(options: argparse.Namespace) -> str:
     return "\n".join(f"{token}: {options.outcome}; {by}" for token in options.tokens)
 
 
+_CHOICES = {
+    "move": "move: it goes to the new subscription, once the former one is credited",
+    "from_now": "from_now: it stays with the former subscription, and later usage goes to the new one",
+}
+
+
+def _ledger_moves(options: argparse.Namespace) -> str:
+    """Tell what is left to decide, by the ledger alone; a line for each account and span of time."""
+    from usage_billing.installation import ledger  # noqa: PLC0415
+    from usage_billing.moves import Moves  # noqa: PLC0415
+
+    book = ledger()
+    lines: list[str] = []
+    for name in [options.source] if options.source else book.sources():
+        _check_known(book, name)
+        undecided = Moves(name, book.placements(name)).undecided
+        held = book.held_for_moves(name) if len(undecided) else {}
+        for row in undecided.to_dict("records"):
+            sides = [f"{row[f'subscription_{end}']} (held {_held_at(held, row, end)})" for end in ("from", "to")]
+            until = f"{row['end']:%Y-%m-%dT%H:%MZ}"
+            lines.append(f"{name}: account {row['account']!r}, used before {until}: from {sides[0]} to {sides[1]}")
+    return "\n".join([*lines, f"{len(lines)} moves to decide"])
+
+
+def _held_at(held: Mapping[tuple[Any, ...], Decimal], row: Mapping[Any, Any], end: str) -> str:
+    """Return what is held at one side of a move, in its span of time; of all accounts there."""
+    place = tuple(row[f"{name}_{end}"] for name in ("subscription", "component", "price_point"))
+    sums = [each for (*at, start), each in held.items() if tuple(at) == place and row["start"] <= start < row["end"]]
+    return f"{sum(sums, Decimal(0)):f}"
+
+
+def _ledger_move(options: argparse.Namespace) -> str:
+    """Write down what a person chose about one account.
+
+    Raises:
+        Misconfigured: it has not moved, something else stands, or its source sends raw events, which nothing moves.
+    """
+    from usage_billing.installation import billing_source, destination_of, ledger  # noqa: PLC0415
+    from usage_billing.records import Choice  # noqa: PLC0415
+
+    book, choice = ledger(), Choice(options.choose)
+    _check_known(book, options.source)
+    if choice is Choice.MOVE and destination_of(billing_source(options.source)).stream:
+        raise Misconfigured(
+            f"{options.source!r} sends raw events, and no call takes one back: choose from_now, and settle with the "
+            "customer what is on the wrong bill"
+        )
+    new = book.decide_move(options.source, options.account, choice, getpass.getuser(), options.because)
+    when = "the next run of the usage periods acts by it" if new else "that stood already"
+    return f"{options.source}, account {options.account!r}: {choice}; {when}"
+
+
+def _check_known(book: "Ledger", name: str) -> None:
+    """Raise `Misconfigured` unless the ledger knows a source; a misspelt one is not one without open items."""
+    if (known := book.sources()) and name not in known:
+        raise Misconfigured(f"the ledger knows no billing source {name!r}, only {', '.join(known)}")
+
+
 def _ledger_list(options: argparse.Namespace) -> str:
     """Tell what is open, by the ledger alone; a line for what it is, one for where it stands.
 
@@ -140,8 +212,7 @@ def _ledger_list(options: argparse.Namespace) -> str:
     from usage_billing.installation import billing_source, ledger, ledger_name  # noqa: PLC0415
 
     book, window, name = ledger(), None, ledger_name(options.source)
-    if (known := book.sources()) and name not in known:
-        raise Misconfigured(f"the ledger knows no billing source {name!r}, only {', '.join(known)}")
+    _check_known(book, name)
     if options.first or options.after:
         if not (options.first and options.after):
             raise Misconfigured("--from and --to go together: the first day, and the day after the last one")
@@ -256,6 +327,7 @@ def _read_warehouse(
     from usage_billing.aggregate import aggregate  # noqa: PLC0415
     from usage_billing.extract import extract, open_reader  # noqa: PLC0415
     from usage_billing.installation import ledger  # noqa: PLC0415
+    from usage_billing.moves import placed  # noqa: PLC0415
     from usage_billing.validate import validate  # noqa: PLC0415
 
     source, book, window = destination.source, ledger(), Period.around(periods)
@@ -267,12 +339,15 @@ def _read_warehouse(
     began = book.now()
     destination.check()
     found = validate(events, source, periods, getattr(destination, look), area, folder)
+    moves = placed(found.targets, source.name, began, book, area, folder, look_only=not lease)
+    found = replace(found, moves=moves)
     reading, aside = Reading(number), found.quarantined
     if lease:
         book.record_read(number, events.rows)
         reading = book.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
-    totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder)
-    return Comparison(reading, tuple(periods), totals, found.targets, found.accepted.rows, aside.rows, found.accepted)
+    totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder, moves)
+    accepted = found.accepted
+    return Comparison(reading, tuple(periods), totals, found.targets, accepted.rows, aside.rows, accepted, moves)
 
 
 def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -> str:

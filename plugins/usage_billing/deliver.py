@@ -74,7 +74,8 @@ def deliver(
     """Bring a reading's plan to the site: write it down, send it chunk by chunk, settle what is in doubt.
 
     `replan` compares the same totals with the ledger again; it is asked where a key had moved since the plan was made,
-    was blocked by a doubt, or could go in part only. What cannot be settled in time stays listed in the ledger by name.
+    was blocked by a doubt, could go in part only, or waited for a credit that went. What cannot be settled in time
+    stays listed in the ledger by name.
 
     Raises:
         Stale: a later reading was compared; nothing more was sent.
@@ -88,18 +89,22 @@ def deliver(
         work.resolved_at = ledger.validated_at(reading)
         current = first
         for _ in range(_ROUNDS):
+            accepted = work.done.accepted
             moved = work.reserve(current, reading, staging)
             work.reissue()
             ended = work.until_settled()
             # A doubt that nothing ended blocks its key as before: planning again would only ask the same.
             freed = ended or (current.tally.blocked if current is first else 0)
-            if worker.stopped or not (moved or work.reopened or freed or current.tally.partial):
+            # What waits for a credit may go once that was taken.
+            follows = current.tally.follows if work.done.accepted > accepted else 0
+            if worker.stopped or not (moved or work.reopened or freed or current.tally.partial or follows):
                 break
             log.info(
-                "%d deliveries had moved, %d doubts ended, %d could go in part: planning again",
+                "%d deliveries had moved, %d doubts ended, %d could go in part, %d waited for a credit: planning again",
                 moved + work.reopened,
                 ended,
                 current.tally.partial,
+                follows,
             )
             current = replan()
         else:

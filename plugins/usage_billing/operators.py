@@ -138,8 +138,9 @@ class ExtractOperator(StageOperator):
 class ValidateOperator(StageOperator):
     """Part sound rows from rows that may not be billed, each with every reason; look each account up at the site."""
 
-    def stage(self, context: Context) -> Run:  # noqa: ARG002
-        """Check the destination, validate all rows, and log the quarantine by reason."""
+    def stage(self, context: Context) -> Run:
+        """Check the destination, validate all rows, and log the quarantine by reason; take down where accounts lead."""
+        from usage_billing.moves import placed  # noqa: PLC0415
         from usage_billing.validate import QuarantineOverLimit, validate  # noqa: PLC0415
 
         run, destination = self.handed_over()
@@ -152,8 +153,10 @@ class ValidateOperator(StageOperator):
         except QuarantineOverLimit as stopped:
             self._tell(run, stopped.validated, began)
             raise
-        reading = self._tell(run, found, began)
-        run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
+        area, dry = staging(), _is_dry(context)
+        moves = placed(found.targets, source.name, began, ledger(), area, run.folder, look_only=dry)
+        reading = self._tell(run, replace(found, moves=moves), began)
+        run = run.with_table("accepted", found.accepted).with_table("targets", found.targets).with_table("moves", moves)
         aside = found.quarantined
         return run.with_table("quarantined", aside, rows_quarantined=aside.rows, validation=reading.validation)
 
@@ -177,9 +180,10 @@ class AggregateOperator(StageOperator):
 
         run, destination = self.handed_over()
         source, site = destination.source, destination.site
-        periods = _compared(run, source)
-        totals = aggregate(run.tables["accepted"], run.tables["targets"], source, site, periods, staging(), run.folder)
-        self.log.info("%d rows make %d usage totals", run.tables["accepted"].rows, totals.rows)
+        periods, tables = _compared(run, source), run.tables
+        accepted, targets, moves = tables["accepted"], tables["targets"], tables.get("moves")
+        totals = aggregate(accepted, targets, source, site, periods, staging(), run.folder, moves)
+        self.log.info("%d rows make %d usage totals", accepted.rows, totals.rows)
         return run.with_table("totals", totals)
 
 
@@ -368,7 +372,8 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
     accepted = tables["accepted"]
     totals, targets = tables["totals"], tables["targets"]
-    return Comparison(run.reading, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted)
+    moves = tables.get("moves")  # A run that was under way when this package was upgraded has none.
+    return Comparison(run.reading, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted, moves)
 
 
 def _destination_of(run: Run, source: BillingSource) -> Destination:

@@ -5,7 +5,7 @@ The comparison is a full outer join over the compared periods, so a key that van
 Both sides are sorted by identity and walked range by range: memory holds one range, whatever the interval.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,19 @@ from usage_billing import quantities
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
 from usage_billing.ledger import ADOPTED, Ledger
-from usage_billing.records import POLICY, REFUSED_HERE, UNAPPROVED, WITHHELD, Comparison, Plan, Staged, State, Tally
+from usage_billing.moves import Moves
+from usage_billing.records import (
+    MOVED,
+    POLICY,
+    REFUSED_HERE,
+    UNAPPROVED,
+    WITHHELD,
+    Comparison,
+    Plan,
+    Staged,
+    State,
+    Tally,
+)
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
@@ -63,13 +75,19 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods, source.edition)
     tally = Tally()
 
-    def parts() -> Iterator[pa.Table]:
-        nonlocal tally
+    def compared() -> Iterator[pd.DataFrame]:
         for low, high, totals in _ranges(comparison.totals, staging):
             standing = ledger.standing(source.name, comparison.periods, low, high)
-            compared = _compare(totals, standing, source.settings.meter.decimals)
-            fresh = compared[~compared["period_start"].isin([period.start for period in stale])]
-            proposals, found = _propose(fresh.reset_index(drop=True), comparison, destination, targets)
+            both = _compare(totals, standing, source.settings.meter.decimals)
+            fresh = both[~both["period_start"].isin([period.start for period in stale])].reset_index(drop=True)
+            yield fresh.assign(difference=_differences(fresh))
+
+    moving = _Moving(comparison, ledger, source.name, staging, compared)
+
+    def parts() -> Iterator[pa.Table]:
+        nonlocal tally
+        for fresh in compared():
+            proposals, found = _propose(fresh, comparison, destination, targets, moving)
             tally += found
             yield pa.Table.from_pandas(proposals, preserve_index=False, schema=_SCHEMA)
 
@@ -78,6 +96,35 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
         raise AssertionError(f"{comparison.rows_accepted} accepted rows, but {tally.events} in the totals")
     _stop_if_it_withdraws_much(tally, destination)
     return Plan(proposals=proposals, tally=tally)
+
+
+class _Moving:
+    """What moves keep from being sent: until a person has decided about them, and then until a credit went first."""
+
+    def __init__(
+        self,
+        comparison: Comparison,
+        ledger: Ledger,
+        name: str,
+        staging: Staging,
+        compared: Callable[[], Iterator[pd.DataFrame]],
+    ) -> None:
+        self.moves = Moves.staged(name, comparison.moves, staging)
+        self._later = Moves(name, ledger.placements(name))
+        # Whether one may go is told by what is owed elsewhere, in another range: a walk of its own, where any moved.
+        found = [self._uncredited(rows) for rows in compared()] if self.moves.any_decided else []
+        self._credits = pd.concat(found, ignore_index=True) if found else None
+
+    def _uncredited(self, rows: pd.DataFrame) -> pd.DataFrame:
+        owed = (rows["difference"] < 0) | rows["state"].isin([State.SENDING, State.IN_DOUBT])
+        return self.moves.uncredited(rows, owed.to_numpy(dtype=bool))
+
+    def marked(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Return chosen rows with why each of them waits, in `moving`; and whether for a credit, in `follows`."""
+        held = self.moves.why_held(rows, self._later).where(rows["difference"] != 0, "")
+        after = held if self._credits is None else self.moves.why_following(rows, self._credits)
+        follows = (held == "") & (after != "")
+        return rows.assign(moving=held.where(~follows, after), follows=follows, leaves=self.moves.leaving(rows))
 
 
 _TIME = pa.timestamp("us", tz="UTC")
@@ -163,10 +210,9 @@ def _filled(scaled: pd.Series) -> pd.Series:
 
 
 def _propose(
-    compared: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame
+    compared: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame, moving: _Moving
 ) -> tuple[pd.DataFrame, Tally]:
-    difference = _differences(compared)
-    state = compared["state"]
+    difference, state, reason = compared["difference"], compared["state"], compared["reason"].astype(str)
     reading = comparison.reading
     this_one = (compared["extraction"] == reading.extraction) & (compared["validation"] == reading.validation)
     blocked = state.isin([State.SENDING, State.IN_DOUBT])
@@ -174,15 +220,15 @@ def _propose(
     # What an earlier reading reserved may not be sent any more: it is written down anew, as this one's.
     ours = (state == State.RESERVED) & this_one & same
     # What a site refused it would refuse again; what was held, or refused by the source itself, is judged anew.
-    by_us = compared["reason"].astype(str).str.startswith(REFUSED_HERE)
+    by_us = reason.str.startswith(REFUSED_HERE)
     waits = (state == State.HELD) | ((state == State.REFUSED) & by_us)
     stays = (state == State.REFUSED) & same & ~waits
     # Of what was adopted as held the site may have any part: no difference is known, whatever the totals say now.
-    stays |= (state == State.HELD) & compared["reason"].astype(str).str.startswith(ADOPTED)
+    stays |= (state == State.HELD) & reason.str.startswith(ADOPTED)
     # It is judged with what this extraction knows of the site, unless its own delivery knew better; what a balance
     # takes is asked each time.
     judged_again = waits & same & ~stays
-    judged_again &= ~this_one | (difference < 0) | compared["reason"].astype(str).str.startswith(UNAPPROVED)
+    judged_again &= ~this_one | (difference < 0) | reason.str.startswith((UNAPPROVED, MOVED))
     # What a person let go, they let go as it was: another quantity is for them to look at again. A policy of then has
     # no say, the one of today judges.
     by_person = ~compared["released"].astype(str).str.startswith(POLICY)
@@ -190,15 +236,19 @@ def _propose(
     stays |= waits & same & ~judged_again
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
-    chosen = compared.assign(difference=difference, replaceable=replaceable, judged_again=judged_again, released=let_go)
-    chosen = chosen[proposed].reset_index(drop=True)
+    chosen = compared.assign(replaceable=replaceable, judged_again=judged_again, released=let_go)
+    chosen = moving.marked(chosen[proposed].reset_index(drop=True))
+    follows = int(chosen["follows"].sum())
     written = _written_out(chosen, comparison, destination, targets)
     still_held = chosen["judged_again"] & (written["state"] == chosen["state"])
     confirmed = written.assign(**chosen[["token", "revision"]], supersedes=chosen["token"])[still_held]
     chosen, written = chosen[~still_held], written[~still_held]
     sending = written["state"] == State.RESERVED
-    # What quarantine withholds is not withdrawn, and must not stop the others' bill; a person knows what they released.
+    # What quarantine withholds is not withdrawn, and must not stop the others' bill; a person knows what they released,
+    # and decides what moved.
     withdraws = (chosen["difference"] < 0) & (sending | (not comparison.rows_quarantined)) & (chosen["released"] == "")
+    withdraws &= chosen["moving"] == ""
+    entering = (difference > 0) & moving.moves.entering(compared)
     tally = Tally(
         new=int((sending & (written["revision"] == 0)).sum()),
         corrections=int((sending & (written["revision"] > 0)).sum()),
@@ -212,8 +262,11 @@ def _propose(
         released=int((chosen["judged_again"] & sending).sum()),
         owed=quantities.total(compared["owed"]),
         settled=quantities.total(compared["settled"]),
-        negative=quantities.total(chosen["difference"][withdraws]),
+        negative=quantities.total(chosen["difference"][withdraws & ~chosen["leaves"]]),
         events=int(compared["events"].sum()),
+        follows=follows,
+        moved=quantities.total(chosen["difference"][withdraws & chosen["leaves"]])
+        + quantities.total(difference[entering]),
     )
     proposals = pd.concat([written, confirmed])[_COLUMNS].sort_values("identity", kind="stable", ignore_index=True)
     return proposals, tally
@@ -242,10 +295,14 @@ def _written_out(
         },
     )
     rows = destination.look_up(rows)
-    goes, reason = destination.judge(rows)
+    # What waits for something else is no balance that a deduction may count on, and takes none from others.
+    judged, free = rows["moving"] == "", rows[rows["moving"] == ""]
+    parts, why = destination.judge(free)
+    goes, reason = (column.astype(object).reindex(rows.index) for column in (parts, why))
+    goes, reason = goes.where(judged, rows["quantity"]), reason.where(judged, rows["moving"])
     # Whatever else speaks against it: a person may overrule the rest.
-    withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined)
-    reason = reason.astype(object).mask(withheld, WITHHELD)
+    withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined) & judged
+    reason = reason.mask(withheld, WITHHELD)
     state = np.select(
         [chosen["difference"] == 0, reason.str.startswith(REFUSED_HERE), reason != ""],
         [State.SUPERSEDED, State.REFUSED, State.HELD],
@@ -259,10 +316,12 @@ def _written_out(
 
 def _stop_if_it_withdraws_much(tally: Tally, destination: Destination) -> None:
     settings = destination.source.settings
-    if -tally.negative > tally.settled * settings.max_withdraw_share:
+    # What moves takes as much from one subscription as it gives to another; only what is missing there is gone.
+    withdrawn = -(tally.negative + min(tally.moved, 0))
+    if withdrawn > tally.settled * settings.max_withdraw_share:
         decimals = settings.meter.decimals
         raise NeedsDecision(
-            f"this run would withdraw {quantities.to_decimal(-tally.negative, decimals)} of "
+            f"this run would withdraw {quantities.to_decimal(withdrawn, decimals)} of "
             f"{quantities.to_decimal(tally.settled, decimals)} already billed, more than max_withdraw_share = "
             f"{settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in source.yaml for this run "
             "and clear the plan"

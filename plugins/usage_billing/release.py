@@ -15,6 +15,7 @@ import pandas as pd
 
 from usage_billing.destinations.base import Destination
 from usage_billing.ledger import Ledger
+from usage_billing.moves import PLACE, Moves
 from usage_billing.records import Delivery, Period, Target, Window
 from usage_billing.uniqueness import uniqueness_token
 
@@ -35,7 +36,7 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     held = ledger.released(name, window or destination.source.span)
     if held.empty:
         return 0
-    rows, why = _as_of_today(held, destination, ledger.now())
+    rows, why = _as_of_today(held, destination, Moves(name, ledger.placements(name)), ledger.now())
     can_go = why == ""
     ledger.explain_released(dict(zip(rows["supersedes"][~can_go], why[~can_go], strict=True)))
     written = ledger.reissue(name, destination.site, rows[can_go].reset_index(drop=True))
@@ -43,10 +44,12 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     return written
 
 
-def _as_of_today(held: pd.DataFrame, destination: Destination, now: datetime) -> tuple[pd.DataFrame, pd.Series]:
+def _as_of_today(
+    held: pd.DataFrame, destination: Destination, moves: Moves, now: datetime
+) -> tuple[pd.DataFrame, pd.Series]:
     """Return the next revisions as the site would bill them today, and of each why it cannot go, or an empty text."""
     targets = {target.account: target for target in destination.resolve(sorted(held["account"].unique()))}
-    today = [targets[account] for account in held["account"]]
+    today = [_today(row, targets[row["account"]], moves) for row in held.to_dict("records")]
     revisions = held["revision"] + 1
     rows = held.assign(
         supersedes=held["token"],
@@ -69,6 +72,17 @@ def _as_of_today(held: pd.DataFrame, destination: Destination, now: datetime) ->
     found = destination.recheck(sound, now) if sound else {}
     now_too = pd.Series([found.get(token, "") for token in rows["token"]], index=rows.index, dtype=object)
     return rows, why.where(why != "", now_too)
+
+
+def _today(row: Mapping[Any, Any], target: Target, moves: Moves) -> Target:
+    """Return where a delivery's account leads: today, or as it did when it used this, where that still counts."""
+    place = [row[name] for name in PLACE]
+    if target.unknown or (target.subscription, target.component) == tuple(place[:2]):
+        return target
+    if not moves.stands(row["account"], place):
+        return target
+    subscription, component, price_point = place
+    return Target(row["account"], subscription, component, price_point, Delivery.address_from(row["address"]))
 
 
 def _why_elsewhere(subscription: str, component: str, today: Target) -> str:

@@ -48,7 +48,7 @@ class Validated:
     counts distinct values; none for one that counts events). ``quarantined`` has all extracted columns, the quantity
     as text, and ``reasons`` (list of text). ``targets`` has one row per known account: ``account``, ``subscription``,
     ``component``, ``price_point``, ``address`` (JSON text), ``open_from`` and ``open_until`` (UTC or null). ``reasons``
-    counts rows by reason, and ``examples`` names some event ids of each.
+    counts rows by reason, and ``examples`` names some event ids of each. ``moves`` is what `moves.placed` adds.
     """
 
     accepted: Staged
@@ -56,11 +56,12 @@ class Validated:
     targets: Staged
     reasons: Mapping[str, int]
     examples: Mapping[str, tuple[str, ...]]
+    moves: Staged | None = None
 
     @property
     def digest(self) -> str:
-        """What stands for all of it: the same rows, parted alike, and the same places that accounts lead to."""
-        tables = (self.accepted, self.quarantined, self.targets)
+        """What stands for all of it: the same rows, parted alike, and the same places that accounts lead to, or led."""
+        tables = (self.accepted, self.quarantined, self.targets, *([self.moves] if self.moves else []))
         return sha256("".join(table.digest for table in tables).encode()).hexdigest()
 
 

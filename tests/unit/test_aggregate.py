@@ -236,3 +236,70 @@ def test_totals_do_not_depend_on_parts_order_or_ranges(
     }
     assert found == oracle(function, named)
     assert table["identity"].to_pylist() == sorted(table["identity"].to_pylist())
+
+
+def places(account, *led, decision):
+    """Return the places of an account that led to some subscriptions, a day each, and what was decided about them."""
+    return [
+        {
+            "number": number,
+            "account": account,
+            "subscription": subscription,
+            "component": "calls",
+            "price_point": "",
+            "address": json.dumps({"line": f"{account} of {subscription}"}),
+            "since": START + timedelta(days=number) if number else None,
+            "decision": decision if number else "",
+        }
+        for number, subscription in enumerate(led)
+    ]
+
+
+def moves(staging, *accounts):
+    """Stage the places of accounts that moved."""
+    kinds = {"number": pa.int64(), "since": pa.timestamp("us", "UTC")}
+    listed = [row for account in accounts for row in account]
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in listed[0]])
+    return stage(staging, pa.Table.from_pylist(listed, schema=schema), name="moves")
+
+
+USED = [("a", 1, "y", "1.00"), ("b", 25, "y", "2.00"), ("c", 26, "x2", "4.00"), ("d", 49, "y", "8.00")]
+
+
+@pytest.mark.parametrize(
+    ("decision", "owed"),
+    [
+        ("", {("8", 1): "1.00", ("8", 2): "2.00", ("7", 2): "4.00", ("8", 3): "8.00"}),
+        ("move", {("8", 1): "1.00", ("8", 2): "2.00", ("7", 2): "4.00", ("8", 3): "8.00"}),
+        ("from_now", {("9", 1): "1.00", ("7", 2): "6.00", ("8", 3): "8.00"}),
+    ],
+)
+@pytest.mark.parametrize("batch_rows", [1, 1000])
+def test_what_was_used_before_a_move_counts_where_it_was_decided(staging, decision, owed, batch_rows):
+    """Account y led to subscription 9, a day later to 7, and leads to 8 by now."""
+    accepted, targets = stage(staging, money(*USED), name="accepted"), stage(staging, TARGETS, name="targets")
+    source = make_source(batch_rows=batch_rows)
+    led = moves(staging, places("y", "9", "7", "8", decision=decision), places("gone", "7", "8", decision=decision))
+    table = read(staging, aggregate(accepted, targets, source, SITE, DAYS, staging, "run", led))
+    found = {(row["subscription"], row["period_start"].day): row for row in table.to_pylist()}
+    assert {key: str(row["quantity"]) for key, row in found.items()} == owed
+    for (subscription, _), row in found.items():
+        span = f"{row['period_start']:%Y-%m-%dT%H:%M:%SZ}", f"{row['period_end']:%Y-%m-%dT%H:%M:%SZ}"
+        assert row["identity"] == identity((SITE, source.name, subscription, "calls", "", "{}", *span))
+    # A total is reached as the account is that leads there today; where none does, as it was.
+    shared = found["7", 2]
+    assert (shared["account"], json.loads(shared["address"])) == ("x2", {"line": "x2"})
+    if decision == "from_now":
+        alone = found["9", 1]
+        assert (alone["account"], json.loads(alone["address"])) == ("y", {"line": "y of 9"})
+        assert alone["open_from"] is None
+
+
+def test_only_the_periods_that_begin_before_a_move_count_where_the_account_led_then(staging):
+    """A gap between the periods moves nothing, and neither do periods that all lie after it."""
+    targets, led = stage(staging, TARGETS, name="targets"), moves(staging, places("y", "9", "8", decision="from_now"))
+    for periods, owed in ((DAYS[::2], [("8", "8.00"), ("9", "1.00")]), (DAYS[2:], [("8", "8.00")])):
+        rows_of = [USED[3]] if len(periods) == 1 else [USED[0], USED[3]]
+        accepted = stage(staging, money(*rows_of), name="accepted")
+        table = read(staging, aggregate(accepted, targets, make_source(), SITE, periods, staging, "run", led))
+        assert sorted((row["subscription"], str(row["quantity"])) for row in table.to_pylist()) == owed

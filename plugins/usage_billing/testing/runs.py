@@ -4,7 +4,7 @@ The tasks do what the operators do, stage by stage, without Airflow around them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal, Protocol, cast
 
@@ -18,6 +18,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, NeedsDecision, Stale, UsageBillingError
 from usage_billing.extract import extract
 from usage_billing.ledger import Ledger
+from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.reconcile import reconcile
 from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally
@@ -209,12 +210,13 @@ class DagRun:
         periods = source.periods(run.interval)
         events, began = run.tables["events"], ledger.now()
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
-        aside = found.quarantined
+        moves = placed(found.targets, source.name, began, ledger, house.staging, run.folder)
+        found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         self._check_rows(run, events.rows, found.accepted.rows, found.quarantined.rows)
         site = destination.site
-        totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder)
-        run = run.with_table("accepted", found.accepted).with_table("targets", found.targets)
+        totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder, moves)
+        run = run.with_table("accepted", found.accepted).with_table("targets", found.targets).with_table("moves", moves)
         run = run.with_table("totals", totals, rows_quarantined=aside.rows, validation=reading.validation)
         planned = self._plan(run, destination, ledger)
         return run.with_table("proposals", planned.proposals)
@@ -294,7 +296,7 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
     accepted, periods = tables["accepted"], source.periods(run.interval)
     totals, targets, aside = tables["totals"], tables["targets"], run.rows_quarantined
-    return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted)
+    return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted, tables["moves"])
 
 
 def _destination(house: House, source: BillingSource, process: Process) -> Destination:
