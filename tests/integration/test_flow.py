@@ -195,7 +195,8 @@ def billed(installation: SimpleNamespace) -> dict[str, Decimal]:
 def test_operators_hand_over_plain_json_and_bill(installation: SimpleNamespace) -> None:
     """Each operator works alone on what the one before returned, after a trip through JSON."""
     reference = run_tasks()
-    assert set(reference["tables"]) == {"events", "accepted", "quarantined", "targets", "totals", "proposals"}
+    tables = {"events", "accepted", "quarantined", "targets", "moves", "totals", "proposals"}
+    assert set(reference["tables"]) == tables
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
     run_tasks()
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
@@ -239,6 +240,18 @@ def test_a_dry_run_tells_what_would_be_sent_and_ends_at_the_plan(
     assert ledger().compared_before("api_calls", nowhere[1]) == Period(*DAY)
     deliver_again(planned)
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+@pytest.mark.usefixtures("installation")
+def test_only_a_run_that_may_send_takes_down_where_accounts_lead() -> None:
+    """What a dry run or a preview saw is no history: what was used before it was billed nowhere."""
+    whose = ["acct-0001", "acct-0002"]
+    assert main(["preview", "api_calls", "--from", "2026-10-05", "--to", "2026-10-06"]) == 0
+    run_tasks("aggregate", dry_run=True)
+    assert ledger().placements("api_calls", also=whose).empty
+    reference = run_tasks("validate")
+    assert ledger().placements("api_calls", also=whose)["account"].tolist() == whose
+    assert reference["tables"]["moves"]["rows"] == 0
 
 
 def test_the_preview_command_tells_what_would_stop_the_run(
