@@ -483,7 +483,7 @@ class Ledger:
         """Return `displaced` and ``seen_at``: when the place was seen that an account led to last."""
         place = ["subscription", "component", "price_point"]
         seen = [
-            self._frame_of(connection, queries.placements(name, some))[["account", *place, "seen_at"]]
+            self._frame_of(connection, queries.placements(name, some, " ".join(["account", *place, "seen_at"])))
             for some in _batches(targets["account"].tolist())
         ]
         if not seen:
@@ -501,10 +501,11 @@ class Ledger:
     def placements(self, name: str, also: Sequence[str] = ()) -> pd.DataFrame:
         """Return every place of the accounts that moved, and of those `also` named, by account, in order.
 
-        Columns are those of the table.
+        Columns: number, account, subscription, component, price_point, address, since, decision, decided_by, note.
         """
-        parts = [self._frame(queries.placements(name, queries.moved(name)))]
-        parts += [self._frame(queries.placements(name, some)) for some in _batches(also)]
+        names = "number account subscription component price_point address since decision decided_by note"
+        parts = [self._frame(queries.placements(name, queries.moved(name), names))]
+        parts += [self._frame(queries.placements(name, some, names)) for some in _batches(also)]
         whole = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         return whole.drop_duplicates("number").sort_values(["account", "number"], ignore_index=True)
 
@@ -516,7 +517,8 @@ class Ledger:
         """
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            rows = connection.execute(queries.placements(name, [account])).all()
+            names = "number subscription since decision decided_by decided_at"
+            rows = connection.execute(queries.placements(name, [account], names)).all()
             moved = [row for row in rows if row.since is not None]
             if not moved:
                 seen = f"only ever led to subscription {rows[-1].subscription}" if rows else "was never seen"

@@ -126,9 +126,10 @@ def last_compared(source: str) -> Select[Any]:
     return select(func.max(compared_period.c.period_end)).where(compared_period.c.source == source)
 
 
-def placements(source: str, accounts: Any) -> Select[Any]:
-    """Select all places of some accounts, a list or a query of them, each account's in the order of their time."""
-    ours = select(placement).where(placement.c.source == source, placement.c.account.in_(accounts))
+def placements(source: str, accounts: Any, names: str) -> Select[Any]:
+    """Select columns of all places of some accounts, a list or a query of them, each account's in their order."""
+    columns = (placement.c[name] for name in names.split())
+    ours = select(*columns).where(placement.c.source == source, placement.c.account.in_(accounts))
     return ours.order_by(placement.c.account, placement.c.number)
 
 
