@@ -189,7 +189,7 @@ class ArrivalHouse(House):
             return taken, None
         began = ledger.now()
         found = validate(taken.events, source, taken.periods, destination.resolve, self.staging, taken.folder)
-        moves = placed(found.targets, source.name, began, ledger, self.staging, taken.folder)
+        moves = placed(found.targets, source, began, ledger, self.staging, taken.folder)
         found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(taken.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         totals = aggregate(

@@ -146,7 +146,7 @@ class House:
         self.ledger.record_read(number, extracted.rows)
         began = self.ledger.now()
         found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder)
-        moves = placed(found.targets, source.name, began, self.ledger, self.staging, folder)
+        moves = placed(found.targets, source, began, self.ledger, self.staging, folder)
         found = replace(found, moves=moves)
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, folder, moves)
@@ -160,7 +160,7 @@ class House:
         found = validate(extracted, source, periods, destination.resolve, self.staging, "looked")
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         looked_up_at = self.ledger.now()
-        looked = (targets, source.name, looked_up_at, self.ledger, self.staging, "looked")
+        looked = (targets, source, looked_up_at, self.ledger, self.staging, "looked")
         moves = placed(*looked, look_only=True)
         totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, "looked", moves)
         return Comparison(Reading(0), periods, totals, targets, accepted.rows, aside.rows, accepted, moves)

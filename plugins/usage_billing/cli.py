@@ -153,16 +153,16 @@ _CHOICES = {
 
 def _ledger_moves(options: argparse.Namespace) -> str:
     """Tell what is left to decide, by the ledger alone; a line for each account and span of time."""
-    from usage_billing.installation import ledger  # noqa: PLC0415
+    from usage_billing.installation import ledger, ledger_name  # noqa: PLC0415
     from usage_billing.moves import Moves  # noqa: PLC0415
 
     book = ledger()
     lines: list[str] = []
-    for name in [options.source] if options.source else book.sources():
+    for name in [ledger_name(options.source)] if options.source else book.sources():
         _check_known(book, name)
-        undecided = Moves(name, book.placements(name)).undecided
-        held = book.held_for_moves(name) if len(undecided) else {}
-        for row in undecided.to_dict("records"):
+        moves = [Moves(name, book.placements(name, edition)).undecided for edition in book.moving(name)]
+        held = book.held_for_moves(name) if any(len(some) for some in moves) else {}
+        for row in (row for some in moves for row in some.to_dict("records")):
             sides = [f"{row[f'subscription_{end}']} (held {_held_at(held, row, end)})" for end in ("from", "to")]
             until = f"{row['end']:%Y-%m-%dT%H:%MZ}"
             lines.append(f"{name}: account {row['account']!r}, used before {until}: from {sides[0]} to {sides[1]}")
@@ -182,17 +182,17 @@ def _ledger_move(options: argparse.Namespace) -> str:
     Raises:
         Misconfigured: it has not moved, something else stands, or its source sends raw events, which nothing moves.
     """
-    from usage_billing.installation import billing_source, destination_of, ledger  # noqa: PLC0415
+    from usage_billing.installation import billing_source, destination_of, ledger, ledger_name  # noqa: PLC0415
     from usage_billing.records import Choice  # noqa: PLC0415
 
-    book, choice = ledger(), Choice(options.choose)
-    _check_known(book, options.source)
+    book, choice, name = ledger(), Choice(options.choose), ledger_name(options.source)
+    _check_known(book, name)
     if choice is Choice.MOVE and destination_of(billing_source(options.source)).stream:
         raise Misconfigured(
             f"{options.source!r} sends raw events, and no call takes one back: choose from_now, and settle with the "
             "customer what is on the wrong bill"
         )
-    new = book.decide_move(options.source, options.account, choice, getpass.getuser(), options.because)
+    new = book.decide_move(name, options.account, choice, getpass.getuser(), options.because)
     when = "the next run of the usage periods acts by it" if new else "that stood already"
     return f"{options.source}, account {options.account!r}: {choice}; {when}"
 
@@ -339,7 +339,7 @@ def _read_warehouse(
     began = book.now()
     destination.check()
     found = validate(events, source, periods, getattr(destination, look), area, folder)
-    moves = placed(found.targets, source.name, began, book, area, folder, look_only=not lease)
+    moves = placed(found.targets, source, began, book, area, folder, look_only=not lease)
     found = replace(found, moves=moves)
     reading, aside = Reading(number), found.quarantined
     if lease:

@@ -5,6 +5,8 @@ goes to the new place. What was used before is for a person: until they choose, 
 difference on both sides is held; with `move` the former place is credited before the new one is billed; with `from_now`
 it is counted where it was.
 
+An account under another edition of the source's definition is another matter: its usage has another identity anyway.
+
 A run takes down the places once, after its look-up, and is counted and planned by that, whatever is decided meanwhile.
 """
 
@@ -21,6 +23,7 @@ import pyarrow.compute as pc
 
 from usage_billing.ledger import Ledger
 from usage_billing.records import MOVED, Choice, Period, Staged
+from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
 PLACE = ["subscription", "component", "price_point"]
@@ -43,7 +46,7 @@ _NOT_YET = np.iinfo("int64").max
 
 def placed(
     targets: Staged,
-    name: str,
+    source: BillingSource,
     looked_up_at: datetime,
     ledger: Ledger,
     staging: Staging,
@@ -51,7 +54,7 @@ def placed(
     *,
     look_only: bool = False,
 ) -> Staged:
-    """Write down where the accounts of source `name` lead by now; stage the places of those that moved below `folder`.
+    """Write down where the accounts of `source` lead by now; stage the places of those that moved below `folder`.
 
     `targets` is what validation found from `looked_up_at` on, by the ledger's time. Where one only looks, nothing is
     written down, and the places are those that would be.
@@ -61,11 +64,11 @@ def placed(
     """
     columns = ["account", *PLACE, "address"]
     frame = pd.concat([part.select(columns).to_pandas() for part in staging.read(targets)], ignore_index=True)
-    new = ledger.displaced(name, frame)
+    new = ledger.displaced(source.name, source.edition, frame)
     if len(new) and not look_only:
-        ledger.place(name, new[columns], looked_up_at)
+        ledger.place(source.name, source.edition, new[columns], looked_up_at)
     seen = new[new["since"].notna()] if look_only else new.iloc[:0]
-    known = ledger.placements(name, also=seen["account"].tolist())
+    known = ledger.placements(source.name, source.edition, seen["account"].tolist())
     rows = pd.concat([known, seen.assign(number=_NOT_YET, decision="")]) if len(seen) else known
     ordered = rows.sort_values(["account", "number"]).reindex(columns=_SCHEMA.names)
     ordered["since"] = pd.to_datetime(ordered["since"], utc=True)

@@ -154,7 +154,7 @@ class ValidateOperator(StageOperator):
             self._tell(run, stopped.validated, began)
             raise
         area, dry = staging(), _is_dry(context)
-        moves = placed(found.targets, source.name, began, ledger(), area, run.folder, look_only=dry)
+        moves = placed(found.targets, source, began, ledger(), area, run.folder, look_only=dry)
         reading = self._tell(run, replace(found, moves=moves), began)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets).with_table("moves", moves)
         aside = found.quarantined

@@ -28,6 +28,7 @@ from usage_billing.records import (
     State,
     Tally,
 )
+from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
@@ -82,7 +83,7 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
             fresh = both[~both["period_start"].isin([period.start for period in stale])].reset_index(drop=True)
             yield fresh.assign(difference=_differences(fresh))
 
-    moving = _Moving(comparison, ledger, source.name, staging, compared)
+    moving = _Moving(comparison, ledger, source, staging, compared)
 
     def parts() -> Iterator[pa.Table]:
         nonlocal tally
@@ -105,12 +106,12 @@ class _Moving:
         self,
         comparison: Comparison,
         ledger: Ledger,
-        name: str,
+        source: BillingSource,
         staging: Staging,
         compared: Callable[[], Iterator[pd.DataFrame]],
     ) -> None:
-        self.moves = Moves.staged(name, comparison.moves, staging)
-        self._later = Moves(name, ledger.placements(name))
+        self.moves = Moves.staged(source.name, comparison.moves, staging)
+        self._later = Moves(source.name, ledger.placements(source.name, source.edition))
         # Whether one may go is told by what is owed elsewhere, in another range: a walk of its own, where any moved.
         found = [self._uncredited(rows) for rows in compared()] if self.moves.any_decided else []
         self._credits = pd.concat(found, ignore_index=True) if found else None

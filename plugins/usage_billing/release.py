@@ -36,7 +36,9 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     held = ledger.released(name, window or destination.source.span)
     if held.empty:
         return 0
-    rows, why = _as_of_today(held, destination, Moves(name, ledger.placements(name)), ledger.now())
+    rows, why = _as_of_today(
+        held, destination, Moves(name, ledger.placements(name, destination.source.edition)), ledger.now()
+    )
     can_go = why == ""
     ledger.explain_released(dict(zip(rows["supersedes"][~can_go], why[~can_go], strict=True)))
     written = ledger.reissue(name, destination.site, rows[can_go].reset_index(drop=True))

@@ -127,7 +127,7 @@ def test_whoever_fed_a_component_before_the_upgrade_goes_on(world: SimpleNamespa
     reserved(world, {"s1": "7"})
     engine = create_engine(world.url)
     with engine.begin() as connection:
-        for table in ("fed_component", "edition"):
+        for table in ("fed_component", "edition", "placement"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
         for name, value in (("site", "maxio:us:acme"), ("definition", json.dumps(DEFINITION))):
             connection.exec_driver_sql(f"ALTER TABLE source ADD COLUMN {name} TEXT DEFAULT '{value}' NOT NULL")
@@ -920,34 +920,36 @@ def led(world: SimpleNamespace, **more: object) -> list[tuple[str, str, datetime
 def test_an_account_is_placed_once_and_again_where_it_leads_elsewhere(world: SimpleNamespace) -> None:
     """What is known is not written again; a move counts from the end of the last compared period on."""
     first = targets({"a": "1", "b": "1", "c": "2"})
-    assert world.ledger.displaced("calls", first)["since"].tolist() == [None] * 3
-    world.ledger.place("calls", first, world.clock.now)
-    assert world.ledger.displaced("calls", first).empty
+    assert world.ledger.displaced("calls", 0, first)["since"].tolist() == [None] * 3
+    world.ledger.place("calls", 0, first, world.clock.now)
+    assert world.ledger.displaced("calls", 0, first).empty
     world.ledger.begin_comparison("calls", extraction(world), [DAY])
     second = targets({"a": "2", "b": "1", "d": "1"})
-    found = world.ledger.displaced("calls", second)
+    found = world.ledger.displaced("calls", 0, second)
     assert dict(zip(found["account"], found["since"], strict=True)) == {"a": DAY.end, "d": None}
     assert led(world) == []
-    world.ledger.place("calls", second, world.clock.now)
+    world.ledger.place("calls", 0, second, world.clock.now)
     assert led(world) == [("a", "1", None, ""), ("a", "2", DAY.end, "")]
     assert len(led(world, also=["a", "d"])) == 3
-    world.ledger.place("calls", second, world.clock.now)
+    world.ledger.place("calls", 0, second, world.clock.now)
     assert len(led(world)) == 2
+    assert world.ledger.displaced("calls", 7, first)["since"].tolist() == [None] * 3, "another edition knows nothing"
+    assert (led(world, edition=7), world.ledger.moving("calls")) == ([], [0])
 
 
 def test_a_move_before_anything_was_compared_moves_nothing(world: SimpleNamespace) -> None:
     """No usage period lies before it."""
     for subscription in "12":
-        world.ledger.place("calls", targets({"a": subscription}), world.clock.now)
+        world.ledger.place("calls", 0, targets({"a": subscription}), world.clock.now)
     assert [since for *_, since, _ in led(world)] == [None, datetime(1970, 1, 1, tzinfo=UTC)]
 
 
 def test_a_look_up_that_began_earlier_places_nothing_over_a_later_one(world: SimpleNamespace) -> None:
     """A worker that slept between the answer and this line is told to look again."""
-    world.ledger.place("calls", targets({"a": "1"}), world.clock.now)
-    world.ledger.place("calls", targets({"a": "2"}), world.clock.now + 2 * MINUTE)
+    world.ledger.place("calls", 0, targets({"a": "1"}), world.clock.now)
+    world.ledger.place("calls", 0, targets({"a": "2"}), world.clock.now + 2 * MINUTE)
     with pytest.raises(NotApplied, match="looked up by another run"):
-        world.ledger.place("calls", targets({"a": "1", "b": "1"}), world.clock.now + MINUTE)
+        world.ledger.place("calls", 0, targets({"a": "1", "b": "1"}), world.clock.now + MINUTE)
     assert [subscription for _, subscription, *_ in led(world, also=["b"])] == ["1", "2"]
 
 
@@ -956,7 +958,8 @@ def test_two_runs_that_see_the_same_at_once_place_it_once(world: SimpleNamespace
     other = Ledger.connect(world.url, clock=lambda: world.clock.now)
     many = targets({f"{number:04d}": "1" for number in range(1200)})
     threads = [
-        threading.Thread(target=ledger.place, args=("calls", many, world.clock.now)) for ledger in (world.ledger, other)
+        threading.Thread(target=ledger.place, args=("calls", 0, many, world.clock.now))
+        for ledger in (world.ledger, other)
     ]
     for thread in threads:
         thread.start()
@@ -970,12 +973,12 @@ def test_a_choice_is_kept_with_who_and_why_and_stands(world: SimpleNamespace) ->
     """It is about all that is open of an account; the same again is no other, and another one is refused."""
     with pytest.raises(Misconfigured, match="was never seen"):
         world.ledger.decide_move("calls", "a", Choice.MOVE, "vera", "so it is")
-    world.ledger.place("calls", targets({"a": "1"}), world.clock.now)
+    world.ledger.place("calls", 0, targets({"a": "1"}), world.clock.now)
     with pytest.raises(Misconfigured, match="only ever led to subscription 1"):
         world.ledger.decide_move("calls", "a", Choice.MOVE, "vera", "so it is")
     world.ledger.begin_comparison("calls", extraction(world), [DAY])
     for subscription in "23":
-        world.ledger.place("calls", targets({"a": subscription}), world.clock.now)
+        world.ledger.place("calls", 0, targets({"a": subscription}), world.clock.now)
     assert world.ledger.decide_move("calls", "a", Choice.MOVE, "vera", "so it is")
     assert not world.ledger.decide_move("calls", "a", Choice.MOVE, "otto", "so it is")
     with pytest.raises(Misconfigured, match="move was chosen by vera on 2026-10-05"):
@@ -983,7 +986,7 @@ def test_a_choice_is_kept_with_who_and_why_and_stands(world: SimpleNamespace) ->
     rows = world.ledger.placements("calls")
     assert rows["decision"].tolist() == ["", "move", "move"]
     assert rows[["decided_by", "note"]].iloc[-1].tolist() == ["vera", "so it is"]
-    world.ledger.place("calls", targets({"a": "1"}), world.clock.now)
+    world.ledger.place("calls", 0, targets({"a": "1"}), world.clock.now)
     assert world.ledger.decide_move("calls", "a", Choice.FROM_NOW, "otto", "another one")
     assert world.ledger.placements("calls")["decision"].tolist() == ["", "move", "move", "from_now"]
 

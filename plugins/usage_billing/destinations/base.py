@@ -153,11 +153,20 @@ class Destination(ABC):
         closed. Such a one is held for nothing but what the site cannot do.
         """
 
+    @abstractmethod
+    def standing(self, subscription: str) -> Target:
+        """Return where a subscription, as identities name it, is billed today, whichever account leads to it.
+
+        One that the site would not bill, or cannot be told how to reach, comes back with `unknown` set.
+
+        Raises:
+            Misconfigured, NotApplied: as `resolve`.
+        """
+
     def look_up(self, proposals: pd.DataFrame) -> pd.DataFrame:
         """Return proposals with today's address and open billing period also where no usage of the run told them.
 
-        Of a key that vanished only its account is known. Where that leads elsewhere by now, or nowhere, the proposal
-        stays as it is: ``open_from`` is NaT.
+        Where a key vanished nobody named its subscription; if the site bills that no more, ``open_from`` stays NaT.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked.
@@ -165,17 +174,15 @@ class Destination(ABC):
         unknown = proposals["open_from"].isna()
         if not unknown.any():
             return proposals
-        asked = proposals.loc[unknown, ["account", "subscription", "component"]]
-        targets = {target.account: target for target in self.resolve(sorted(asked["account"].unique()))}
-        keys = zip(*(asked[name] for name in asked), strict=True)
-        found = [(targets[account], (subscription, component)) for account, subscription, component in keys]
-        today = [None if one.unknown or (one.subscription, one.component) != key else one for one, key in found]
+        names = proposals.loc[unknown, "subscription"]
+        today = {name: self.standing(name) for name in sorted(set(names))}
+        found = [None if today[name].unknown else today[name] for name in names]
         columns = {
-            "address": [None if one is None else one.address_text for one in today],
-            "open_from": [None if one is None else one.open_from for one in today],
-            "open_until": [None if one is None else one.open_until for one in today],
+            "address": [None if one is None else one.address_text for one in found],
+            "open_from": [None if one is None else one.open_from for one in found],
+            "open_until": [None if one is None else one.open_until for one in found],
         }
-        looked_up = pd.DataFrame(columns, index=asked.index, dtype=object).reindex(proposals.index)
+        looked_up = pd.DataFrame(columns, index=names.index, dtype=object).reindex(proposals.index)
         for edge in ("open_from", "open_until"):
             looked_up[edge] = pd.to_datetime(looked_up[edge], utc=True)
         return proposals.assign(**{name: looked_up[name].fillna(proposals[name]) for name in columns})

@@ -449,16 +449,16 @@ class Ledger:
 
     # --- placing -----------------------------------------------------------------------------------------------------
 
-    def displaced(self, name: str, targets: pd.DataFrame) -> pd.DataFrame:
-        """Return those of `targets` of which the account last led elsewhere, or was never seen.
+    def displaced(self, name: str, edition: int, targets: pd.DataFrame) -> pd.DataFrame:
+        """Return those of `targets` of which the account last led elsewhere, or was never seen, under an edition.
 
         Columns as `targets`: account, subscription, component, price_point and address; and ``since``, from which usage
         period on it leads there: after the last one that was compared, or None for an account that was never seen.
         """
         with self._reading() as connection:
-            return self._displaced(connection, name, targets)[[*targets.columns, "since"]]
+            return self._displaced(connection, name, edition, targets)[[*targets.columns, "since"]]
 
-    def place(self, name: str, targets: pd.DataFrame, looked_up_at: datetime) -> None:
+    def place(self, name: str, edition: int, targets: pd.DataFrame, looked_up_at: datetime) -> None:
         """Write down where accounts lead by now (columns of `displaced`), each that was never seen or led elsewhere.
 
         `looked_up_at` is when they began to be looked up, by the ledger's time.
@@ -468,7 +468,7 @@ class Ledger:
         """
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            found = self._displaced(connection, name, targets)
+            found = self._displaced(connection, name, edition, targets)
             later = found.loc[found["seen_at"] > pd.Timestamp(looked_up_at), "account"]
             if len(later):
                 raise NotApplied(
@@ -476,14 +476,18 @@ class Ledger:
                     "meanwhile, and lead elsewhere; validate again"
                 )
             if len(found):
-                rows = found.assign(source=name, seen_at=looked_up_at).astype(object).to_dict("records")
+                rows = (
+                    found.assign(source=name, edition=edition, seen_at=looked_up_at).astype(object).to_dict("records")
+                )
                 connection.execute(insert(placement), rows)  # type: ignore[arg-type]
 
-    def _displaced(self, connection: Connection, name: str, targets: pd.DataFrame) -> pd.DataFrame:
+    def _displaced(self, connection: Connection, name: str, edition: int, targets: pd.DataFrame) -> pd.DataFrame:
         """Return `displaced` and ``seen_at``: when the place was seen that an account led to last."""
         place = ["subscription", "component", "price_point"]
         seen = [
-            self._frame_of(connection, queries.placements(name, some, " ".join(["account", *place, "seen_at"])))
+            self._frame_of(
+                connection, queries.placements(name, edition, some, " ".join(["account", *place, "seen_at"]))
+            )
             for some in _batches(targets["account"].tolist())
         ]
         if not seen:
@@ -498,16 +502,23 @@ class Ledger:
         moments = [(since or _BEGINNING) if seen_before else None for seen_before in known]
         return found[[*targets.columns, "seen_at"]].assign(since=pd.Series(moments, found.index, dtype=object))
 
-    def placements(self, name: str, also: Sequence[str] = ()) -> pd.DataFrame:
-        """Return every place of the accounts that moved, and of those `also` named, by account, in order.
+    def placements(self, name: str, edition: int = 0, also: Sequence[str] = ()) -> pd.DataFrame:
+        """Return every place of the accounts that moved under an edition, and of those `also` named, in order.
 
         Columns: number, account, subscription, component, price_point, address, since, decision, decided_by, note.
         """
         names = "number account subscription component price_point address since decision decided_by note"
-        parts = [self._frame(queries.placements(name, queries.moved(name), names))]
-        parts += [self._frame(queries.placements(name, some, names)) for some in _batches(also)]
+        parts = [self._frame(queries.placements(name, edition, queries.moved(name, edition), names))]
+        parts += [self._frame(queries.placements(name, edition, some, names)) for some in _batches(also)]
         whole = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         return whole.drop_duplicates("number").sort_values(["account", "number"], ignore_index=True)
+
+    def moving(self, name: str) -> list[int]:
+        """Return the editions of a source under which any account moved."""
+        ours = placement.c.source == name, placement.c.since.is_not(None)
+        with self._reading() as connection:
+            found = connection.execute(select(placement.c.edition).where(*ours).distinct())
+            return sorted(found.scalars())
 
     def decide_move(self, name: str, account: str, choice: Choice, by: str, note: str) -> bool:
         """Write down what a person chose for what an account used before it moved; False if that stood already.
@@ -518,7 +529,7 @@ class Ledger:
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
             names = "number subscription since decision decided_by decided_at"
-            rows = connection.execute(queries.placements(name, [account], names)).all()
+            rows = connection.execute(queries.placements(name, None, [account], names)).all()
             moved = [row for row in rows if row.since is not None]
             if not moved:
                 seen = f"only ever led to subscription {rows[-1].subscription}" if rows else "was never seen"

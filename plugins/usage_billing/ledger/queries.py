@@ -126,16 +126,24 @@ def last_compared(source: str) -> Select[Any]:
     return select(func.max(compared_period.c.period_end)).where(compared_period.c.source == source)
 
 
-def placements(source: str, accounts: Any, names: str) -> Select[Any]:
-    """Select columns of all places of some accounts, a list or a query of them, each account's in their order."""
+def placements(source: str, edition: int | None, accounts: Any, names: str) -> Select[Any]:
+    """Select columns of all places of some accounts, a list or a query of them, each account's in their order.
+
+    Those under one edition of the source, None for any.
+    """
     columns = (placement.c[name] for name in names.split())
-    ours = select(*columns).where(placement.c.source == source, placement.c.account.in_(accounts))
+    ours = select(*columns).where(_placed(source, edition), placement.c.account.in_(accounts))
     return ours.order_by(placement.c.account, placement.c.number)
 
 
-def moved(source: str) -> Select[Any]:
+def moved(source: str, edition: int) -> Select[Any]:
     """Select the accounts that were seen to lead elsewhere than before."""
-    return select(placement.c.account).where(placement.c.source == source, placement.c.since.is_not(None))
+    return select(placement.c.account).where(_placed(source, edition), placement.c.since.is_not(None))
+
+
+def _placed(source: str, edition: int | None) -> ColumnElement[bool]:
+    ours = placement.c.source == source
+    return ours if edition is None else and_(ours, placement.c.edition == edition)
 
 
 def take_off(source: str, reading: Reading, periods: Sequence[Period]) -> Delete:

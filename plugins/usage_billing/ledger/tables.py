@@ -26,7 +26,7 @@ from sqlalchemy import (
 
 from usage_billing.records import Choice, Decision, State, check_aware
 
-SCHEMA_VERSION = "0008"
+SCHEMA_VERSION = "0009"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -198,6 +198,7 @@ placement = Table(
     metadata,
     Column("number", Integer, primary_key=True, autoincrement=True),
     Column("source", String(80), ForeignKey("source.name"), nullable=False),
+    Column("edition", Integer, nullable=False, comment="Under another definition the same account is another matter."),
     Column("account", Text, nullable=False),
     Column("subscription", Text, nullable=False),
     Column("component", Text, nullable=False),
@@ -214,10 +215,17 @@ placement = Table(
     CheckConstraint(f"decision IN ({_choices})", name="placement_decision"),
     sqlite_autoincrement=True,
 )
-Index("placement_by_account", placement.c.source, placement.c.account, placement.c.number)
+Index("placement_by_account", placement.c.source, placement.c.edition, placement.c.account, placement.c.number)
 # Few accounts ever move, and each run asks which.
 _moved = text("since IS NOT NULL")
-Index("placement_moved", placement.c.source, placement.c.since, sqlite_where=_moved, postgresql_where=_moved)
+Index(
+    "placement_moved",
+    placement.c.source,
+    placement.c.edition,
+    placement.c.since,
+    sqlite_where=_moved,
+    postgresql_where=_moved,
+)
 
 _states = ", ".join(f"'{state}'" for state in State)
 _open_states = text("state IN ({})".format(", ".join(f"'{state}'" for state in OPEN_STATES)))

@@ -210,7 +210,7 @@ class DagRun:
         periods = source.periods(run.interval)
         events, began = run.tables["events"], ledger.now()
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
-        moves = placed(found.targets, source.name, began, ledger, house.staging, run.folder)
+        moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
         found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
         self._check_rows(run, events.rows, found.accepted.rows, found.quarantined.rows)

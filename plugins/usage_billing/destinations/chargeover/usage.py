@@ -105,10 +105,15 @@ class ChargeOverUsage(Destination):
             "a negative difference waits: the connection does not say that this account takes one (negative_usage)"
         )
         minus = below & (self.client.settings.negative_usage == "hold")
-        why_unknown = "its account leads nowhere or elsewhere by now, so its open billing cycle is not known"
+        why_unknown = "the site does not bill it any more, so its open billing cycle is not known"
         late = self._why_late(proposals, self._late(proposals))
         texts = np.select([minus, unknown], [why_minus, why_unknown], late)
         return pd.Series(texts, index=proposals.index, dtype=object)
+
+    def standing(self, subscription: str) -> Target:
+        """Return the line of the package or customer of which an identity holds the key."""
+        (found,) = self.resolve([subscription.partition(":")[2]])
+        return found
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a cycle that was invoiced since, and what would go to a line that is no more."""

@@ -66,6 +66,20 @@ class MaxioDestination(Destination):
         """Return the subscription of each account, whatever its state and its product of today."""
         return self._found(accounts, lambda *_: "")
 
+    def standing(self, subscription: str) -> Target:
+        """Return the subscription with this number; where accounts are references, by the one that it has today."""
+        component, found = self._component, self._subscription(int(subscription))
+        account = subscription if self._by_id() else str((found or {}).get("reference") or "")
+        if found is not None and not account:
+            return Target(account, unknown=f"subscription {subscription} has no reference, and nothing else reaches it")
+        return self._target(account or subscription, found, component, self._unusable)
+
+    def _subscription(self, number: int) -> Json | None:
+        found = self.client.subscription(number)
+        if found is None:
+            self.client.read_site()  # At a wrong address everything is a 404.
+        return found
+
     def _found(self, accounts: Sequence[str], why_not: Callable[[str, Json, Json], str]) -> list[Target]:
         # The component first: at a wrong address everything is a 404, and that makes no account unknown.
         component = self._component

@@ -146,7 +146,7 @@ class MaxioEvents(MaxioDestination):
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:
         """Hold what belongs to a billing period that has closed, or for which nobody knows today whether it has."""
         unknown = proposals["open_from"].isna().to_numpy(dtype=bool)
-        why_unknown = "its account leads nowhere or elsewhere by now, so its open billing period is not known"
+        why_unknown = "the site does not bill it any more, so its open billing period is not known"
         texts = np.where(unknown, why_unknown, self._why_late(proposals, closed(proposals)))
         return pd.Series(texts, index=proposals.index, dtype=object)
 

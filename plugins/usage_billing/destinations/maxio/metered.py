@@ -137,12 +137,6 @@ class MaxioMetered(MaxioDestination):
         found = {one.token: self._why_not(one, read(one.address["subscription_id"])) for one in deliveries}
         return {token: why for token, why in found.items() if why}
 
-    def _subscription(self, number: int) -> Json | None:
-        found = self.client.subscription(number)
-        if found is None:
-            self.client.read_site()  # At a wrong address everything is a 404.
-        return found
-
     def _why_not(self, delivery: Delivery, subscription: Json | None) -> str:
         """Return why a delivery may not be sent any more, or an empty text."""
         where = delivery.address
