@@ -78,6 +78,11 @@ MAXIO = {
         "closing_period", ("closing_period", "new_period"), "usage between a period's end and its assessment"
     ),
     "trial_usage": Switch("first_paid_renewal", ("first_paid_renewal", "dropped"), "usage recorded during a trial"),
+    "usage_id": Switch(
+        "at_commit",
+        ("at_commit", "at_arrival"),
+        "when a usage takes its id: as it is stored, or as its request arrives",
+    ),
     "usage_list_order": Switch("descending", ("descending", "ascending"), "order of ids in the usage list"),
     "usage_list_of_events_component": Switch(
         "empty", ("empty", "404", "422"), "usage list of an events-based component"

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
@@ -173,43 +173,57 @@ class MaxioSite:
             raise InDoubt(f"{self.settings.site}: {call}: success, but no usage in the reply")
         return usage
 
-    def usages(self, subscription_id: int, component: int | str, since_id: int | None = None) -> Iterator[Json] | None:
-        """Yield all usages from id `since_id` on, each once; None if there is no such subscription or component.
+    def usages(
+        self,
+        subscription_id: int,
+        component: int | str,
+        since_id: int | None = None,
+        max_id: int | None = None,
+        since_date: date | None = None,
+    ) -> Iterator[Json] | None:
+        """Yield all usages within the bounds, each once; None if there is no such subscription or component.
 
-        Pages are cut by id and not by number, so usage that arrives meanwhile shifts nothing. Neither the order of the
-        list nor its size of page is documented: this works with either order and ends at an empty page.
+        `since_id` and `max_id` are ids of usages, both included; `since_date` is a day of the site's own zone, which
+        bounds by when the site stored them. Pages are cut by id and not by number, so usage that arrives meanwhile
+        shifts nothing. Neither the order of the list nor its size of page is documented: this works with either order
+        and ends at an empty page.
         """
         path = _usages_path(subscription_id, component)
-        first = self._usage_page(path, since_id, None)
-        return None if first is None else self._walk(path, since_id, first)
+        more = {} if since_date is None else {"since_date": since_date.isoformat()}
+        first = self._usage_page(path, since_id, max_id, more)
+        return None if first is None else self._walk(path, since_id, max_id, more, first)
 
-    def _walk(self, path: str, since_id: int | None, first: list[Json]) -> Iterator[Json]:
+    def _walk(
+        self, path: str, since_id: int | None, max_id: int | None, more: Json, first: list[Json]
+    ) -> Iterator[Json]:
         yield from first
         lowest = min((usage["id"] for usage in first), default=0)
         highest = max((usage["id"] for usage in first), default=0)
         while first:
-            fresh = [usage for usage in self._next_page(path, since_id, lowest - 1) if usage["id"] < lowest]
+            page = self._next_page(path, since_id, lowest - 1, more)
+            fresh = [usage for usage in page if usage["id"] < lowest]
             if not fresh:
                 break
             yield from fresh
             lowest = min(usage["id"] for usage in fresh)
-        while first:
-            fresh = [usage for usage in self._next_page(path, highest + 1, None) if usage["id"] > highest]
+        while first and (max_id is None or highest < max_id):
+            page = self._next_page(path, highest + 1, max_id, more)
+            fresh = [usage for usage in page if usage["id"] > highest]
             if not fresh:
                 break
             yield from fresh
             highest = max(usage["id"] for usage in fresh)
 
-    def _next_page(self, path: str, since_id: int | None, max_id: int | None) -> list[Json]:
-        page = self._usage_page(path, since_id, max_id)
+    def _next_page(self, path: str, since_id: int | None, max_id: int | None, more: Json) -> list[Json]:
+        page = self._usage_page(path, since_id, max_id, more)
         if page is None:
             # The list was there a moment ago: its end would be a guess, and a guessed end bills twice.
             raise NotApplied(f"{self.settings.site}: list usages: HTTP 404 in the middle of the list")
         return page
 
-    def _usage_page(self, path: str, since_id: int | None, max_id: int | None) -> list[Json] | None:
+    def _usage_page(self, path: str, since_id: int | None, max_id: int | None, more: Json) -> list[Json] | None:
         bounds = {"since_id": since_id, "max_id": max_id}
-        params = {"per_page": PER_PAGE} | {name: value for name, value in bounds.items() if value is not None}
+        params = {"per_page": PER_PAGE} | {name: value for name, value in bounds.items() if value is not None} | more
         found = self._main.read("list usages", path, params)
         return None if found is None else self._numbered("list usages", found, "usage")
 

@@ -9,7 +9,7 @@ import re
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 from decimal import ROUND_DOWN, Decimal
 from functools import cache, cached_property
 from typing import Annotated, ClassVar, Literal
@@ -324,17 +324,31 @@ class MaxioMetered(MaxioDestination):
         return None
 
     def records(self, deliveries: pd.DataFrame) -> Iterator[SiteRecord]:
-        """Yield the usages from the oldest of `deliveries` on: a usage does not know its usage period."""
+        """Yield the usages from the oldest of `deliveries` on: a usage does not know its usage period.
+
+        Of those before it, only such as bear a token of `deliveries`: an earlier request may have been stored too, and
+        taken its id long before it was.
+        """
         known = deliveries.assign(number=pd.to_numeric(deliveries["record_id"].replace("", None)).astype("Int64"))
         for address, some in known.groupby("address"):
             where = json.loads(str(address))
+            place = (where["subscription_id"], where["component_id"])
             since = None if some["number"].isna().any() else int(some["number"].min())
-            for usage in self.client.usages(where["subscription_id"], where["component_id"], since) or ():
-                memo = str(usage.get("memo") or "")
-                shown = memo.partition(" ")[2] if (token := _token_of(usage)) else memo
-                if (quantity := _quantity(usage)) is None:
-                    raise NotApplied(f"{self.site}: list usages: usage {usage['id']} has no readable quantity")
-                yield SiteRecord(token, str(usage["id"]), quantity, shown)
+            reach = _Reach(some, self.settle_after)
+            for usage in self.client.usages(*place, since) or ():
+                reach.note(usage)
+                yield self._record(usage)
+            if since is not None:
+                tokens = frozenset(some["token"])
+                before = self.client.usages(*place, max_id=since - 1, since_date=reach.day) or ()
+                yield from (self._record(usage) for usage in before if _token_of(usage) in tokens)
+
+    def _record(self, usage: Json) -> SiteRecord:
+        memo = str(usage.get("memo") or "")
+        shown = memo.partition(" ")[2] if (token := _token_of(usage)) else memo
+        if (quantity := _quantity(usage)) is None:
+            raise NotApplied(f"{self.site}: list usages: usage {usage['id']} has no readable quantity")
+        return SiteRecord(token, str(usage["id"]), quantity, shown)
 
     def _address(self, account: str, number: str) -> Json:
         return {"subscription_id": int(number), "component_id": self._component["id"]}
@@ -414,6 +428,42 @@ def _apart(usage: Json, other: Json, longest: timedelta) -> bool:
     """Say whether the site stored two usages longer apart than `longest`, by its own clock."""
     here, there = instant(usage.get("created_at")), instant(other.get("created_at"))
     return here is not None and there is not None and abs(here - there) > longest
+
+
+class _Reach:
+    """How far back, by the site's own clock, a second usage under the token of an accepted one may have been stored.
+
+    Nobody sends usage before its period is over, whatever ledger it was, one that is lost by now too. How long before
+    the accepted request that was, the ledger's clock tells; from where to count, the site's: it is no matter if the two
+    are apart.
+    """
+
+    def __init__(self, accepted: pd.DataFrame, settle_after: timedelta) -> None:
+        self._settle_after = settle_after
+        # Only the tie-out walks back, and it knows when each was sent; what was adopted was sent before it was entered.
+        names = [name for name in ("period_end", "reserved_at", "sent_at") if name in accepted]
+        self._rows = {row["record_id"]: row for row in accepted[["record_id", *names]].to_dict("records")}
+        self._earliest: datetime | None = None
+        self._endless = False
+
+    def note(self, usage: Json) -> None:
+        """Take in when the site stored one of the accepted usages."""
+        row = self._rows.get(str(usage["id"]))
+        if row is None:
+            return
+        stored, sent = instant(usage.get("created_at")), row.get("sent_at")
+        if stored is None:
+            self._endless = True
+            return
+        begin = min(moment for name in ("period_end", "reserved_at") if not pd.isna(moment := row.get(name)))
+        longest = timedelta(0) if pd.isna(sent) else max(sent - begin, timedelta(0))
+        first = (min(stored, begin) if pd.isna(sent) else stored) - longest - self._settle_after - _DAY
+        self._earliest = first if self._earliest is None else min(first, self._earliest)
+
+    @property
+    def day(self) -> date | None:
+        """The day from which on such a usage may have been stored, whatever the site's zone; None for any day."""
+        return None if self._earliest is None or self._endless else (self._earliest - _DAY).date()
 
 
 def _by_address(doubts: Sequence[Delivery]) -> dict[tuple[int, int], dict[str, Delivery]]:

@@ -91,6 +91,8 @@ class MaxioApi(MaxioHost):
             return errors(422, _BLOCKED[blocked])
         if route is None:
             return self.not_found()
+        if route.name == "create_usage" and self.site.switches["usage_id"] == "at_arrival":
+            call.request.scope["usage_id"] = self.site.books.take_id("usage")
         token = self._token(call)
         if token is None:
             return None

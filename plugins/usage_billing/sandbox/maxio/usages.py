@@ -45,8 +45,9 @@ class Usages:
         if part.kind == PREPAID:
             extra["overage_quantity"] = str(overage)
         usage_id = self.site.books.write(
-            "INSERT INTO usage (site, subscription, component, price_point, quantity, memo, created_at, extra)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO usage (id, site, subscription, component, price_point, quantity, memo, created_at, extra)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            call.request.scope.get("usage_id"),
             *(self.site.world.site, account.id, part.id, point.id, str(quantity), memo, self._receipt_time()),
             json.dumps(extra, default=str) if extra else None,
         )
