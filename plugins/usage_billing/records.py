@@ -102,6 +102,12 @@ PASSES = "its billing period closed before it was sent; it goes into the open on
 """The reason of a delivery that was right when it was planned, and is written anew for the billing period of today."""
 
 
+PASSES_SOON = (
+    "its billing period ends before it could land; once the next one is open it goes there, as the source says"
+)
+"""The reason of one that was right when planned, came too near the end, and is written anew after the renewal."""
+
+
 WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws"
 """The reason of a negative difference that waits for its run's quarantined rows, whatever else speaks against it."""
 

@@ -204,8 +204,9 @@ class Destination(ABC):
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Return, by token, why what was right when it was planned may not be sent any more.
 
-        `PASSES` is the reason of one that is only dated wrong by now: it goes as a new revision. Asked right before a
-        request that waited: for a lock, or since an earlier try. `now` is the ledger's time.
+        `PASSES` is the reason of one that is only dated wrong by now: it goes as a new revision. `PASSES_SOON` is that
+        of one for which this will be so after a renewal that is due. Asked right before a request that waited: for a
+        lock, or since an earlier try. `now` is the ledger's time.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked; nothing may be sent.

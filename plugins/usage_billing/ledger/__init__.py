@@ -52,6 +52,7 @@ from usage_billing.records import (
     EVER,
     MOVED,
     PASSES,
+    PASSES_SOON,
     PERSON_DECIDES,
     REFUSED_HERE,
     UNAPPROVED,
@@ -645,8 +646,8 @@ class Ledger:
     def hold(self, reasons: Mapping[str, str], let_go: str = "") -> int:
         """Hold reserved deliveries, each token for its reason, and return how many were still reserved.
 
-        `let_go` is what released those of them that pass; one that the source refuses is refused, unless it was
-        released before.
+        `let_go` is what released those of them that pass, now or once the site has renewed; one that the source refuses
+        is refused, unless it was released before.
         """
         held = 0
         with self._writing() as connection:
@@ -655,7 +656,7 @@ class Ledger:
                 values: dict[str, Any] = {"state": State.HELD, "reason": reason}
                 if reason.startswith(REFUSED_HERE):
                     values["state"] = case((delivery.c.released == "", State.REFUSED), else_=State.HELD)
-                elif reason.startswith(PASSES):
+                elif reason.startswith((PASSES, PASSES_SOON)):
                     values["released"] = case((delivery.c.released == "", let_go), else_=delivery.c.released)
                 held += connection.execute(this_one.values(values)).rowcount
         return held

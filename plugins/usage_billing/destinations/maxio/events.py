@@ -24,7 +24,7 @@ from usage_billing.destinations.base import Answer, by_value, closed, joined, ne
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
-from usage_billing.records import Delivery, Period, Receipt, SiteTotal, Target
+from usage_billing.records import PASSES, PASSES_SOON, Delivery, Period, Receipt, SiteTotal, Target
 from usage_billing.sources import BillingSource
 
 log = logging.getLogger(__name__)
@@ -341,12 +341,25 @@ class MaxioEvents(MaxioDestination):
                 "those: clear the run from validate on, and the others go"
             )
         ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
+        if self.stream:
+            ends += "; clear the run from validate on once the next period is open"
         held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | resting
         if not self.stream:
             late = [delivery for delivery in deliveries if delivery.token in opened]
             reasons = {one.token: self._why_late_now(one, opened[one.token]) for one in late}
             held |= {token: reason for token, reason in reasons.items() if reason != self.why_late}
-        return held | {token: ends for token, moment in leave_by.items() if moment <= at}
+        by_token = {one.token: one for one in deliveries}
+        too_near = {token: moment for token, moment in leave_by.items() if moment <= at}
+        return held | {
+            token: PASSES_SOON if self._goes_after(by_token[token], moment + self.settle_after) else ends
+            for token, moment in too_near.items()
+        }
+
+    def _goes_after(self, delivery: Delivery, renewal: datetime) -> bool:
+        """Say whether the source sends a delivery of the period that ends with a renewal into the next one."""
+        if self.stream or delivery.period is None:
+            return False
+        return delivery.period.end > renewal or self._why_late_now(delivery, renewal) == PASSES
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         still_open, resting, _ = self._leave_by(deliveries)
