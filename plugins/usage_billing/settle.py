@@ -8,8 +8,9 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import Enum, auto
 
-from usage_billing.destinations.base import Answer, Destination
+from usage_billing.destinations.base import Answer, Destination, shuffled
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.ledger import Ledger
 from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Delivery, Receipt, State, Window
@@ -17,8 +18,18 @@ from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Deliv
 log = logging.getLogger(__name__)
 
 _MOST_DOUBLINGS, _LONGEST_PAUSE = 6, 60.0
+_MOST_IN_A_ROW = 2
+"""How many questions in a row a site may turn down as a whole: then it wants nothing at all now, whatever is asked."""
 _NEVER: Callable[[], bool] = bool
 """Nobody asks it to stop: a `bool` of nothing is False."""
+
+
+class _Went(Enum):
+    """How a question went: it was answered or simply failed, was refused as a whole, or wants to be asked later."""
+
+    ON = auto()
+    IN_VAIN = auto()
+    WAITS = auto()
 
 
 @dataclass
@@ -76,9 +87,16 @@ class Doubts:
         ask_after, now = self._destination.ask_after, self._ledger.now()
         due = [doubt for doubt in doubts if doubt.sent_at is not None and now - doubt.sent_at >= ask_after]
         before = self.settled.ended
-        for chunk in _chunks(due if now >= self._not_before else [], self._destination.chunk_size):
-            if self._stopped() or not self._ask(chunk):
+        chunks = list(_chunks(due if now >= self._not_before else [], self._destination.chunk_size))
+        in_vain = 0
+        while chunks and in_vain < _MOST_IN_A_ROW and not self._stopped():
+            went = self._ask(chunks.pop(0))
+            in_vain = in_vain + 1 if went is _Went.IN_VAIN else 0
+            if went is _Went.WAITS:
                 break
+            if in_vain:
+                # What is refused each time must not stand before the same others each time.
+                chunks.sort(key=lambda chunk: shuffled(chunk[0].token, now))
         ended = self.settled.ended - before
         self._asked_in_vain = 0 if ended else self._asked_in_vain + bool(due)
         return ended
@@ -95,8 +113,8 @@ class Doubts:
         again = min(2.0 * 2 ** min(self._asked_in_vain, _MOST_DOUBLINGS), _LONGEST_PAUSE)
         return float(min([again, *pending]))
 
-    def _ask(self, doubts: Sequence[Delivery]) -> bool:
-        """Ask about one chunk; return whether the site bears the next question at once."""
+    def _ask(self, doubts: Sequence[Delivery]) -> _Went:
+        """Ask about one chunk."""
         now = self._ledger.now()
         answers: dict[str, Answer] = {}
         failure: NotApplied | InDoubt | None = None
@@ -117,12 +135,13 @@ class Doubts:
             if doubt.token in answers:
                 self._end(doubt, answers[doubt.token])
         if failure is None:
-            return True
+            return _Went.ON
         log.warning("%d doubts stay open: %s", len(doubts) - len(answers), failure)
         if failure.retry_after_seconds:
             self._not_before = self._ledger.now() + timedelta(seconds=failure.retry_after_seconds)
-        wants_nothing = isinstance(failure, InDoubt) and failure.refused
-        return not (wants_nothing or failure.throttled or failure.retry_after_seconds)
+        if failure.throttled or failure.retry_after_seconds:
+            return _Went.WAITS
+        return _Went.IN_VAIN if isinstance(failure, InDoubt) and failure.refused else _Went.ON
 
     def _found_late(self, doubts: Sequence[Delivery], answers: Mapping[str, Answer], now: datetime) -> list[Delivery]:
         """Return what the site has, and may have taken after its billing period: by a replay now, or by the request."""

@@ -178,6 +178,69 @@ def test_a_stream_that_refuses_everything_is_not_asked_for_every_event(
     assert len(doubts.open()) == 1
 
 
+@pytest.mark.parametrize("bad", [1, 3])
+def test_chunks_that_a_stream_refuses_starve_no_other_and_make_no_storm(
+    house: House, monkeypatch: pytest.MonkeyPatch, bad: int
+) -> None:
+    """The oldest doubts are of events that are never taken: the young one is billed all the same, some sweeps later."""
+    monkeypatch.setattr("usage_billing.destinations.maxio.events._MOST_IN_VAIN", 20)
+    mark(monkeypatch, "orbit-02")
+    house.sandbox.switch(SITE, unknown_subscription_in_event="refuse")
+    for hour in range(bad + 1):
+        hourly = Period(DAY.start + timedelta(hours=hour), DAY.start + timedelta(hours=hour + 1))
+        accounts = ["orbit-01"] * 3 if hour == bad else ["orbit-02"] * 30
+        rows = [
+            Event(f"{hour}-{number}", account, "1", hourly.start + timedelta(seconds=number), ("eu", "premium"))
+            for number, account in enumerate(accounts)
+        ]
+        house.sandbox.fault(SITE, "lost_reply", carried_out=False)
+        comparison, folder = house.totals(RAW, hourly, rows)
+        # Right after one failure: no question is asked by the deliver itself.
+        with pytest.raises(NotApplied):
+            house.deliver(RAW, comparison, folder, manners=replace(HASTY, threads=1, patience=timedelta(0)))
+        house.sandbox.clear_faults()
+    assert len(house.ledger.doubts(RAW.name)) == bad + 1
+
+    for _ in range(1 if bad == 1 else 30):
+        house.sandbox.reset_requests()
+        sweep(house.destination(RAW), house.ledger)
+        assert house.writing_requests(RAW) <= (2 + len(house.billed(RAW))) * 20 + 1
+        if house.billed(RAW):
+            break
+
+    assert house.billed(RAW) == {"orbit-01": Decimal(3)}
+    assert len(house.ledger.doubts(RAW.name)) == bad
+
+
+def test_bad_totals_in_a_row_starve_no_good_one(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than the stream may refuse in vain: the good ones beside them are billed all the same."""
+    monkeypatch.setattr("usage_billing.destinations.maxio.events._MOST_IN_VAIN", 20)
+    mark(monkeypatch, "orbit-02")
+    house.sandbox.switch(SITE, unknown_subscription_in_event="refuse")
+    rows = [
+        Event(f"{account}-{hour}", account, "1", DAY.start + timedelta(hours=hour), ("eu", "premium"))
+        for account in ("orbit-01", "orbit-02")
+        for hour in range(24)
+    ]
+    order = {"orbit-01": 0, "orbit-02": 1}  # The last ones go first.
+    real = Ledger.doubts
+
+    def bad_ones_together(self: Ledger, *args: Any) -> list[Delivery]:
+        return sorted(real(self, *args), key=lambda doubt: order[str(doubt.address["account"])])
+
+    monkeypatch.setattr(Ledger, "doubts", bad_ones_together)
+    comparison, folder = house.totals(TOTALS, DAY, rows)
+    house.sandbox.fault(SITE, "lost_reply", carried_out=False)
+    with pytest.raises(NotApplied):
+        house.deliver(TOTALS, comparison, folder, manners=replace(HASTY, patience=timedelta(0)))
+    house.sandbox.clear_faults()
+
+    for _ in range(5):
+        sweep(house.destination(TOTALS), house.ledger)
+
+    assert house.billed(TOTALS) == {"orbit-01": Decimal(24)}
+
+
 def test_a_chunk_is_read_before_it_is_claimed(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive may lie far away: nothing is read from it between the claim and the request."""
     comparison, folder = house.totals(RAW, DAY, events("5"))

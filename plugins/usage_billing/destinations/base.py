@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from hashlib import sha256
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -335,6 +336,11 @@ def let_go(proposals: pd.DataFrame) -> np.ndarray:
     if "released" not in proposals:
         return np.zeros(len(proposals), dtype=bool)
     return (proposals["released"] != "").to_numpy(dtype=bool)
+
+
+def shuffled(name: str, now: datetime) -> str:
+    """Return by what to sort names into an order that hangs on the time, and on nothing else."""
+    return sha256(f"{now.isoformat()} {name}".encode()).hexdigest()
 
 
 def closed(proposals: pd.DataFrame) -> np.ndarray:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from usage_billing.archive import Archived
-from usage_billing.destinations.base import Answer, by_value, closed, joined, negative
+from usage_billing.destinations.base import Answer, by_value, closed, joined, negative, shuffled
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
@@ -265,7 +265,7 @@ class MaxioEvents(MaxioDestination):
             for first in range(0, len(of_stream), self.chunk_size):
                 chunk = of_stream[first : first + self.chunk_size]
                 replay = _Replay(self.client, stream, clock, min(leave_by[doubt.token] for doubt in chunk))
-                answers |= self._replayed(chunk, replay)
+                answers |= self._replayed(chunk, replay, now)
                 if failure := replay.failure:
                     raise InDoubt(
                         str(failure),
@@ -276,10 +276,12 @@ class MaxioEvents(MaxioDestination):
                     ) from failure
         return answers
 
-    def _replayed(self, chunk: Sequence[Delivery], replay: "_Replay") -> dict[str, Answer]:
+    def _replayed(self, chunk: Sequence[Delivery], replay: "_Replay", now: datetime) -> dict[str, Answer]:
         """Send a chunk again; return what became of those deliveries of which every event came to an end."""
         names = {delivery.token: self._events(delivery) for delivery in chunk}
-        replay.send({name: body for events in names.values() for name, body in events.items()})
+        bodies = {name: body for events in names.values() for name, body in events.items()}
+        # Another order each time: many bad ones in a row must not keep the others from their turn for ever.
+        replay.send({name: bodies[name] for name in sorted(bodies, key=lambda name: shuffled(name, now))})
         return {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
 
     def _leave_by(
