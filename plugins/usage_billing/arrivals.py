@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from usage_billing.errors import Misconfigured
 from usage_billing.extract import Hook, as_times, extract, open_query, open_reader
 from usage_billing.ledger import Ledger
-from usage_billing.ledger.leases import kept
+from usage_billing.ledger.leases import Hold, kept
 from usage_billing.ledger.marker import confirm
 from usage_billing.periods import Calendar, local_midnight
 from usage_billing.records import Arrived, Period, Reading, Staged, State, Tally, joined, overlap
@@ -52,7 +52,13 @@ class Taken:
 
 
 def read(
-    source: BillingSource, interval: Period, own: Sequence[Period], warehouse: Hook, ledger: Ledger, staging: Staging
+    source: BillingSource,
+    interval: Period,
+    own: Sequence[Period],
+    warehouse: Hook,
+    ledger: Ledger,
+    staging: Staging,
+    hold: Hold = kept,
 ) -> Taken:
     """Read the usage periods `own`, and those that arrivals touched, as one numbered extraction.
 
@@ -65,14 +71,14 @@ def read(
     """
     by_arrival = source.settings.incremental == "arrival"
     # One at a time, so that the later number belongs to the later snapshot.
-    with kept(ledger, f"extract:{source.name}", _LEASE_LASTS, wait=_LEASE_WAIT) as held:
+    with hold(ledger, f"extract:{source.name}", _LEASE_LASTS, _LEASE_WAIT) as held:
         arrived = _look(source, warehouse, ledger) if by_arrival else None
         periods = _due(source, interval, own, arrived, ledger) if arrived else tuple(own)
         spans = joined(periods)
         reader = _rows(source, warehouse, spans)
         window = Period.around(periods) if periods else interval
         number = ledger.begin_extraction(held.lease, source.name, interval, window, arrived)
-        confirm(ledger, staging, source.name, number)
+        confirm(ledger, staging, source.name, number, hold)
         folder = f"{source.name}/{interval.start:%Y%m%dT%H%M%SZ}-{interval.end:%Y%m%dT%H%M%SZ}/{number:08d}"
         taken = Taken(number, periods, folder, arrived=arrived.rows if arrived else 0)
         if len(spans) > 1:

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Protocol, Self
 
 from usage_billing.ledger import Ledger
-from usage_billing.ledger.leases import KeptLease, holder, kept
+from usage_billing.ledger.leases import Hold, KeptLease, holder, kept
 
 
 class Stop(Protocol):
@@ -26,9 +26,6 @@ class Stop(Protocol):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait, for `timeout` seconds or until it is asked to."""
         ...
-
-
-Hold = Callable[[Ledger, str, timedelta, timedelta], AbstractContextManager[KeptLease]]
 
 
 @dataclass(frozen=True)

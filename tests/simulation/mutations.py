@@ -16,15 +16,15 @@ from unittest.mock import patch
 import pandas as pd
 from sqlalchemy import update
 
-from usage_billing import chunks, deliver, plan, quantities, settle
+from usage_billing import arrivals, chunks, deliver, plan, quantities, settle
 from usage_billing import ledger as ledgers
 from usage_billing.destinations import maxio
 from usage_billing.destinations.chargeover import ChargeOverUsage
 from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import delivery
-from usage_billing.records import Receipt, State
-from usage_billing.testing.scenes import RAW
+from usage_billing.records import Reading, Receipt, State
+from usage_billing.testing.scenes import BY_ARRIVAL, RAW
 
 Mutation = Callable[[], AbstractContextManager[object]]
 
@@ -287,7 +287,73 @@ def event_token_of_the_run() -> AbstractContextManager[object]:
     return patch.object(chunks, "event_tokens", mutant)
 
 
+def watermark_without_overlap() -> AbstractContextManager[object]:
+    """Arrivals are looked for right after the watermark: what committed out of order is passed over."""
+    after = arrivals.after
+
+    def mutant(source: Any, mark: str) -> Any:
+        none = 0 if isinstance(source.settings.arrival_overlap, int) else timedelta(0)
+        settings = source.settings.model_copy(update={"arrival_overlap": none})
+        return after(replace(source, settings=settings), mark)
+
+    return patch.object(arrivals, "after", mutant)
+
+
+def watermark_ahead_of_the_clock() -> AbstractContextManager[object]:
+    """The watermark goes wherever an arrival says, also by a clock that is wrong."""
+    find = arrivals.find
+
+    def mutant(batches: Any, source: Any, mark: str, _now: datetime) -> Any:
+        return find(batches, source, mark, datetime.max.replace(tzinfo=UTC))
+
+    return patch.object(arrivals, "find", mutant)
+
+
+@contextmanager
+def watermark_before_the_list() -> Iterator[None]:
+    """The watermark moves in one transaction, and what it has passed is listed in the next."""
+    begin, record = Ledger.begin_extraction, Ledger.record_read
+    later: dict[int, tuple[str, Any]] = {}
+
+    def begins(self: Ledger, held: Any, name: str, interval: Any, window: Any, arrived: Any = None) -> int:
+        number = begin(self, held, name, interval, window, arrived and replace(arrived, periods=()))
+        later[number] = name, arrived
+        return number
+
+    def records(self: Ledger, number: int, rows: int) -> None:
+        name, arrived = later[number]
+        if arrived is not None:
+            with self._writing() as connection:
+                self._take_up(connection, name, number, arrived)
+        record(self, number, rows)
+
+    with patch.object(Ledger, "begin_extraction", begins), patch.object(Ledger, "record_read", records):
+        yield
+
+
+def taken_off_when_read() -> AbstractContextManager[object]:
+    """A period leaves the list when it was read, before anything of it is planned."""
+    read = arrivals.read
+
+    def mutant(source: Any, interval: Any, own: Any, warehouse: Any, ledger: Any, *rest: Any) -> Any:
+        taken = read(source, interval, own, warehouse, ledger, *rest)
+        ledger.take_off(source.name, Reading(taken.number), taken.periods)
+        return taken
+
+    return patch.object(arrivals, "read", mutant)
+
+
+def taken_off_whatever_is_left() -> AbstractContextManager[object]:
+    """A run takes what it compared off the list, whether or not it is settled."""
+
+    def mutant(source: Any, reading: Any, periods: Any, _tally: Any, ledger: Any) -> None:
+        ledger.take_off(source.name, reading, periods)
+
+    return patch.object(arrivals, "done", mutant)
+
+
 METERED, EVENTS, CHARGEOVER = "maxio_metered", "maxio_events", "chargeover_usage"
+ARRIVING = tuple(kind + BY_ARRIVAL for kind in (METERED, EVENTS, RAW, CHARGEOVER))
 
 MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     accepted_before_the_send: (METERED, EVENTS, RAW, CHARGEOVER),
@@ -311,5 +377,10 @@ MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     late_events_forgotten: (RAW,),
     gone_events_not_listed: (RAW,),
     event_token_of_the_run: (RAW,),
+    watermark_without_overlap: ARRIVING,
+    watermark_ahead_of_the_clock: ARRIVING,
+    watermark_before_the_list: ARRIVING,
+    taken_off_when_read: ARRIVING,
+    taken_off_whatever_is_left: ARRIVING,
 }
 """Each mutation, with the kinds of histories that can show it."""

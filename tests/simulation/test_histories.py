@@ -13,7 +13,7 @@ from usage_billing.sources import load_source
 from usage_billing.testing import Outcome, PostgresLedgers, SqliteLedgers, simulate, workshop
 from usage_billing.testing.chance import Chance
 from usage_billing.testing.command import Order, Violated, run
-from usage_billing.testing.scenes import KINDS, RAW, drawn_kind, simulated
+from usage_billing.testing.scenes import BY_ARRIVAL, KINDS, RAW, drawn_kind, simulated
 from usage_billing.testing.shrink import shrunk
 from usage_billing.testing.story import Story
 
@@ -95,7 +95,7 @@ def test_one_seed_tells_one_story(sqlite: SqliteLedgers, folder: Path) -> None:
 
 def test_sizes_and_order_never_change_what_is_billed(sqlite: SqliteLedgers, folder: Path) -> None:
     """I4: other batches, chunks and an other order of rows end with the same bill, key by key, in quiet histories."""
-    for kind in (*KINDS, RAW):
+    for kind in (*KINDS, RAW, *(kind + BY_ARRIVAL for kind in (*KINDS, RAW))):
         seed = next(seed for seed in count(2000) if drawn_kind(Chance(seed)) == kind)
         tables = [
             simulate(seed, sqlite.fresh(), folder, sizes=sizes, troubled=False).lines for sizes in ("small", "large")

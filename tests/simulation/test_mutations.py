@@ -27,6 +27,9 @@ FIRST = {
     "floor_forgotten": 21,
     "stale_plans_send": 14,
     "external_key_not_looked_up": 10,
+    "watermark_without_overlap": 30,
+    "watermark_ahead_of_the_clock": 230,
+    "taken_off_whatever_is_left": 43,
 }
 
 

@@ -5,8 +5,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 from usage_billing.errors import NotApplied
@@ -21,6 +21,10 @@ class KeptLease:
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
         self.lost = False
+
+
+Hold = Callable[[Ledger, str, timedelta, timedelta], AbstractContextManager[KeptLease]]
+"""What holds a lease as `kept` does: by a thread on real time, or on a simulation's virtual clock."""
 
 
 def holder() -> str:

@@ -13,7 +13,7 @@ from datetime import timedelta
 
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Lease, Ledger
-from usage_billing.ledger.leases import kept
+from usage_billing.ledger.leases import Hold, kept
 from usage_billing.staging import Staging
 
 _LASTS, _WAIT = timedelta(seconds=30), timedelta(minutes=2)
@@ -42,7 +42,7 @@ def read(staging: Staging, source: str) -> Mark | None:
         raise Misconfigured(f"staging: {_path(source)} is no mark of a ledger: {unknown}") from unknown
 
 
-def confirm(ledger: Ledger, staging: Staging, source: str, number: int = 0) -> None:
+def confirm(ledger: Ledger, staging: Staging, source: str, number: int = 0, hold: Hold = kept) -> None:
     """Check that this is the ledger which the source's staging was used with last, and leave its mark anew.
 
     To be called under each new extraction `number`, and by `marked` around sending: a copy of the ledger that is older
@@ -51,11 +51,11 @@ def confirm(ledger: Ledger, staging: Staging, source: str, number: int = 0) -> N
     Raises:
         Misconfigured: it is another ledger, or an older copy of that one; nothing was sent.
     """
-    with _alone(ledger, source) as lease:
+    with hold(ledger, f"mark:{source}", _LASTS, _WAIT) as held:
         before = read(staging, source)
         if before is not None:
             _raise_if_forgotten(ledger, before, source)
-        _leave(ledger, staging, source, number, lease)
+        _leave(ledger, staging, source, number, held.lease)
 
 
 @contextmanager
@@ -74,8 +74,8 @@ def marked(ledger: Ledger, staging: Staging, source: str, number: int = 0) -> It
 
 def hand_over(ledger: Ledger, staging: Staging, source: str, number: int) -> None:
     """Leave this ledger's mark whatever was there: it has adopted what it did not know."""
-    with _alone(ledger, source) as lease:
-        _leave(ledger, staging, source, number, lease)
+    with kept(ledger, f"mark:{source}", _LASTS, _WAIT) as held:
+        _leave(ledger, staging, source, number, held.lease)
 
 
 def _leave(ledger: Ledger, staging: Staging, source: str, number: int, lease: Lease) -> None:
@@ -103,12 +103,6 @@ def _mend(source: str) -> str:
         "Bring the right ledger back, or enter what the billing site holds into this one: "
         f"`usage-billing ledger adopt {source} --from <first day> --to <day after the last>`"
     )
-
-
-@contextmanager
-def _alone(ledger: Ledger, source: str) -> Iterator[Lease]:
-    with kept(ledger, f"mark:{source}", _LASTS, wait=_WAIT) as held:
-        yield held.lease
 
 
 def _path(source: str) -> str:

@@ -25,7 +25,7 @@ _READS_ONLY = frozenset(
     {
         "standing", "has", "reserved", "resumable", "released", "doubts", "in_the_air", "may_send", "accepted",
         "accepted_at", "open_items", "outdated", "validated_at", "extractions", "known", "holder_of", "watermark",
-        "touched", "editions",
+        "touched", "editions", "displaced", "placements", "moving",
     }
 )  # fmt: skip
 
@@ -59,6 +59,8 @@ class Surroundings:
         """How far the ledger's clock goes ahead of the true one."""
         self.claimed: Callable[[Process, frozenset[str]], None] = lambda _process, _tokens: None
         """Told of every claim, right after it was made."""
+        self.listed: Callable[[str, Sequence[Any]], None] = lambda _what, _args: None
+        """Told of each transaction that writes the list of touched periods, right after it was made."""
         self.power_back_at: datetime | None = None
         """When the machines have power again, in a history with a power cut."""
         self.alive: list[Process] = []
@@ -161,10 +163,16 @@ class WatchedLedger:
         self._process = process
         self._around = around
 
+    # Nothing can go wrong with these that the next effect would not show too.
+
     def now(self) -> datetime:
-        """Return the time by the ledger's clock; nothing can go wrong that the next effect would not show too."""
+        """Return the time by the ledger's clock."""
         self._process.breathe()
         return self._ledger.now()
+
+    def holder_of(self, fence: int) -> str | None:
+        """Return who was given a lease."""
+        return self._ledger.holder_of(fence)
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._ledger, name)
@@ -196,6 +204,8 @@ class WatchedLedger:
     def _remember(self, name: str, args: Sequence[Any], result: Any) -> None:
         if name == "begin_sending" and result:
             self._around.claims(self._process, result)
+        if name in ("begin_extraction", "take_off"):
+            self._around.listed(name, args)
         if name == "doubt_abandoned" or (name == "land" and State.IN_DOUBT in args):
             self._around.story.counts["doubts"] += result
         self._process.checked = name == "may_send" and bool(result)
@@ -244,6 +254,12 @@ class VirtualLeases:
     @contextmanager
     def hold(self, ledger: Ledger, name: str, lasts: timedelta, wait: timedelta = timedelta(0)) -> Iterator[KeptLease]:
         """Hold a lease during the block; errors as `kept`."""
+        if name.startswith("mark:"):
+            # In one breath: the mark finds a ledger that was put back from a backup, and no history has one.
+            held = self._acquire(self._ledger, name, lasts, wait)
+            yield KeptLease(held)
+            self._ledger.release(held)
+            return
         self._taken += 1
         held = KeptLease(self._acquire(ledger, name, lasts, wait))
         ended = [False]

@@ -5,13 +5,14 @@ with all the trouble that the history knows. Then the trouble ends, time passes,
 cleared. At last every usage period is run once more over the final rows, until nothing is sent any more.
 """
 
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from decimal import Decimal
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from usage_billing.archive import Archive
@@ -33,7 +34,8 @@ from usage_billing.testing.others import use
 from usage_billing.testing.runs import TASKS, Asked, DagRun, Sizes, sweeping
 from usage_billing.testing.scenes import Scene, drawn_scene
 from usage_billing.testing.story import Story
-from usage_billing.testing.warehouse import Row, Warehouse
+from usage_billing.testing.touched import TouchedWatch
+from usage_billing.testing.warehouse import Row, Snapshot, Warehouse
 
 _ROUNDS = 5
 _SECOND_WAVE = 1200
@@ -94,7 +96,7 @@ class History:
     own: BillingSource | None = None
     muted: Iterable[str] = ()
     sizes: Sizes = "drawn"
-    snapshots: dict[tuple[str, int], tuple[list[Row], Sequence[int]]] = field(default_factory=dict)
+    snapshots: dict[tuple[str, int], Snapshot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.chance = Chance(self.seed, self.muted)
@@ -107,6 +109,8 @@ class History:
         self.sandbox = DirectSandbox([self.scene.world])
         if self.scene.switches:
             self.sandbox.switch(self.scene.site, **self.scene.switches)
+        # Another telling of the seed left the mark of its own ledger there.
+        shutil.rmtree(self.folder / "staging" / str(self.seed), ignore_errors=True)
         self.staging = Staging(self.folder / "staging" / str(self.seed))
         archive = self.folder / "archive" / str(self.seed)
         self.archive = Archive(archive)
@@ -123,13 +127,27 @@ class History:
         self.network.on_the_way = self._others_deduct
         self.warehouses = {
             source.name: Warehouse(
-                self.chance, source, self.scene.units, self.scene.billed_accounts, self.scene.other_accounts
+                self.chance,
+                source,
+                self.scene.units,
+                self.scene.billed_accounts,
+                self.scene.other_accounts,
+                self.around.clockwork,
             )
             for source in self.scene.sources
         }
+        if self.scene.by_arrival:
+            self.around.listed = self.touched.look
         self.violations: list[tuple[str, str]] = []
         self.others: dict[str, Decimal] = {}
         self.runs: list[DagRun] = []
+
+    @cached_property
+    def touched(self) -> TouchedWatch:
+        """Who watches over watermarks and lists of touched periods."""
+        return TouchedWatch(
+            self.scene, self.ledger, self.warehouses, self.snapshots, self.extracted, self.shelf, self.fails
+        )
 
     def _watch(self) -> Watch:
         if self.shelf is not None:
@@ -168,6 +186,8 @@ class History:
         gathering = span + unit * chance.share("gathering")
         for number in self._some("run", 2, 5):
             self._arrange_run(number, gathering)
+        for number in self._some("backfill", 0, 4) if self.scene.by_arrival else ():
+            self._arrange_backfill(number, gathering)
         for number in self._some("change", 2, 10):
             self._arrange_change(number, gathering, span + 2 * unit)
         for number in self._some("others", 0, 2):
@@ -218,9 +238,17 @@ class History:
                 self.around.tell("a person", f"clears {run.asked.name} from {task}")
                 run.begin(task, self.chance.seconds(f"clear/at:{number}", 1, 4000))
 
-        run = DagRun(self, Asked(f"run{number}", source, first, last, ended, twins=0.3))
+        rescan = self.scene.by_arrival and chance.odds(f"run/rescan:{number}", 0.1)
+        run = DagRun(self, Asked(f"run{number}", source, first, last, ended, twins=0.3, rescan=rescan))
         self.runs.append(run)
         run.begin(seconds=moment)
+
+    def _arrange_backfill(self, number: int, gathering: float) -> None:
+        """Let the first period be run while others run: what has arrived for later ones is seen, and not taken up."""
+        source = self.chance.pick(f"backfill/source:{number}", self.scene.sources)
+        run = DagRun(self, Asked(f"backfill{number}", source, 0, 0))
+        self.runs.append(run)
+        run.begin(seconds=gathering + self.chance.seconds(f"backfill/at:{number}", 0, 2 * _SECOND_WAVE))
 
     def _arrange_change(self, number: int, gathering: float, latest: float) -> None:
         near = self.chance.odds(f"change/near:{number}", 0.8)
@@ -228,10 +256,8 @@ class History:
         moment = soon if near else self.chance.seconds(f"change/at:{number}", 0, latest)
         source = self.chance.pick(f"change/source:{number}", self.scene.sources)
 
-        def change() -> None:
-            told = self.warehouses[source.name].change(f"change:{number}")
-            self.around.tell("the warehouse", told)
-
+        tell = partial(self.around.tell, "the warehouse")
+        change = partial(self.warehouses[source.name].change, f"change:{number}", tell)
         self.around.clockwork.after(moment, change)
 
     def _release(self, number: int) -> None:
@@ -312,8 +338,11 @@ class History:
             for warehouse in self.warehouses.values():
                 warehouse.mend()
         for warehouse in self.warehouses.values():
-            if not any(row.sound for row in warehouse.rows.values()):
-                warehouse.add("the last one", 0)
+            # Where nothing is left of all that a run reads, a person is asked; and no one answers here.
+            read = warehouse.rows.values()
+            last = len(self.scene.units) - 2 if self.scene.by_arrival else 0
+            if not any(row.sound for row in read if not self.scene.by_arrival or row.unit == last):
+                warehouse.add("the last one", last)
         if self.chance.odds("released at last", 0.3):
             self._release(_ROUNDS)
         for number in range(_ROUNDS):
@@ -324,18 +353,31 @@ class History:
         self.fails("I3 nothing more is sent", f"round {_ROUNDS} of the same runs still sends")
 
     def _sweep_and_run(self, number: int) -> None:
-        """Sweep, and run every period once more over the final rows."""
+        """Sweep, and run every period once more over the final rows.
+
+        Where sources go by arrival it is the last period that is run: all others have to stand on the list. What
+        vanished without a trace is for a rescan to find.
+        """
+        last = len(self.scene.units) - 2
         for source in self.scene.sources:
             sweep = Process(f"last sweep{number}:{source.name}", sweeping(self, source, resumes=True))
             self.around.begin(sweep, 0, self._sweep_ended)
             self.rest()
             if sweep.error is not None:
                 self.fails("a quiet sweep ends well", f"{type(sweep.error).__name__}: {sweep.error}")
-            run = DagRun(self, Asked(f"last{number}:{source.name}", source, 0, len(self.scene.units) - 2, tries=1))
-            run.begin()
-            self.rest()
-            if not run.done and not self._doubts_may_stay(run):
-                self.fails("a quiet run ends well", f"{run.asked.name}: {'; '.join(run.errors)}")
+            first = last if self.scene.by_arrival else 0
+            self._run_at_last(Asked(f"last{number}:{source.name}", source, first, last, tries=1))
+            if self.scene.by_arrival and self.warehouses[source.name].vanished:
+                self._run_at_last(Asked(f"rescan{number}:{source.name}", source, 0, last, tries=1, rescan=True))
+            if self.scene.by_arrival:
+                self.touched.at_rest(source.name)
+
+    def _run_at_last(self, asked: Asked) -> None:
+        run = DagRun(self, asked)
+        run.begin()
+        self.rest()
+        if not run.done and not self._doubts_may_stay(run):
+            self.fails("a quiet run ends well", f"{asked.name}: {'; '.join(run.errors)}")
 
     @staticmethod
     def _doubts_may_stay(run: DagRun) -> bool:
@@ -354,7 +396,7 @@ class History:
 
     def rows_of(self, source: str, extraction: int) -> list[Row]:
         """Return the rows of one extraction, as the warehouse had them."""
-        return self.snapshots[source, extraction][0]
+        return self.snapshots[source, extraction].rows
 
     def extracted(self, source: str, extraction: int) -> tuple[Mapping[Key, Decimal], bool]:
         """Return what the oracle says the rows of one extraction make owed, and whether any were unsound."""

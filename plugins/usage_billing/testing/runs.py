@@ -5,23 +5,23 @@ The tasks do what the operators do, stage by stage, without Airflow around them.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from itertools import count
 from typing import Any, Literal, Protocol, cast
 
 from sqlalchemy.exc import OperationalError
 
+from usage_billing import arrivals
 from usage_billing.aggregate import aggregate
 from usage_billing.archive import Archive
 from usage_billing.chunks import plan_events
 from usage_billing.deliver import Manners, deliver, resume
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, NeedsDecision, Stale, UsageBillingError
-from usage_billing.extract import extract
 from usage_billing.ledger import Ledger
 from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally
+from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.release import reissue
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
@@ -30,13 +30,11 @@ from usage_billing.testing.clockwork import Process
 from usage_billing.testing.effects import Surroundings, WatchedLedger, means
 from usage_billing.testing.network import Network
 from usage_billing.testing.scenes import Scene, with_batches
-from usage_billing.testing.warehouse import Row, Warehouse, as_query
+from usage_billing.testing.warehouse import Row, Snapshot, Warehouse, WarehouseHook
 from usage_billing.validate import validate
 
 TASKS = ("extract", "prepare", "deliver", "reconcile")
 _TRIES = 3
-_LEASE_LASTS = timedelta(seconds=30)
-_LEASE_WAIT = timedelta(minutes=15)
 Sizes = Literal["drawn", "small", "large"]
 """How batches and chunks are sized: by chance for each task, all small, or all large."""
 
@@ -60,7 +58,7 @@ class House(Protocol):
     staging: Staging
     archive: Archive
     warehouses: dict[str, Warehouse]
-    snapshots: dict[tuple[str, int], tuple[list[Row], Sequence[int]]]
+    snapshots: dict[tuple[str, int], Snapshot]
 
     def fails(self, check: str, text: str) -> None:
         """Note that something happened that never may."""
@@ -69,7 +67,10 @@ class House(Protocol):
 
 @dataclass
 class Asked:
-    """A run that somebody asks for: which units of which source, how its tasks are sized, and how it ends."""
+    """A run that somebody asks for: which units of which source, how its tasks are sized, and how it ends.
+
+    A rescan compares the source's last usage periods up to there.
+    """
 
     name: str
     source: BillingSource
@@ -78,6 +79,7 @@ class Asked:
     ended: Callable[["DagRun"], None] = lambda _run: None
     tries: int = _TRIES
     twins: float = 0.0
+    rescan: bool = False
 
 
 @dataclass
@@ -182,32 +184,27 @@ class DagRun:
         house, source = self.house, self._sized(process)
         _, ledger = self._registered(process, source)
         interval = Period(house.scene.units[self.asked.first], house.scene.units[self.asked.last + 1])
-        periods = source.periods(interval)
-        units = range(max(self.asked.first - source.settings.lookback, 0), self.asked.last + 1)
-        self._check_periods(periods, units)
-        window = Period.around(periods)
-        hold = means(house.ledger, process, house.around).hold
-        with hold(ledger, f"extract:{source.name}", _LEASE_LASTS, _LEASE_WAIT) as held:
-            rows = house.warehouses[source.name].snapshot(units)
-            number = ledger.begin_extraction(held.lease, source.name, interval, window)
-            house.snapshots[source.name, number] = (rows, units)
-        folder = f"{source.name}/{number:08d}"
-        table = as_query(house.around.chance.shuffled(f"order/{house.sizes}:{process.name}", rows), source)
-        events = extract([table], source, house.staging, folder)
-        ledger.record_read(number, events.rows)
-        if not events.rows:
-            ledger.begin_comparison(source.name, Reading(number), periods)
-            if ledger.has(source.name, window, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
-                raise NeedsDecision("no rows at all, and the ledger has billed some: a person has to say so")
-            if not ledger.has(source.name, window, State.RESERVED, State.HELD, State.REFUSED):
-                raise Skipped("nothing to bill")
-        return Run(source.name, number, interval, folder, {"events": events})
+        own = source.recent_periods(interval.end) if self.asked.rescan else source.periods(interval)
+        self._check_own(own)
+        hook, hold = self._hook(process, source), means(house.ledger, process, house.around).hold
+        taken = arrivals.read(source, interval, own, hook, ledger, house.staging, hold)
+        house.snapshots[source.name, taken.number] = hook.snapshot
+        self._check_taken(taken, hook.snapshot)
+        if taken.events is None:
+            raise Skipped("no usage period is due")
+        periods = taken.periods
+        if not taken.events.rows:
+            ledger.begin_comparison(source.name, Reading(taken.number), periods)
+            if not taken.deleted:
+                _skip_or_ask(ledger, source, Reading(taken.number), periods)
+        tables = {"events": taken.events}
+        return Run(source.name, taken.number, interval, taken.folder, tables, spans=joined(periods))
 
     def _prepare(self, process: Process, run: Run) -> Run:
         """Validate, aggregate and plan; the stages between write nothing but staging."""
         house, source = self.house, self._sized(process)
         destination, ledger = self._registered(process, source)
-        periods = source.periods(run.interval)
+        periods = source.periods_of(run.spans)
         events, began = run.tables["events"], ledger.now()
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
@@ -224,22 +221,24 @@ class DagRun:
     def _deliver(self, process: Process, run: Run) -> Run:
         house, source = self.house, self._sized(process)
         destination, ledger = self._registered(process, source)
-        window = _comparison(run, source).window
+        periods = source.periods_of(run.spans)
         deliver(
             Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1)),
             lambda: self._plan(run, destination, ledger),
             run.reading,
-            window,
+            periods,
             destination,
             ledger,
             house.staging,
             Manners(threads=1),
             means(house.ledger, process, house.around),
         )
-        left = ledger.open_items(source.name, window)
-        outdated = [period.start for period in ledger.outdated(source.name, run.reading, source.periods(run.interval))]
+        left = ledger.open_items(source.name, periods)
+        outdated = [period.start for period in ledger.outdated(source.name, run.reading, periods)]
         unsettled = left[left["state"].isin([State.RESERVED, State.SENDING, State.IN_DOUBT])]
         unsettled = unsettled[~unsettled["period_start"].isin(outdated)]
+        if source.settings.incremental == "arrival" and len(outdated) < len(periods):
+            arrivals.done(source, run.reading, periods, self._plan(run, destination, ledger).tally, ledger)
         if not unsettled.empty:
             raise InDoubt(f"{len(unsettled)} deliveries are not settled yet; the next try goes on with them")
         return run
@@ -250,7 +249,7 @@ class DagRun:
             return run
         destination, ledger = self._registered(process, source)
         wait = means(self.house.ledger, process, self.house.around).stop.wait
-        found = reconcile(destination, ledger, _comparison(run, source).window, wait=wait)
+        found = reconcile(destination, ledger, source.periods_of(run.spans), wait=wait)
         if not found.ties_out:
             self.house.around.tell(process, "ties out", f"not: {'; '.join(found.examples)}")
         return run
@@ -277,24 +276,57 @@ class DagRun:
         how = plan_events if destination.stream else plan
         return how(_comparison(run, destination.source), destination, ledger, self.house.staging, run.folder)
 
-    def _check_periods(self, periods: Sequence[Period], units: Sequence[int]) -> None:
-        edges = self.house.scene.units
+    def _hook(self, process: Process, source: BillingSource) -> WarehouseHook:
+        around, orders = self.house.around, count()
+
+        def shuffled(rows: list[Row]) -> list[Row]:
+            number = next(orders)
+            name = f"order/{self.house.sizes}:{process.name}"
+            return around.chance.shuffled(f"{name}/statement{number}" if number else name, rows)
+
+        warehouse = self.house.warehouses[source.name]
+        return WarehouseHook(warehouse, source, lambda: around.switch(process, "the next statement"), shuffled)
+
+    def _check_own(self, periods: Sequence[Period]) -> None:
+        edges, asked = self.house.scene.units, self.asked
+        first = 0 if asked.rescan else max(asked.first - asked.source.settings.lookback, 0)
+        units = range(first, asked.last + 1)
         ours = [(edges[unit], edges[unit + 1]) for unit in units]
         theirs = [(period.start, period.end) for period in periods if period.start >= edges[0]]
         if ours != theirs:
             self.house.fails("I1 whole periods", f"a run of units {list(units)} compares {theirs}, not {ours}")
 
+    def _check_taken(self, taken: arrivals.Taken, snapshot: Snapshot) -> None:
+        """Look whether a run has read just what it says, and nothing that ends after its interval."""
+        edges = self.house.scene.units
+        read = [(edges[unit], edges[unit + 1]) for unit in sorted(snapshot.commits)]
+        theirs = [(period.start, period.end) for period in taken.periods if period.start >= edges[0]]
+        if read != theirs or any(end > edges[self.asked.last + 1] for _, end in read):
+            self.house.fails("I1 whole periods", f"a run that read {read} compares {theirs}")
+        if taken.deleted != len(snapshot.marked):
+            told = f"{taken.deleted} rows are told to be marked as deleted, the warehouse had {len(snapshot.marked)}"
+            self.house.fails("I8 rows", told)
+
     def _check_rows(self, run: Run, read: int, accepted: int, quarantined: int) -> None:
-        rows, _ = self.house.snapshots[run.source, run.number]
+        rows = self.house.snapshots[run.source, run.number].rows
         sound = sum(row.sound for row in rows)
         if (read, accepted, quarantined) != (len(rows), sound, len(rows) - sound):
             told = f"{read} read, {accepted} accepted, {quarantined} quarantined"
             self.house.fails("I8 rows", f"{told}; the warehouse had {len(rows)}, {sound} of them sound")
 
 
+def _skip_or_ask(ledger: Ledger, source: BillingSource, reading: Reading, periods: Sequence[Period]) -> None:
+    if ledger.has(source.name, periods, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
+        raise NeedsDecision("no rows at all, and the ledger has billed some: a person has to say so")
+    if not ledger.has(source.name, periods, State.RESERVED, State.HELD, State.REFUSED):
+        if source.settings.incremental == "arrival":
+            ledger.take_off(source.name, reading, periods)
+        raise Skipped("nothing to bill")
+
+
 def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
-    accepted, periods = tables["accepted"], source.periods(run.interval)
+    accepted, periods = tables["accepted"], source.periods_of(run.spans)
     totals, targets, aside = tables["totals"], tables["targets"], run.rows_quarantined
     return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted, tables["moves"])
 

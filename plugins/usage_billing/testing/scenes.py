@@ -19,12 +19,15 @@ from usage_billing.sandbox.switches import CHARGEOVER, MAXIO
 from usage_billing.sandbox.world import ChargeOverWorld, MaxioWorld
 from usage_billing.sources import BillingSource, SourceSettings
 from usage_billing.testing.chance import Chance
+from usage_billing.testing.warehouse import ARRIVALS_SQL, USAGE_SQL
 
 Json = dict[str, Any]
 
 KINDS = ("maxio_metered", "maxio_events", "chargeover_usage")
 RAW = "maxio_events (raw)"
 """The kind of a history in which every row is an event of its own."""
+BY_ARRIVAL = " by arrival"
+"""How the kind of a history ends whose sources go by arrival."""
 
 _METRICS = {"sum": "sum", "count": "count", "max": "maximum", "last": "average", "unique": "unique"}
 """What a stream computes of raw events, by what the source's meter does; a meter's last value is no metric."""
@@ -77,9 +80,15 @@ class Scene:
         return _is_raw(self.sources[0])
 
     @property
+    def by_arrival(self) -> bool:
+        """Say whether runs also compare what arrivals touched."""
+        return self.sources[0].settings.incremental == "arrival"
+
+    @property
     def told(self) -> str:
         """The kind of the history, as the closing line counts it."""
-        return RAW if self.raw else self.kind
+        kind = RAW if self.raw else self.kind
+        return kind + BY_ARRIVAL if self.by_arrival else kind
 
     @property
     def site(self) -> str:
@@ -142,19 +151,25 @@ class Scene:
 
 
 def drawn_kind(chance: Chance) -> str:
-    """Return what kind of history a seed draws: one of `KINDS`, or `RAW`."""
+    """Return what kind of history a seed draws: one of `KINDS`, or `RAW`; and whether its sources go by arrival."""
     kind = chance.pick("scene/kind", KINDS)
-    return kind if kind != "maxio_events" or chance.odds("scene/summed", 0.6) else RAW
+    kind = kind if kind != "maxio_events" or chance.odds("scene/summed", 0.6) else RAW
+    return kind + BY_ARRIVAL if chance.odds("scene/incremental", 0.2) else kind
 
 
 def _is_raw(source: BillingSource) -> bool:
     return getattr(source.destination, "mode", "") == "events"
 
 
+def _destination_of(drawn: str) -> str:
+    """Return the name of the destination that a kind of history bills to."""
+    return drawn.removesuffix(BY_ARRIVAL).removesuffix(RAW.removeprefix("maxio_events"))
+
+
 def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     """Draw a scene; with a source of one's own, one that fits it."""
     drawn = own.destination.name if own else drawn_kind(chance)
-    kind = "maxio_events" if drawn == RAW else drawn
+    kind = _destination_of(drawn)
     if kind not in KINDS:
         raise Misconfigured(f"the simulator knows no site for destination {kind!r}; it knows {', '.join(KINDS)}")
     first_day = own.settings.bill_from if own else chance.pick("scene/day", _FIRST_DAYS)
@@ -212,15 +227,29 @@ def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource
         "max_withdraw_share": 1.0,
         "quarantine": {"max_share": 1.0},
     }
+    if drawn.endswith(BY_ARRIVAL):
+        values |= _by_arrival(chance, columns)
     names = ["simulated"] + (["simulated_too"] if chance.odds("source/two", 0.2) else [])
-    kind = "maxio_events" if drawn == RAW else drawn
+    kind = _destination_of(drawn)
     model = destination_settings(kind)
     if model is None:
         raise Misconfigured(f"{kind!r} is no destination of this package")
-    raw = {"mode": "events", "metric": _METRICS[function]} if drawn == RAW else _late(chance, kind)
+    is_raw = drawn.removesuffix(BY_ARRIVAL) == RAW
+    raw = {"mode": "events", "metric": _METRICS[function]} if is_raw else _late(chance, kind)
     destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind), **raw})
     settings = (SourceSettings.model_validate(values | {"name": n, "shares_component_with": names}) for n in names)
-    return tuple(BillingSource(each, destination, "", ()) for each in settings)
+    return tuple(BillingSource(each, destination, USAGE_SQL, (), ARRIVALS_SQL) for each in settings)
+
+
+def _by_arrival(chance: Chance, columns: Json) -> Json:
+    """Return the keys of sources that go by arrival, without a lookback: nothing else finds what is older."""
+    marked = {"deleted": "deleted"} if chance.odds("source/marked", 0.8) else {}
+    return {
+        "incremental": "arrival",
+        "arrival_overlap": chance.pick("source/overlap", ("10m", "30m", "2h", 0, 3, 1000)),
+        "columns": columns | {"arrival": "arrived"} | marked,
+        "lookback": 0,
+    }
 
 
 def _late(chance: Chance, kind: str) -> Json:
@@ -376,7 +405,7 @@ def simulated(own: BillingSource) -> BillingSource:
         raise Misconfigured(f"{own.name}: the simulator knows hours, days, weeks and months, no period: interval")
     limits = own.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 10_000})
     settings = own.settings.model_copy(update={"max_withdraw_share": 1.0, "quarantine": limits})
-    return replace(own, settings=settings, expectations=())
+    return replace(own, settings=settings, sql=USAGE_SQL, arrivals_sql=ARRIVALS_SQL, expectations=())
 
 
 def _with_keys(source: BillingSource, **keys: object) -> BillingSource:
