@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usage_billing.errors import Misconfigured
-from usage_billing.extract import Hook, as_times, extract, open_query, open_reader
+from usage_billing.extract import TIME, Hook, as_times, extract, open_query, open_reader
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import Hold, kept
 from usage_billing.ledger.marker import confirm
@@ -142,7 +142,8 @@ def find(
 
     `calendars` are those of all editions of the source, where it has others than its own.
 
-    It never comes past `now`: an arrival of tomorrow, by a clock that is wrong, must not hide those of today.
+    An arrival later than `now` does not move it: one of tomorrow, by a wrong clock, must not hide those of today. Nor
+    does it move it up to `now`, by the ledger's clock: the warehouse's may be behind that by more than the overlap.
 
     Raises:
         Misconfigured: with every fault at once: missing columns, a time without a zone, an arrival of another kind.
@@ -157,9 +158,9 @@ def find(
         rows += batch.num_rows
         for calendar in calendars or [source.calendar]:
             touched.update(_holding(times, calendar, local_midnight(source.settings.bill_from, calendar.zone)))
+        if isinstance(overlap, timedelta):
+            arrivals = arrivals.filter(pc.less_equal(arrivals, pa.scalar(now, TIME)))
         newest = pc.max(arrivals).as_py()
-        if newest is not None and isinstance(newest, datetime):
-            newest = min(newest, now)
         if newest is not None:
             latest = newest if latest is None else max(latest, newest)
     text = "" if latest is None else latest.isoformat() if isinstance(latest, datetime) else str(latest)

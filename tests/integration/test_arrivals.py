@@ -118,6 +118,18 @@ def test_times_of_arrival_overlap_by_a_span(house: ArrivalHouse) -> None:
     assert billed(house, source) == 1111
 
 
+def test_a_wrong_clock_hides_nobody_where_the_warehouse_is_behind(house: ArrivalHouse) -> None:
+    """Its clock is three hours behind the ledger's, more than the overlap: an arrival of 2099 sets no watermark."""
+    source = arriving("api_calls", timedelta(hours=1))
+    behind = house.ledger.now() - timedelta(hours=3)
+    used(house, source, "2099-01-01 00:00:00", "wrong-clock", 2, 1)
+    used(house, source, behind.strftime(MOMENT), "first", 2, 10)
+    house.increment(source, a_day(source, 6))
+    used(house, source, (behind + timedelta(minutes=1)).strftime(MOMENT), "next", 3, 100)
+    house.increment(source, a_day(source, 7))
+    assert billed(house, source) == 111
+
+
 def test_a_row_that_was_updated_is_corrected(house: ArrivalHouse, source: BillingSource) -> None:
     """Its arrival moves with the update, so its day is compared again: more is sent, less is taken back."""
     used(house, source, 1, "row", 2, 10)

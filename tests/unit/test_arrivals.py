@@ -66,11 +66,13 @@ def test_the_watermark_is_the_latest_arrival_and_never_goes_back():
 
 
 def test_an_arrival_of_tomorrow_does_not_hide_those_of_today():
-    """The watermark of times stays at the ledger's present."""
+    """The watermark of times goes by the latest one that is over, and not up to the ledger's present."""
     source = by_arrival(arrival_overlap="1h")
-    found = find([batch((NOW, NOW + 24 * HOUR))], source, "2026-11-20T08:00:00+00:00", NOW)
-    assert found.watermark == NOW.isoformat()
-    assert after(source, found.watermark) == NOW - HOUR
+    rows = batch((NOW, NOW + 24 * HOUR), (NOW, NOW - 2 * HOUR))
+    found = find([rows], source, "2026-11-20T08:00:00+00:00", NOW)
+    assert found.watermark == (NOW - 2 * HOUR).isoformat()
+    assert after(source, found.watermark) == NOW - 3 * HOUR
+    assert find([rows.slice(0, 1)], source, "2026-11-20T08:00:00+00:00", NOW).watermark == "2026-11-20T08:00:00+00:00"
 
 
 def test_what_was_asked_last_time_decides_after_what_is_asked_now():
