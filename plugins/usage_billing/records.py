@@ -86,6 +86,11 @@ ABSENT = "the site does not have it"
 """The reason of a delivery that was in doubt, and goes again because the site turned out not to have it."""
 
 
+REFUSED_WHOLE = "refused as a whole: "
+"""How the reason of a doubt begins that the site made by saying no to several at once; that it was one is kept behind
+`ABSENT`, since the same no to one of them alone is then its own."""
+
+
 DECIDED = "decided on "
 """How the reason of a delivery begins that a person has decided about."""
 

@@ -13,7 +13,16 @@ from enum import Enum, auto
 from usage_billing.destinations.base import Answer, Destination, shuffled
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.ledger import Ledger
-from usage_billing.records import ABSENT, NOBODY_CAN_TELL, PERSON_DECIDES, Delivery, Receipt, State, Window
+from usage_billing.records import (
+    ABSENT,
+    NOBODY_CAN_TELL,
+    PERSON_DECIDES,
+    REFUSED_WHOLE,
+    Delivery,
+    Receipt,
+    State,
+    Window,
+)
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +168,8 @@ class Doubts:
             self._ledger.settle_doubt(doubt, State.IN_DOUBT, reason=f"{why}{answer}")
             log.warning("in doubt until a person decides: %s", answer)
         elif answer is None:
-            self.settled.absent += self._written(doubt, State.RESERVED, reason=ABSENT)
+            refused = f"; {doubt.reason}" if doubt.reason.startswith(REFUSED_WHOLE) else ""
+            self.settled.absent += self._written(doubt, State.RESERVED, reason=f"{ABSENT}{refused}")
         else:
             found = self._written(doubt, State.ACCEPTED, answer)
             self.settled.found += found

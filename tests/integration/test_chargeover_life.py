@@ -111,6 +111,52 @@ def test_what_is_refused_in_earnest_after_a_lost_reply_ends_as_a_person_says(hou
     assert house.billed(source) == {}
 
 
+def test_one_bad_record_of_a_batch_that_is_refused_whole_is_refused_alone(house: House) -> None:
+    """One transaction at the site: each goes singly next, two are billed, the culprit ends with the site's words."""
+    house.sandbox.switch(SITE, batch_atomicity="atomic", precise_usage="refuse")
+    source, day = minutes("batch", decimals=5), a_day(minutes(), 5)
+    events = used(source, day, {"pkg-001": "7", "pkg-002": "1.12345", "pkg-003": "2.5"})
+    house.run(source, day, events, SHORTLY)
+    assert house.billed(source) == {"pkg-001": Decimal(7), "pkg-003": Decimal("2.5")}
+    assert house.states(source, day) == {"accepted": 2, "refused": 1}
+    told = left(house, source, day)
+    assert told["account"].tolist() == ["pkg-002"]
+    assert "HTTP 400" in told["reason"].item()
+    assert "perhaps" not in told["reason"].item()
+
+    sent = house.writing_requests(source)
+    house.run(source, day, events, SHORTLY)
+    assert house.writing_requests(source) == sent == 4
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_an_account_that_takes_no_batch_is_billed_singly(house: House, status: int) -> None:
+    """Whatever it says no with: asked for, not there, and sent alone, it is billed once and not round and round."""
+    house.sandbox.fault(SITE, "server_error", status=status, count=1000, route="batch")
+    source, day = minutes(), a_day(minutes(), 5)
+    house.run(source, day, used(source, day, {"pkg-001": "7", "pkg-002": "3"}), SHORTLY)
+    assert house.billed(source) == {"pkg-001": Decimal(7), "pkg-002": Decimal(3)}
+    assert house.states(source, day) == {"accepted": 2}
+    assert house.writing_requests(source) == 3
+
+
+@pytest.mark.parametrize("carried_out", [True, False])
+def test_a_refusal_after_a_lost_single_reply_is_still_a_doubt(house: House, carried_out: bool) -> None:
+    """Refused with others, sent alone, lost, and refused again: by then its own request may have arrived."""
+    house.sandbox.switch(SITE, usage_read_delay_seconds=600, error_texts="generic")
+    house.sandbox.fault(SITE, "server_error", status=400, route="batch")
+    house.sandbox.fault(SITE, "lost_reply", route="create_usage", carried_out=carried_out)
+    source, day = minutes(), a_day(minutes(), 5)
+    events = used(source, day, {"pkg-001": "7", "pkg-002": "3"})
+    house.run(source, day, events, SHORTLY)
+    assert house.billed(source) == {"pkg-001": Decimal(7), "pkg-002": Decimal(3)}
+    assert house.states(source, day) == ({"accepted": 1, "in_doubt": 1} if carried_out else {"accepted": 2})
+    house.sandbox.move_clock(advance_seconds=601)
+    house.run(source, day, events, SHORTLY)
+    assert house.states(source, day) == {"accepted": 2}
+    assert house.reconcile(source, day).ties_out
+
+
 def upgrade(house: House, package: int, line: int) -> None:
     """Change a line's price on the site, as its owner would."""
     keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")

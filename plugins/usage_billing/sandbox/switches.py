@@ -133,6 +133,9 @@ CHARGEOVER = {
     "bulk_atomicity": Switch(
         "atomic", ("atomic", "stop_at_first_error", "skip_bad_silently"), "one bad record in a bulk upload"
     ),
+    "batch_atomicity": Switch(
+        "each", ("each", "atomic"), "one bad record in a batch: answered for itself, or the whole batch is refused"
+    ),
     "bulk_keys": Switch("both", ("both", "dotted", "nested"), "spelling of customer and item keys in a bulk upload"),
     "bulk_reply": Switch("last_id", ("last_id", "result_true"), "response of a bulk upload"),
     "late_usage": Switch("never_billed", ("never_billed", "next_invoice"), "usage for an invoiced cycle"),

@@ -253,6 +253,17 @@ def test_bulk_addresses_lines_by_keys(telco: Any, bench: Any) -> None:
     assert telco.post("usage/_action/bulk", [unknown]).status_code == 400
 
 
+def test_a_batch_with_a_bad_record_by_switch(telco: Any, bench: Any) -> None:
+    """Where a batch is one transaction, one bad record undoes all, and its words are the reply to the whole."""
+    bench.switch(SITE, batch_atomicity="atomic")
+    sound, bad = ({"request_method": "POST", "uri": "/api/v3/usage", "payload": one} for one in _bulk(1, "bad"))
+    reply = telco.post("_bulk", [sound, bad])
+    assert (reply.status_code, reply.json()["response"]) == (400, False)
+    assert _voip(bench)[3] == 0
+    assert telco.post("_bulk", [sound]).status_code == 200
+    assert _voip(bench)[3] == 1
+
+
 def test_batch_gives_each_part_its_result(telco: Any, bench: Any) -> None:
     """`_bulk` carries out up to 25 requests in order, each with an envelope of its own."""
     parts = [

@@ -23,7 +23,17 @@ from usage_billing.destinations.chargeover.line_item import LineItems
 from usage_billing.destinations.http import exact_number, record_number
 from usage_billing.destinations.settings import whole_number
 from usage_billing.errors import InDoubt, NotApplied, Refused, UsageBillingError
-from usage_billing.records import ABSENT, DECIDED, PERSON_DECIDES, Delivery, Period, Receipt, SiteRecord, Target
+from usage_billing.records import (
+    ABSENT,
+    DECIDED,
+    PERSON_DECIDES,
+    REFUSED_WHOLE,
+    Delivery,
+    Period,
+    Receipt,
+    SiteRecord,
+    Target,
+)
 from usage_billing.sources import BillingSource, DestinationSettings
 
 log = logging.getLogger(__name__)
@@ -178,13 +188,12 @@ class ChargeOverUsage(Destination):
 
     def send(self, chunk: Sequence[Delivery]) -> list[Receipt]:
         """Store the chunk: singly, as a batch whose records are each answered, or as a bulk that is read back."""
-        if self.settings.mode == "single" or (self.settings.mode == "bulk" and len(chunk) == 1):
-            (delivery,) = chunk
-            return self._as_sent(chunk, [self._send_one(delivery)])
+        if len(chunk) == 1:
+            # In whatever mode: only to a record alone is a refusal its own.
+            return self._as_sent(chunk, [self._send_one(chunk[0])])
         if self.settings.mode == "bulk":
             return self._send_bulk(chunk)
-        answers = self.client.create_usage_batch([delivery.body for delivery in chunk])
-        return self._as_sent(chunk, self._read_answers(chunk, answers))
+        return self._as_sent(chunk, self._send_batch(chunk))
 
     def _as_sent(self, chunk: Sequence[Delivery], receipts: list[Receipt]) -> list[Receipt]:
         """Return the receipts, once those of very precise quantities are proven: an account may round what it stores.
@@ -215,6 +224,16 @@ class ChargeOverUsage(Destination):
                 raise InDoubt(f"{refusal}; {_REFUSED_AGAIN}") from refusal
             raise
         return Receipt(delivery.token, made["id"])
+
+    def _send_batch(self, chunk: Sequence[Delivery]) -> list[Receipt]:
+        """Store the chunk as a batch; where all of it is refused at once, that is told apart from a lost reply."""
+        try:
+            answers = self.client.create_usage_batch([delivery.body for delivery in chunk])
+        except InDoubt as doubt:
+            if not doubt.refused:
+                raise
+            raise InDoubt(f"{REFUSED_WHOLE}{doubt}", refused=True) from doubt
+        return self._read_answers(chunk, answers)
 
     def _send_bulk(self, chunk: Sequence[Delivery]) -> list[Receipt]:
         """Upload the chunk and accept what can be read back; the rest is in doubt, whatever the reply was.
@@ -429,7 +448,8 @@ def _places(quantity: Decimal) -> int:
 def _may_be_there(delivery: Delivery) -> bool:
     """Say of a delivery that is refused now whether an earlier request of it may have been carried out unseen.
 
-    One earlier request that the account did not carry out is no reason to think so; of several only the last is known.
-    Where a person has looked there and said no, the refusal is the last word.
+    One earlier request that the account did not carry out, or refused with others and does not have, is no reason to
+    think so; of several only the last is known. Where a person has looked there and said no, the refusal is the last
+    word.
     """
     return delivery.reason == ABSENT or (delivery.sends > 1 and not delivery.reason.startswith(DECIDED))

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from decimal import Decimal
 from functools import partial
+from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -95,8 +96,17 @@ class ChargeOverApi:
         return HTMLResponse("<html><body>Internal Server Error</body></html>", status)
 
     def batch(self, call: Call) -> Response:
-        """`POST /_bulk`: up to 25 requests in order, each with a result of its own."""
-        return ok({"_bulk": [self._part(call, part) for part in _parts(call)]})
+        """`POST /_bulk`: up to 25 requests in order, each with a result of its own; or all are refused for one."""
+        parts = _parts(call)
+        self.account.books.write("SAVEPOINT batch")
+        answers = [self._part(call, part) for part in parts]
+        bad = next((answer for answer in answers if answer["code"] >= HTTPStatus.BAD_REQUEST), None)
+        if bad is not None and self.account.switches["batch_atomicity"] == "atomic":
+            self.account.books.write("ROLLBACK TO batch")
+            self.account.books.write("RELEASE batch")
+            raise Refusal(bad["message"], bad["code"])
+        self.account.books.write("RELEASE batch")
+        return ok({"_bulk": answers})
 
     def _half_a_batch(self, status: int | None, call: Call) -> Response:
         codes = [status] if status else _PART_CODES
