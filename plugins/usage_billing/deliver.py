@@ -199,8 +199,14 @@ class _Work:
             # A site that fails each request without effect makes doubts that end and come again: that is no progress.
             if self._ledger.now() > give_up_at:
                 break
-            if not self._doubts.ask(doubts):
-                self._worker.wait(self._doubts.seconds_until_due(doubts))
+            if self._doubts.ask(doubts):
+                continue
+            seconds = self._doubts.seconds_until_due(doubts)
+            # As with what is sent: a site that wants to be left alone for longer than patience lasts is asked later.
+            if self._ledger.now() + timedelta(seconds=seconds) > give_up_at:
+                log.warning("%d doubts stay open: the next question would be in %.0f s", len(doubts), seconds)
+                break
+            self._worker.wait(seconds)
         self.reopened += self._doubts.settled.in_part - in_part
         self.done.settled = self._doubts.settled.found
         # A sweep may have ended some of them, and only a part of what they carried may have counted.

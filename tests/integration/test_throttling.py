@@ -102,10 +102,17 @@ class Billing:
 
 @contextmanager
 def a_slow_house(
-    folder: Path, *, in_process: int = 4, queued: int = 100, hold_seconds: float = 0.03, kind: type[House] = House
+    folder: Path,
+    *,
+    in_process: int = 4,
+    queued: int = 100,
+    hold_seconds: float = 0.03,
+    retry_after: int = 1,
+    kind: type[House] = House,
 ) -> Iterator[House]:
     """A house whose Maxio sites take their time, so that requests overlap, and bear as much as they are given."""
-    limits = f"limits: {{in_process: {in_process}, queued: {queued}, hold_seconds: {hold_seconds}}}"
+    limits = f"limits: {{in_process: {in_process}, queued: {queued}, hold_seconds: {hold_seconds}, "
+    limits += f"retry_after_seconds: {retry_after}}}"
     worlds = []
     for world in WORLDS:
         worlds.append(folder / world.name)
@@ -307,6 +314,22 @@ def test_a_site_that_throttles_for_longer_than_patience_leaves_the_rest_reserved
         house.sandbox.clear_faults()
         billing.deliver()
         assert billing.billed() == billing.expected
+
+
+def test_a_question_that_the_site_wants_in_two_hours_is_left_to_a_later_try(tmp_path: Path) -> None:
+    """The task ends with the lost reply in doubt, its slots are free, and a later one bills each unit once."""
+    with a_slow_house(tmp_path, hold_seconds=0, retry_after=7200) as house:
+        billing = calls(house)
+        house.sandbox.switch(ACME, throttle_reply="json_retry_after")
+        house.sandbox.fault(ACME, "lost_reply")
+        house.sandbox.fault(ACME, "throttle", route="list_usages", reads=True, count=1000)
+        _, waiting = billing.deliver(replace(EAGER, patience=timedelta(seconds=3)))
+        assert max(waiting.waits) <= 4
+        assert billing.states() == {"accepted": 12 * DAYS - 1, "in_doubt": 1}
+        house.sandbox.clear_faults()
+        billing.deliver()
+        assert billing.billed() == billing.expected
+        assert billing.states() == {"accepted": 12 * DAYS}
 
 
 def test_the_events_host_is_told_apart_and_kept_to_the_same_number(tmp_path: Path) -> None:
