@@ -116,19 +116,22 @@ def deliver(
 def resume(destination: Destination, ledger: Ledger, manners: Manners, means: Means) -> Delivered:
     """Send what stands of one edition of a source and needs no run for it, whatever its usage period.
 
-    It was sent before and turned out not to be at the site, or a person released it.
+    It was sent before and turned out not to be at the site, or a person released it. Where the source asks for
+    approvals, what nobody approved stays as it is: it may have been written down before the source began to ask.
 
     Raises:
         Misconfigured, NotApplied: as `deliver`.
     """
-    source, span = destination.source.name, destination.source.span
+    source, span, asks = destination.source.name, destination.source.span, destination.source.settings.approval
     with Worker.at_work(ledger, f"deliver:{source}", manners.lease_lasts, means) as worker:
-        ready = partial(ledger.resumable, source, span=span)
+        ready = partial(ledger.resumable, source, span=span, approved=asks)
         work = _Work(ready, span, destination, ledger, worker, manners)
         work.send_ready()
         if work.reopened:
             work.reissue()
             work.send_ready()
+    if asks and (left := ledger.unapproved(source, span)):
+        log.warning("%d deliveries of %s go once they are approved: run their periods again", left, source)
     return work.done
 
 

@@ -187,7 +187,7 @@ class Doubt:
 
 
 _ASKED_AGAIN = "asked again at each sweep"
-_WAITS_FOR_ITS_RUN = "not at the site; a newer reading has the say: run its period again"
+_WAITS_FOR_ITS_RUN = "not at the site; a newer reading or an approval has the say: run its period again"
 _PERSON_DECIDES = PERSON_DECIDES.strip(": ")
 
 

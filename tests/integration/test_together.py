@@ -13,12 +13,12 @@ import pytest
 
 from late import AFTER_THE_RENEWAL, Held, billed, lenient, november, used
 from living import LivingHouse
-from stories import GENTLE, WORLDS, House, a_day, a_house, shipped
+from stories import GENTLE, SITES, WORLDS, House, a_day, a_house, shipped
 from usage_billing.approve import Approved, turn_down
 from usage_billing.deliver import Delivered, deliver
-from usage_billing.errors import Misconfigured, NeedsDecision
+from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.preview import digest_of, going_of
-from usage_billing.records import Comparison, Decision, Period, Plan, State, Tally
+from usage_billing.records import PASSES, Comparison, Decision, Period, Plan, State, Tally
 from usage_billing.release import reissue
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
@@ -173,6 +173,44 @@ def test_what_was_written_down_unasked_is_still_stopped(house: Held) -> None:
     with pytest.raises(NeedsDecision, match="before the source asked"):
         deliver_approved(house, source, comparison, folder, house.plan(source, comparison, folder))
     assert billed(house, source) == 0
+
+
+@pytest.mark.parametrize("let_go", ["", "late_usage: now, grace: 0:00:00"])
+def test_a_sweep_sends_nothing_that_was_written_down_before_the_source_asked(house: Held, let_go: str) -> None:
+    """Throttled, or let go by a policy, and asked about since: the next run of its day asks, and a yes bills it."""
+    plain, day = lenient("platform_events"), a_day(shipped("platform_events"), 19)
+    comparison, folder = house.totals(plain, day, used(plain, day, "7"))
+    house.sandbox.fault(SITES[plain.name], "throttle", count=100)
+    with pytest.raises(NotApplied):
+        house.deliver(plain, comparison, folder, manners=replace(GENTLE, patience=timedelta(0)))
+    house.sandbox.clear_faults()
+    if let_go:
+        (waiting,) = house.ledger.reserved(plain.name, comparison.reading, 10)
+        assert house.ledger.hold({waiting.token: f"{PASSES}overtaken"}, let_go) == 1
+    source = asking("platform_events")
+    house.sweep(source)
+    assert billed(house, source) == 0
+    assert house.listed(source, day) == [("reserved", "7")]
+    with pytest.raises(NeedsDecision, match="before the source asked"):
+        deliver_approved(house, source, comparison, folder, house.plan(source, comparison, folder))
+
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    deliver_approved(house, source, comparison, folder, answer(house, source, comparison, folder, Decision.APPROVED))
+    assert billed(house, source) == 7
+    assert house.listed(source, day) == []
+
+
+def test_a_sweep_sends_again_what_was_approved(house: Held) -> None:
+    """A yes of before holds for what a throttled site did not take: no run has to come for it."""
+    source, day = asking("platform_events"), a_day(shipped("platform_events"), 19)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    plan = answer(house, source, comparison, folder, Decision.APPROVED)
+    house.sandbox.fault(SITES[source.name], "throttle", count=100)
+    with pytest.raises(NotApplied):
+        house.deliver(source, comparison, folder, first=plan, manners=replace(GENTLE, patience=timedelta(0)))
+    house.sandbox.clear_faults()
+    house.sweep(source)
+    assert billed(house, source) == 7
 
 
 def test_a_policy_of_then_lets_nothing_go_today(house: Held) -> None:

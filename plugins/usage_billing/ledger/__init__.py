@@ -634,14 +634,24 @@ class Ledger:
         with self._reading() as connection:
             return [_delivery(row) for row in connection.execute(queries.RESERVED, binds).mappings()]
 
-    def resumable(self, name: str, limit: int, after: str = "", span: Period = EVER) -> list[Delivery]:
+    def resumable(
+        self, name: str, limit: int, after: str = "", span: Period = EVER, *, approved: bool = False
+    ) -> list[Delivery]:
         """Return up to `limit` deliveries of a span, by token, that stand and for which no run is needed.
 
-        They were sent and turned out not to be there, or a person released them.
+        They were sent and turned out not to be there, or a person released them. With `approved` only those that a
+        person released, or of whose reading a person approved a plan.
         """
         binds = {"of": name, "after": after, "most": limit, "begin": span.start, "until": span.end}
+        statement = queries.RESUMABLE_WITH_A_YES if approved else queries.RESUMABLE
         with self._reading() as connection:
-            return [_delivery(row) for row in connection.execute(queries.RESUMABLE, binds).mappings()]
+            return [_delivery(row) for row in connection.execute(statement, binds).mappings()]
+
+    def unapproved(self, name: str, span: Period = EVER) -> int:
+        """Return how many of a span's deliveries for which no run is needed nobody has approved or released."""
+        binds = {"of": name, "begin": span.start, "until": span.end}
+        with self._reading() as connection:
+            return int(connection.execute(queries.RESUMABLE_WITHOUT, binds).scalar_one())
 
     def hold(self, reasons: Mapping[str, str], let_go: str = "") -> int:
         """Hold reserved deliveries, each token for its reason, and return how many were still reserved.

@@ -38,7 +38,7 @@ from usage_billing.ledger.tables import (
     placement,
     touched_period,
 )
-from usage_billing.records import MOVED, WITHHELD, Decision, Period, Reading, State, Window, joined
+from usage_billing.records import MOVED, POLICY, WITHHELD, Decision, Period, Reading, State, Window, joined
 
 
 def alive(now: Any) -> ColumnElement[bool]:
@@ -178,7 +178,7 @@ def approved(source: str, reading: Reading) -> Select[Any]:
 def unreleased(source: str, reading: Reading) -> Select[Any]:
     """Select the tokens of a reading's reserved deliveries that no person let go."""
     this_one = and_(delivery.c.source == source, read_as(delivery) == tuple_(reading.extraction, reading.validation))
-    return select(delivery.c.token).where(this_one, delivery.c.state == State.RESERVED, delivery.c.released == "")
+    return select(delivery.c.token).where(this_one, delivery.c.state == State.RESERVED, ~_LET_GO)
 
 
 def decided(source: str, reading: Reading) -> ColumnElement[bool]:
@@ -231,20 +231,36 @@ RECORD_OWED = (
 
 # What was sent, turned out not to be at the site, and still stands: a sweep sends it again. It also sends what a person
 # let go: no run has to come for that.
+_RESUMABLE = and_(
+    delivery.c.source == bindparam("of"),
+    delivery.c.state == State.RESERVED,
+    or_(delivery.c.sends > 0, delivery.c.released != ""),
+    ~_OUTDATED,
+    delivery.c.period_start >= bindparam("begin", type_=UtcDateTime()),
+    delivery.c.period_end <= bindparam("until", type_=UtcDateTime()),
+)
+
 RESUMABLE = (
     select(*TO_SEND)
-    .where(
-        delivery.c.source == bindparam("of"),
-        delivery.c.state == State.RESERVED,
-        or_(delivery.c.sends > 0, delivery.c.released != ""),
-        ~_OUTDATED,
-        delivery.c.period_start >= bindparam("begin", type_=UtcDateTime()),
-        delivery.c.period_end <= bindparam("until", type_=UtcDateTime()),
-        delivery.c.token > bindparam("after"),
-    )
+    .where(_RESUMABLE, delivery.c.token > bindparam("after"))
     .order_by(delivery.c.token)
     .limit(bindparam("most"))
 )
+
+# A person let it go, where the source's policy of then is nobody; or a person approved a plan of its reading.
+_LET_GO = and_(delivery.c.released != "", not_(delivery.c.released.startswith(POLICY, autoescape=True)))
+_HAS_A_YES = or_(
+    _LET_GO,
+    exists().where(
+        approval.c.source == delivery.c.source,
+        read_as(approval) == read_as(delivery),
+        approval.c.decision == Decision.APPROVED,
+    ),
+)
+
+RESUMABLE_WITH_A_YES = RESUMABLE.where(_HAS_A_YES)
+
+RESUMABLE_WITHOUT = select(func.count()).select_from(delivery).where(_RESUMABLE, ~_HAS_A_YES)
 
 # Held, and let go by a person: the newest reading still owes just this. What quarantine withholds waits for it, and
 # what moved for its own decision.
