@@ -4,18 +4,21 @@ The ledger keeps the answer beside a digest of what was shown, so that a deliver
 asking, wherever it runs; and a delivery that nobody approved is listed by name until a later plan asks again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import pandas as pd
 import pyarrow as pa
 
 from usage_billing.destinations.base import Destination
-from usage_billing.errors import NeedsDecision
+from usage_billing.errors import NeedsDecision, NotApplied
 from usage_billing.ledger import Ledger
 from usage_billing.preview import digest_of, going_of
 from usage_billing.records import UNAPPROVED, Approval, Decision, Plan, Reading, Staged, State
 from usage_billing.staging import Staging
 
 _NAMED = 3
+_ROUNDS = 5
+"""How often a no is written down anew because something moved under it."""
 
 
 class Approved:
@@ -85,25 +88,51 @@ class Approved:
         return unknown
 
 
-def turn_down(plan: Plan, decided: Approval, destination: Destination, ledger: Ledger, staging: Staging) -> int:
-    """List by name what a plan would have sent, as held with who said no; return how many deliveries that are.
+def turn_down(
+    plan: Plan,
+    replan: Callable[[], Plan],
+    decided: Approval,
+    destination: Destination,
+    ledger: Ledger,
+    staging: Staging,
+) -> int:
+    """List by name what a plan would have sent, as held with who said no; return how many deliveries are held so.
 
-    What has moved since the plan is left as it is: whoever moved it has the say.
+    What has moved since the plan is planned anew by `replan`: whoever moved it has the say, and the rest is listed.
+
+    Raises:
+        NotApplied: something moved each time; what is listed nowhere yet is for the next try.
+        Stale: a later reading has the say, and lists what is owed.
     """
     reason = f"{UNAPPROVED}{told(decided)}"
-    listed = 0
-    for part in staging.read(plan.proposals):
-        frame = part.to_pandas()
-        sends = frame["state"] == State.RESERVED
-        # Whole, where only a part could have gone now; and whoever let it go before has been overruled.
-        for name, text in (("state", State.HELD), ("reason", reason), ("released", "")):
-            if name in frame:
-                frame[name] = frame[name].mask(sends, text)
-        if "wanted" in frame:
-            frame["quantity"] = frame["quantity"].mask(sends, frame["wanted"])
-        ledger.reserve(decided.source, destination.site, decided.reading, frame)
-        listed += int(sends.sum())
-    return listed
+    listed, held = list[str](), list[str]()
+    for _ in range(_ROUNDS):
+        moved = 0
+        for part in staging.read(plan.proposals):
+            frame = _all_held(part.to_pandas(), reason)
+            # Chunks of raw events hang on one another, so a period of theirs is written down whole.
+            known = frame["supersedes"].isin([] if destination.stream else held)
+            listed += frame["token"][(frame["state"] == State.HELD) & ~known].tolist()
+            outcome = ledger.reserve(decided.source, destination.site, decided.reading, frame[~known])
+            moved += outcome.moved
+        now = ledger.known(listed)
+        held = now["token"][(now["state"] == State.HELD) & (now["reason"] == reason)].tolist()
+        if not moved:
+            return len(held)
+        plan = replan()
+    raise NotApplied(f"{told(decided)}: {len(held)} deliveries are held, {moved} moved meanwhile, each time; try again")
+
+
+def _all_held(frame: pd.DataFrame, reason: str) -> pd.DataFrame:
+    """Return proposals of which none is sent: whole, where only a part could have gone now."""
+    sends = frame["state"] == State.RESERVED
+    # Whoever let it go before has been overruled.
+    for name, text in (("state", State.HELD), ("reason", reason), ("released", "")):
+        if name in frame:
+            frame[name] = frame[name].mask(sends, text)
+    if "wanted" in frame:
+        frame["quantity"] = frame["quantity"].mask(sends, frame["wanted"])
+    return frame
 
 
 def told(decided: Approval) -> str:

@@ -66,7 +66,14 @@ class ApproveOperator(StageOperator, ApprovalOperator):
         if decision is not Decision.APPROVED:
             # Written down before anything else can fail: that somebody said no must not be lost.
             decided = ledger().record_decision(run.source, run.reading, shown, decision, by, note)
-            listed = turn_down(self.planned(run, destination)[0], decided, destination, ledger(), staging())
+            listed = turn_down(
+                self.planned(run, destination)[0],
+                lambda: self.planned(run, destination)[0],
+                decided,
+                destination,
+                ledger(),
+                staging(),
+            )
             raise AirflowSkipException(
                 f"{told(decided)}: nothing is sent; {listed} deliveries are held, and a later plan asks again"
             )

@@ -841,7 +841,7 @@ def decided(house: RawHouse, source: BillingSource, comparison: Comparison, plan
     digest, _ = digest_of(plan.proposals, house.staging)
     written = house.ledger.record_decision(source.name, comparison.reading, digest, decision, "vera")
     if decision is not Decision.APPROVED:
-        turn_down(plan, written, house.destination(source), house.ledger, house.staging)
+        turn_down(plan, lambda: plan, written, house.destination(source), house.ledger, house.staging)
     return Approved(source.name, comparison.reading, plan.proposals, house.ledger, house.staging)
 
 
