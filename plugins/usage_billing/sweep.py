@@ -66,20 +66,22 @@ class SweepOperator(BaseOperator):
         Raises:
             Misconfigured: a source, its connection or its site is not what it has to be; all others were swept.
             NotApplied: a site could not be reached, or throttled for too long; all others were swept.
+            Exception: a fault that is none of these, with its traceback; all others were swept, and their faults are
+                its notes.
         """
         book = ledger()
-        faults: dict[str, UsageBillingError] = {}
+        faults: dict[str, Exception] = {}
         for name in _names(self.sources):
             if self._stop.is_set():
                 break
-            faults |= self._sweep(book, name) if _is_anything_open(book, ledger_name(name)) else {}
+            faults |= self._sweep(book, name)
         if "ti" in context:
-            context["ti"].xcom_push(key=_FAULTS, value=[f"{name}: {fault}" for name, fault in faults.items()])
+            context["ti"].xcom_push(key=_FAULTS, value=[f"{name}: {_words(fault)}" for name, fault in faults.items()])
         _raise(faults)
 
-    def _sweep(self, book: Ledger, name: str) -> dict[str, UsageBillingError]:
+    def _sweep(self, book: Ledger, name: str) -> dict[str, Exception]:
         """Sweep a source edition by edition, each at its own site; return the fault of each that could not be swept."""
-        faults: dict[str, UsageBillingError] = {}
+        faults: dict[str, Exception] = {}
 
         def tried(subject: str, work: Callable[[], None]) -> None:
             try:
@@ -87,8 +89,13 @@ class SweepOperator(BaseOperator):
             except UsageBillingError as fault:
                 self.log.warning("%s was not swept to its end: %s", subject, fault)
                 faults[subject] = fault
+            except Exception as fault:  # An archive that cannot be read, a bug: of this source alone.
+                self.log.exception("%s was not swept to its end", subject)
+                faults[subject] = fault
 
         def whole() -> None:
+            if not _is_anything_open(book, ledger_name(name)):
+                return
             source = billing_source(name)
             known = editions(source)
             for edition in known:
@@ -257,9 +264,18 @@ def _is_anything_open(book: Ledger, name: str, span: Period = EVER) -> bool:
     return bool(open_ones) or not book.released(name, span).empty
 
 
-def _raise(faults: Mapping[str, UsageBillingError]) -> None:
+def _words(fault: Exception) -> str:
+    return str(fault) if isinstance(fault, UsageBillingError) else f"{type(fault).__name__}: {fault}"
+
+
+def _raise(faults: Mapping[str, Exception]) -> None:
     if len(faults) == 1:
         raise next(iter(faults.values()))
+    # What is no error of ours goes up as it is, so that its traceback tells; the others are its notes.
+    for odd in (fault for fault in faults.values() if not isinstance(fault, UsageBillingError)):
+        for name, fault in faults.items():
+            odd.add_note(f"{name} was not swept to its end: {_words(fault)}")
+        raise odd
     if faults:
         told = Misconfigured.all_at_once("sweep", (f"{name}: {fault}" for name, fault in faults.items()))
         raise told if any(isinstance(fault, Misconfigured) for fault in faults.values()) else NotApplied(str(told))

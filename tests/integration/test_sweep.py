@@ -234,6 +234,28 @@ def test_a_broken_source_keeps_no_other_from_being_swept_and_all_faults_come_at_
     assert all("3 deliveries in doubt" in line for line in lines)
 
 
+@pytest.mark.parametrize("fault", [OSError("the disk is gone"), ValueError("no such thing")])
+def test_a_fault_that_nobody_foresaw_keeps_no_other_source_from_being_swept(
+    house: SweptHouse, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    """A source's archive that cannot be read, or a bug: those behind it are swept, and its own traceback is told."""
+    for name in SITES:
+        house.leave_in_doubt(shipped(name))
+
+    def settle(*_: Any) -> None:
+        raise fault
+
+    monkeypatch.setattr("usage_billing.destinations.maxio.MaxioMetered.settle", settle)
+    break_connection(house, monkeypatch, "MAXIO_ORBIT", password="wrong-key-altogether")
+    ti = TaskInstance()
+    with pytest.raises(type(fault)) as told:
+        SweepOperator(task_id="sweep").execute({"ti": ti})
+    assert told.traceback[-1].name == "settle"
+    assert any("platform_events was not swept" in note for note in told.value.__notes__)
+    assert house.billed(shipped("voip_minutes")) == expected(shipped("voip_minutes"))
+    assert any(words.startswith(f"api_calls: {type(fault).__name__}: ") for words in ti.kept["", "faults"])
+
+
 def test_doubts_of_a_source_whose_folder_is_gone_are_listed_at_once(
     house: SweptHouse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
