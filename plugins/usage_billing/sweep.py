@@ -26,7 +26,7 @@ from usage_billing.installation import (
     sources_folder,
     staging,
 )
-from usage_billing.ledger import Ledger
+from usage_billing.ledger import DECIDABLE_AFTER, Ledger
 from usage_billing.ledger.marker import marked
 from usage_billing.records import EVER, NOBODY_CAN_TELL, PERSON_DECIDES, Edition, Period, State
 from usage_billing.release import reissue
@@ -194,6 +194,7 @@ class Doubt:
 
 
 _ASKED_AGAIN = "asked again at each sweep"
+_MAY_BE_DECIDED = f"{_ASKED_AGAIN}, in vain for so long that a person may decide"
 _WAITS_FOR_ITS_RUN = "not at the site; a newer reading or an approval has the say: run its period again"
 _PERSON_DECIDES = PERSON_DECIDES.strip(": ")
 
@@ -210,6 +211,8 @@ def _doubts(book: Ledger, name: str) -> Iterator[Doubt]:
         why = _PERSON_DECIDES if row["reason"].startswith(PERSON_DECIDES) else _ASKED_AGAIN
         if row["state"] == State.RESERVED:
             why = _WAITS_FOR_ITS_RUN
+        elif why == _ASKED_AGAIN and now - row["sent_at"] >= DECIDABLE_AFTER:
+            why = _MAY_BE_DECIDED
         texts = {column: row[column] for column in ("site", "subscription", "quantity", "token")}
         reason = row["reason"].removeprefix(NOBODY_CAN_TELL).removeprefix(PERSON_DECIDES)
         yield Doubt(source=name, period_start=row["period_start"], age=age, why=why, reason=reason, **texts)

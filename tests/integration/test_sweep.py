@@ -330,6 +330,28 @@ def abandoned(house: House, source: BillingSource) -> list[Any]:
     return house.ledger.doubts(source.name)
 
 
+def test_a_doubt_whose_question_fails_for_ever_is_a_persons_after_a_week(house: SweptHouse) -> None:
+    """The account is closed: before, the ledger says from when on; after, what a person saw counts, and bills once."""
+    source = shipped("api_calls")
+    house.leave_in_doubt(source)
+    house.sandbox.switch(SITES[source.name], access="account_canceled")
+    with pytest.raises(Misconfigured):
+        sweep("api_calls")
+    arrived, *others = (doubt.token for doubt in sorted(abandoned(house, source), key=lambda one: one.token))
+    house.age(source, timedelta(days=6))
+    with pytest.raises(Misconfigured, match=r"still being asked; .* you may decide from \d{4}-\d\d-\d\d .* on"):
+        house.ledger.decide(arrived, State.ACCEPTED, "decided on a day by somebody: on the invoice", Decimal(7))
+    house.age(source, timedelta(days=1))
+    assert "a person may decide" in listed(alert_after=timedelta(days=30))[0]
+    counted = next(doubt.quantity for doubt in abandoned(house, source) if doubt.token == arrived)
+    house.ledger.decide(arrived, State.ACCEPTED, "decided on a day by somebody: on the invoice", counted)
+    house.ledger.decide(others, State.RESERVED, "decided on a day by somebody: not on the invoice")
+    house.sandbox.switch(SITES[source.name], access="open")
+    sweep("api_calls")
+    assert house.billed(source) == expected(source)
+    assert house.states(source, a_day(source, 5)) == {"accepted": 3}
+
+
 def test_a_doubt_over_its_age_fails_with_its_name_and_a_younger_one_does_not(house: SweptHouse) -> None:
     """A day and an hour by the ledger's clock are too old, an hour is not; the message says which and why."""
     source = shipped("api_calls")

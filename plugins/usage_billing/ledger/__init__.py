@@ -71,7 +71,7 @@ from usage_billing.records import (
     Window,
 )
 
-__all__ = ["ADOPTED", "Lease", "Ledger", "Reserved", "bases"]
+__all__ = ["ADOPTED", "DECIDABLE_AFTER", "Lease", "Ledger", "Reserved", "bases"]
 
 _DECISIONS: Mapping[State, tuple[State, ...]] = {
     State.WRITTEN_OFF: (State.HELD, State.REFUSED),
@@ -87,6 +87,10 @@ says by then: the site may have it, and nobody can ask."""
 
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 """Before all usage: since then an account leads elsewhere that did so before anything was compared."""
+
+DECIDABLE_AFTER = timedelta(days=7)
+"""How long after its last request a doubt that the site is still asked about may be decided by a person: the account
+may be closed, or answer in a way that nobody can read, for ever."""
 
 _BATCH = 500
 """How many values go into one IN list: SQLite and PostgreSQL both take more, plans stay readable with this."""
@@ -784,24 +788,25 @@ class Ledger:
         What is held or refused can be `written_off`: it is settled, and never billed. What is held can be released (as
         `held`): it goes with the next run of its period or the next sweep. A doubt that no waiting ends can be
         `accepted` (`counted` is how much of it the site counts) or `reserved` (it has none of it: it is sent again).
-        Any other doubt is for the site to settle: what a person saw there may have changed since.
+        Any other doubt is for the site to settle: what a person saw there may have changed since. Only one that has
+        been open for `DECIDABLE_AFTER` may be decided all the same.
 
         Raises:
             Misconfigured: there is no such delivery, or it does not stand where this can be decided; with every fault.
         """
         names = [tokens] if isinstance(tokens, str) else sorted(set(tokens))
         with self._writing() as connection:
-            rows = {name: self._to_decide(connection, name) for name in names}
+            rows, now = {name: self._to_decide(connection, name) for name in names}, self._now(connection)
             faults = [
                 f"token {name}: {wrong}"
                 for name, row in rows.items()
-                if (wrong := _why_undecidable(connection, row, state, counted))
+                if (wrong := _why_undecidable(connection, row, state, counted, now))
             ]
             if faults:
                 raise Misconfigured(faults[0]) if len(names) == 1 else Misconfigured.all_at_once("not decided", faults)
             values: dict[str, Any] = {"released": by}
             if state is not State.HELD:
-                settled = None if state is State.RESERVED else self._now(connection)
+                settled = None if state is State.RESERVED else now
                 values = {"state": state, "reason": by, "settled_at": settled}
                 values["applied"] = "" if counted is None else f"{counted:f}"
             for some in _batches(names):
@@ -1093,7 +1098,7 @@ def _proof(receipt: Receipt) -> dict[str, str]:
     return {"record": receipt.record_id, "note": receipt.note, "counted": counted}
 
 
-def _why_undecidable(connection: Connection, row: Any, state: State, counted: Decimal | None) -> str:
+def _why_undecidable(connection: Connection, row: Any, state: State, counted: Decimal | None, now: datetime) -> str:
     """Return why a person cannot decide this of a delivery, or an empty text."""
     leaves, wrong = _DECISIONS[state], ""
     if row is None:
@@ -1101,8 +1106,8 @@ def _why_undecidable(connection: Connection, row: Any, state: State, counted: De
     elif row.state not in leaves:
         wanted = "release" if state is State.HELD else state
         wrong = f"it is {row.state}; {wanted} can be decided of what is {' or '.join(leaves)}"
-    elif row.state == State.IN_DOUBT and not row.reason.startswith(PERSON_DECIDES):
-        wrong = "the site is still being asked; the sweep ends this doubt, or says that a person has to"
+    elif row.state == State.IN_DOUBT and (still_asked := _why_still_asked(row, now)):
+        wrong = still_asked
     elif (state is State.ACCEPTED) != (counted is not None):
         wrong = "accepted, and nothing else, needs the quantity that the site counts"
     elif state is State.HELD:
@@ -1113,6 +1118,17 @@ def _why_undecidable(connection: Connection, row: Any, state: State, counted: De
         of = editions.at(connection, row.source, row.period_start)
         wrong = _why_miscounted(row, counted, of.definition if of else {})
     return wrong
+
+
+def _why_still_asked(row: Any, now: datetime) -> str:
+    """Return why the site, and not a person, has to end a doubt, or an empty text."""
+    decidable_at = row.sent_at + DECIDABLE_AFTER
+    if row.reason.startswith(PERSON_DECIDES) or now >= decidable_at:
+        return ""
+    return (
+        "the site is still being asked; the sweep ends this doubt, or says that a person has to; should it do neither, "
+        f"you may decide from {decidable_at:%Y-%m-%d %H:%M} UTC on"
+    )
 
 
 def _is_followed(connection: Connection, row: Any) -> bool:
