@@ -94,7 +94,8 @@ def plan_events(
 
     Raises:
         Stale: a later reading of all of the same periods was compared; what it left alone is still planned.
-        NeedsDecision: more than `max_withdraw_share` of the billed events have vanished from the warehouse.
+        NeedsDecision: more than `max_withdraw_share` of the billed events have vanished from the warehouse. A look,
+            whose reading has no number, says so in its plan.
         Misconfigured: a chunk that was sent is missing in the archive, or was altered, so nothing may be sent; or
             another source feeds the same component, and ``source.yaml`` does not say so.
     """
@@ -112,9 +113,12 @@ def plan_events(
         writer = _Writer(comparison, destination, book, join, _component(targets, book))
         proposals = staging.write(folder, "proposals", writer.parts())
     join.check(comparison.rows_accepted, writer.cut)
-    _stop_if_much_vanished(join, destination)
+    much = _why_much_vanished(join, destination)
+    if much and comparison.reading.extraction:
+        raise NeedsDecision(much)
     owed = quantities.total(_column(staging.read(comparison.totals), "quantity", source.settings.meter.decimals))
-    return Plan(proposals=proposals, tally=replace(writer.tally, owed=owed, settled=_settled(book, destination)))
+    tally = replace(writer.tally, owed=owed, settled=_settled(book, destination))
+    return Plan(proposals=proposals, tally=tally, withdraws_much=much)
 
 
 def _column(parts: Iterable[pa.Table], name: str, decimals: int) -> pd.Series:
@@ -650,12 +654,13 @@ def _edges(period: Period, between: str, style: str) -> str:
     return f"{period.start:{style}}{between}{period.end:{style}}"
 
 
-def _stop_if_much_vanished(join: _Join, destination: Destination) -> None:
+def _why_much_vanished(join: _Join, destination: Destination) -> str:
     settings, gone = destination.source.settings, join.counts["vanished"]
     delivered = sum(row.kept.rows for row in join.book.compared() if row.stands == _DELIVERED)
-    if gone > delivered * settings.max_withdraw_share:
-        raise NeedsDecision(
-            f"{gone} of {delivered} events that were sent for these periods are gone from the warehouse, more than "
-            f"max_withdraw_share = {settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in "
-            "source.yaml for this run and clear the plan: they are then listed, and nothing is taken back by itself"
-        )
+    if gone <= delivered * settings.max_withdraw_share:
+        return ""
+    return (
+        f"{gone} of {delivered} events that were sent for these periods are gone from the warehouse, more than "
+        f"max_withdraw_share = {settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in "
+        "source.yaml for this run and clear the plan: they are then listed, and nothing is taken back by itself"
+    )

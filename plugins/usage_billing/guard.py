@@ -32,13 +32,15 @@ def unusual(
 ) -> list[str]:
     """Return what a person should know before `plan` is sent, each with the key of ``source.yaml`` that allows it.
 
-    `interval` is the run's own, `owed` is of `owed_by_period`. A plan that sends nothing is never unusual.
+    `interval` is the run's own, `owed` is of `owed_by_period`. A plan that sends nothing is never unusual, but for one
+    that withdraws much: a look shows it, where a run would have stopped.
     """
+    much = [plan.withdraws_much] if plan.withdraws_much else []
     if not plan.tally.new + plan.tally.corrections:
-        return []
+        return much
     first = not ledger.has(destination.source.name, None, State.ACCEPTED, State.SENDING, State.IN_DOUBT)
     found = _first(comparison, owed, destination) if first else _jump(comparison, owed, destination, ledger)
-    return [*found, *_long_ago(interval, destination, ledger)]
+    return [*much, *found, *_long_ago(interval, destination, ledger)]
 
 
 def owed_by_period(comparison: Comparison, destination: Destination, staging: Staging) -> dict[Period, Decimal]:

@@ -420,6 +420,7 @@ def _is_dry(context: Context) -> bool:
 def _log_preview(log: Any, run: Run, destination: Destination) -> None:
     """Log what a run would send, planned as `usage-billing preview` does: nothing is declared in the ledger."""
     from usage_billing.chunks import plan_events  # noqa: PLC0415
+    from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
     from usage_billing.plan import plan  # noqa: PLC0415
     from usage_billing.preview import preview  # noqa: PLC0415
 
@@ -431,6 +432,9 @@ def _log_preview(log: Any, run: Run, destination: Destination) -> None:
         found = how(looked, destination, ledger(), staging(), run.folder)
         for line in preview(found, looked, destination, ledger(), staging()).lines():
             log.info(line)
+        owed = owed_by_period(looked, destination, staging())
+        for line in unusual(found, looked, run.interval, owed, destination, ledger()):
+            log.warning("unusual: %s", line)
 
 
 def _as_it_is(plan: Plan) -> Plan:

@@ -66,7 +66,8 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     Raises:
         Misconfigured: another source feeds the same component, and ``source.yaml`` does not say so.
         Stale: a later reading of all of the same periods was compared; what it left alone is still planned.
-        NeedsDecision: the plan would withdraw more than the source's `max_withdraw_share` of what was accepted.
+        NeedsDecision: the plan would withdraw more than the source's `max_withdraw_share` of what was accepted. A look,
+            whose reading has no number, says so in its plan.
     """
     source = destination.source
     targets = _targets(comparison.targets, staging)
@@ -95,8 +96,10 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     proposals = staging.write(folder, "proposals", parts())
     if not stale and tally.events != comparison.rows_accepted:
         raise AssertionError(f"{comparison.rows_accepted} accepted rows, but {tally.events} in the totals")
-    _stop_if_it_withdraws_much(tally, destination)
-    return Plan(proposals=proposals, tally=tally)
+    much = _why_it_withdraws_much(tally, destination)
+    if much and comparison.reading.extraction:
+        raise NeedsDecision(much)
+    return Plan(proposals=proposals, tally=tally, withdraws_much=much)
 
 
 class _Moving:
@@ -315,15 +318,16 @@ def _written_out(
     return rows.assign(body=destination.encode(rows))
 
 
-def _stop_if_it_withdraws_much(tally: Tally, destination: Destination) -> None:
+def _why_it_withdraws_much(tally: Tally, destination: Destination) -> str:
     settings = destination.source.settings
     # What moves takes as much from one subscription as it gives to another; only what is missing there is gone.
     withdrawn = -(tally.negative + min(tally.moved, 0))
-    if withdrawn > tally.settled * settings.max_withdraw_share:
-        decimals = settings.meter.decimals
-        raise NeedsDecision(
-            f"this run would withdraw {quantities.to_decimal(withdrawn, decimals)} of "
-            f"{quantities.to_decimal(tally.settled, decimals)} already billed, more than max_withdraw_share = "
-            f"{settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in source.yaml for this run "
-            "and clear the plan"
-        )
+    if withdrawn <= tally.settled * settings.max_withdraw_share:
+        return ""
+    decimals = settings.meter.decimals
+    return (
+        f"this run would withdraw {quantities.to_decimal(withdrawn, decimals)} of "
+        f"{quantities.to_decimal(tally.settled, decimals)} already billed, more than max_withdraw_share = "
+        f"{settings.max_withdraw_share:.0%}; if the warehouse is right, raise it in source.yaml for this run "
+        "and clear the plan"
+    )

@@ -478,7 +478,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Plan:
-    """Proposed deliveries, sorted by identity, and the tally to read before they go."""
+    """Proposed deliveries, sorted by identity, and the tally to read before they go.
+
+    `withdraws_much` is why a run would not make such a plan: only a look does, to show it.
+    """
 
     proposals: Staged
     tally: Tally
+    withdraws_much: str = ""

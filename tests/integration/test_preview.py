@@ -14,7 +14,8 @@ import pytest
 from stories import SITES, Event, House, a_day, a_house, shipped, small_batches
 from usage_billing.archive import Archive
 from usage_billing.chunks import plan_events
-from usage_billing.errors import Misconfigured
+from usage_billing.errors import Misconfigured, NeedsDecision
+from usage_billing.guard import owed_by_period, unusual
 from usage_billing.plan import plan
 from usage_billing.preview import ITEM_COLUMNS, NAMED, Preview, preview, write_items
 from usage_billing.records import REFUSED_HERE, Period, Reading, State
@@ -198,6 +199,35 @@ def test_the_cases_are_told_apart(house: House, tmp_path: Path) -> None:
     assert cases["corrections down"] == (1, -10)
     assert told.sends == 1
     assert told.unchanged == 0
+
+
+def test_a_look_shows_what_withdraws_too_much_and_a_run_stops(
+    house: House, source: BillingSource, tmp_path: Path
+) -> None:
+    """All but one unit is gone: the preview says what would go and why a run would not, and nothing is changed."""
+    day = a_day(source, 5)
+    house.run(source, day, usage(source, 5, "100"))
+    billed, events = house.billed(source), usage(source, 5, "1", last=1)
+    found = looked(house, source, day, events, tmp_path / "look")
+    (line,) = found
+    assert "max_withdraw_share = 10%" in line
+    with pytest.raises(NeedsDecision, match="max_withdraw_share = 10%"):
+        house.run(source, day, events)
+    assert house.billed(source) == billed
+
+
+def looked(house: House, source: BillingSource, day: Period, events: list[Event], folder: Path) -> list[str]:
+    """Return what `usage-billing preview` calls unusual about a day."""
+    ours, theirs = house.staging, house.archive
+    house.staging, house.archive = Staging(folder), theirs.aside(folder / "archive")
+    try:
+        comparison, destination = house.looked(source, day, events), house.destination(source)
+        found = (plan_events if destination.stream else plan)(comparison, destination, house.ledger, house.staging, "l")
+        assert preview(found, comparison, destination, house.ledger, house.staging).lines()
+        owed = owed_by_period(comparison, destination, house.staging)
+        return unusual(found, comparison, day, owed, destination, house.ledger)
+    finally:
+        house.staging, house.archive = ours, theirs
 
 
 def test_what_the_source_refuses_is_told_as_such_and_not_as_sent(house: House, tmp_path: Path) -> None:
