@@ -79,7 +79,8 @@ def deliver(
 
     Raises:
         Stale: a later reading was compared; nothing more was sent.
-        Misconfigured: the site turned the credentials or the definition down; deliveries are back in `reserved`.
+        Misconfigured: the site turned the credentials or the definition down; deliveries are back in `reserved`. Or it
+            turned down the question about some doubts; everything else was settled and sent.
         NotApplied: the site stayed out of reach, or this worker lost its lease; the rest is `reserved`.
     """
     started = time.monotonic()
@@ -109,6 +110,7 @@ def deliver(
             current = replan()
         else:
             work.reserve(current, reading, staging)  # What nobody has written down is listed nowhere.
+        work.check_questions()
     work.done.seconds = time.monotonic() - started
     return work.done
 
@@ -215,6 +217,15 @@ class _Work:
         # A sweep may have ended some of them, and only a part of what they carried may have counted.
         others = len(seen - {doubt.token for doubt in self._ledger.doubts(self._source, self._window)})
         return max(self._doubts.settled.ended - before, others)
+
+    def check_questions(self) -> None:
+        """Make sure that the site took every question.
+
+        Raises:
+            Misconfigured: it turned down the question about some doubts; what could be settled and sent, was.
+        """
+        if self._doubts.fault is not None:
+            raise self._doubts.fault
 
     # --- passes ------------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,8 @@ class InDoubt(UsageBillingError):
     seen to; the others are in doubt. `answers` (by token) are what was learned of some doubts before the site failed.
     `taken` says that the site took them, and that only the proof of how much counted is not there yet. `refused` says
     that the site said no to several at once, and that only what became of each is unknown; `throttled` and
-    `retry_after_seconds` that it wants to be asked later, as with `NotApplied`.
+    `retry_after_seconds` that it wants to be asked later, as with `NotApplied`; `unaskable` that it turns the question
+    about these down, and answers others: a person has to look.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class InDoubt(UsageBillingError):
         refused: bool = False,
         throttled: bool = False,
         retry_after_seconds: float | None = None,
+        unaskable: bool = False,
     ) -> None:
         super().__init__(message)
+        self.unaskable = unaskable
         self.receipts = tuple(receipts)
         self.answers = dict(answers)
         self.taken = taken

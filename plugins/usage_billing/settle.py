@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from enum import Enum, auto
 
 from usage_billing.destinations.base import Answer, Destination, shuffled
-from usage_billing.errors import InDoubt, NotApplied, Refused
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.ledger import Ledger
 from usage_billing.records import (
     ABSENT,
@@ -67,6 +67,8 @@ class Doubts:
     ) -> None:
         """Take the site and the ledger; once `stopped` says so, no further question is asked."""
         self.settled = Settled()
+        self.fault: Misconfigured | None = None
+        """What a person has to mend first: the site turned down the question about some of them."""
         self._stopped = stopped
         self._destination = destination
         self._ledger = ledger
@@ -143,8 +145,15 @@ class Doubts:
         for doubt in doubts:
             if doubt.token in answers:
                 self._end(doubt, answers[doubt.token])
-        if failure is None:
-            return _Went.ON
+        return _Went.ON if failure is None else self._left_open(doubts, answers, failure)
+
+    def _left_open(
+        self, doubts: Sequence[Delivery], answers: Mapping[str, Answer], failure: NotApplied | InDoubt
+    ) -> _Went:
+        """Note why some doubts have no answer."""
+        if isinstance(failure, InDoubt) and failure.unaskable:
+            self.fault = self.fault or Misconfigured(str(failure))
+            self._left_to_people.update(doubt.token for doubt in doubts if doubt.token not in answers)
         log.warning("%d doubts stay open: %s", len(doubts) - len(answers), failure)
         if failure.retry_after_seconds:
             self._not_before = self._ledger.now() + timedelta(seconds=failure.retry_after_seconds)
@@ -200,11 +209,15 @@ def overtaken(destination: Destination, deliveries: Sequence[Delivery], now: dat
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep of one source found: doubts that ended, and those still open with the age of the oldest."""
+    """What a sweep of one source found: doubts that ended, and those still open with the age of the oldest.
+
+    `fault` is what a person has to mend before the site answers about some of these.
+    """
 
     settled: Settled
     still_open: tuple[Delivery, ...]
     oldest: timedelta
+    fault: Misconfigured | None = None
 
 
 def sweep(destination: Destination, ledger: Ledger, stopped: Callable[[], bool] = _NEVER) -> Swept:
@@ -220,7 +233,7 @@ def sweep(destination: Destination, ledger: Ledger, stopped: Callable[[], bool] 
     left = ledger.doubts(destination.source.name, destination.source.span)
     now = ledger.now()
     ages = [now - doubt.sent_at for doubt in left if doubt.sent_at is not None]
-    return Swept(doubts.settled, tuple(left), max(ages, default=timedelta(0)))
+    return Swept(doubts.settled, tuple(left), max(ages, default=timedelta(0)), doubts.fault)
 
 
 def _chunks(deliveries: Sequence[Delivery], size: int) -> Iterator[Sequence[Delivery]]:

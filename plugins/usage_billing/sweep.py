@@ -113,6 +113,8 @@ class SweepOperator(BaseOperator):
             reissue(destination, book)
             sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
         self._tell(source.title, swept, sent)
+        if swept.fault is not None:
+            raise swept.fault
 
     def _tell(self, name: str, swept: Swept, sent: Delivered) -> None:
         self.log.info(

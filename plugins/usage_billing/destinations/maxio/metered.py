@@ -261,8 +261,14 @@ class MaxioMetered(MaxioDestination):
         day how much of a deduction counted.
         """
         found: dict[str, Answer] = {}
+        turned_down: list[str] = []
         for (subscription_id, component_id), some in _by_address(doubts).items():
-            usages = self.client.usages(subscription_id, component_id)
+            try:
+                usages = self.client.usages(subscription_id, component_id)
+            except Misconfigured as fault:
+                self.client.read_site()  # Credentials and address are everybody's; the list is one subscription's.
+                turned_down.append(f"usages of subscription {subscription_id}: {fault}")
+                continue
             if usages is None:
                 self.client.read_site()  # At a wrong address everything is a 404.
                 gone = f"subscription {subscription_id} or its component is gone, and nothing tells what it was billed"
@@ -274,6 +280,8 @@ class MaxioMetered(MaxioDestination):
                     found |= self._judged(doubt, held[token], now)
                 elif not _would_meet_its_token(doubt, now):
                     found[token] = None
+        if turned_down:
+            raise InDoubt("; ".join(turned_down), answers=found, unaskable=True)
         return found
 
     def _judged(self, doubt: Delivery, usages: Sequence[Json], now: datetime) -> dict[str, Answer]:
