@@ -372,6 +372,9 @@ def test_a_stream_changes_and_a_doubt_of_before_is_settled_at_the_old_one(place:
     place.run("10-05", "10-06")
     place.run("10-06", "10-07")
     assert place.writes() == before
+    place.use("2026-10-05 12:00", "2")
+    place.run("10-05", "10-06")
+    assert (place.billed(ORBIT, "platform-units"), place.billed(ORBIT, "platform-units-too")) == (17, 21)
 
 
 # --- the site --------------------------------------------------------------------------------------------------------
