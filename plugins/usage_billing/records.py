@@ -343,7 +343,8 @@ class Delivery:
 
     `body` is the exact JSON text of the record and `address` where it goes: a doubt is settled with these, never with
     what today's settings would give. `open_until` is when the billing period ends in which it was found right to send,
-    `reason` what was last said of it; `period` is its usage period.
+    `reason` what was last said of it; `period` is its usage period, and `subscription` to whom it was found to belong;
+    empty of a chunk of raw events.
     """
 
     token: str
@@ -358,6 +359,7 @@ class Delivery:
     open_until: datetime | None = None
     reason: str = ""
     period: Period | None = None
+    subscription: str = ""
 
     def __post_init__(self) -> None:
         if not self.quantity.is_finite() or self.quantity == 0:

@@ -108,4 +108,5 @@ def _delivery(row: Mapping[Any, Any]) -> Delivery:
         body=row["body"],
         open_until=None if pd.isna(until) else until.to_pydatetime(),
         period=Period(row["period_start"], row["period_end"]),
+        subscription=row["subscription"],
     )

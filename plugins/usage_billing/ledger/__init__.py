@@ -1188,4 +1188,5 @@ def _delivery(row: RowMapping) -> Delivery:
         open_until=row["open_until"],
         reason=row["reason"],
         period=Period(row["period_start"], row["period_end"]),
+        subscription=row["subscription"],
     )

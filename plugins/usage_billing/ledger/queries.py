@@ -188,7 +188,7 @@ def decided(source: str, reading: Reading) -> ColumnElement[bool]:
 
 
 _TO_SEND = "token identity revision quantity address body sent_at sends reserved_at open_until reason"
-_TO_SEND += " period_start period_end"
+_TO_SEND += " period_start period_end subscription"
 TO_SEND = [delivery.c[name] for name in _TO_SEND.split()]
 """The columns that a `Delivery` is made of."""
 

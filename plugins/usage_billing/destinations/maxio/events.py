@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar, Literal, Self
@@ -245,12 +246,14 @@ class MaxioEvents(MaxioDestination):
 
         What was sent before the replay window stays in doubt, since a replay could bill twice. So does what belongs to
         a billing period that has closed since: if the first request was lost, its replay would be taken and not billed.
+        And so does what another subscription would be billed for, since the reference was given to it.
         What could land after the end of its billing period is not replayed either, and is looked at again once that has
         closed. Where several are refused together, ever smaller parts go, at last each event alone: one that is refused
         alone is for a person, since the first request may have brought it all the same.
         """
         fresh = [doubt for doubt in doubts if doubt.sent_at and now - doubt.sent_at <= self.replay_window]
-        leave_by, resting, _ = self._leave_by(fresh)
+        today = self._today(fresh)
+        leave_by = today.leave_by
         clock = _Clock(self.client, now)
         in_time = [doubt for doubt in fresh if doubt.token in leave_by and clock.now() < leave_by[doubt.token]]
         if waiting := len(leave_by) - len(in_time):
@@ -259,7 +262,8 @@ class MaxioEvents(MaxioDestination):
         too_late = "its billing period has closed: a replay would be taken and never billed; compare the totals"
         answers: dict[str, Answer] = {doubt.token: InDoubt(too_old) for doubt in doubts}
         answers |= {doubt.token: InDoubt(too_late) for doubt in fresh}
-        answers = {token: answer for token, answer in answers.items() if token not in leave_by | resting}
+        answers = {token: answer for token, answer in answers.items() if token not in leave_by | today.resting}
+        answers |= {token: InDoubt(f"{why}: a replay could bill it there") for token, why in today.elsewhere.items()}
         for stream in sorted({doubt.address["stream"] for doubt in in_time}):
             of_stream = [doubt for doubt in in_time if doubt.address["stream"] == stream]
             for first in range(0, len(of_stream), self.chunk_size):
@@ -284,33 +288,29 @@ class MaxioEvents(MaxioDestination):
         replay.send({name: bodies[name] for name in sorted(bodies, key=lambda name: shuffled(name, now))})
         return {token: answer for token, events in names.items() if (answer := replay.answer(token, events))}
 
-    def _leave_by(
-        self, deliveries: Sequence[Delivery]
-    ) -> tuple[dict[str, datetime], dict[str, str], dict[str, datetime]]:
-        """Return, by token, until when a request may leave so that it lands before its billing periods end.
-
-        Those of which a billing period is not open on the site right now have no entry. The second mapping has, by
-        token, why the site bills an account of it nothing today, where that may change: it is on hold, or in its trial.
-        The third has, of those of which a billing period is closed, when the one that is open began, if that is known.
-        """
+    def _today(self, deliveries: Sequence[Delivery]) -> "_Today":
+        """Ask the site how deliveries stand with it right now."""
+        found = _Today()
         earliest = {delivery.token: self._earliest(delivery) for delivery in deliveries}
-        targets = super().resolve(sorted({account for moments in earliest.values() for account in moments}))
-        today = {one.account: self._named_otherwise(one) if one.unknown else one for one in targets}
-        found: dict[str, datetime] = {}
-        resting: dict[str, str] = {}
-        opened: dict[str, datetime] = {}
+        known = sorted({account for moments in earliest.values() for account, _ in moments})
+        today = {one.account: self._named_otherwise(one) if one.unknown else one for one in super().resolve(known)}
         for token, moments in earliest.items():
-            if whys := [today[account].unknown for account in moments if today[account].unknown]:
-                resting[token] = whys[0]
+            if whys := [why for account, whose in moments if (why := _why_elsewhere(today[account], whose))]:
+                found.elsewhere[token] = whys[0]
+                continue
+            if whys := [today[account].unknown for account, _ in moments if today[account].unknown]:
+                found.resting[token] = whys[0]
                 continue
             spans = [
-                (moment, today[account].open_from, today[account].open_until) for account, moment in moments.items()
+                (moment, today[account].open_from, today[account].open_until)
+                for (account, _), moment in moments.items()
             ]
             if all(start is not None and moment >= start for moment, start, _ in spans):
-                found[token] = min((end for *_, end in spans if end is not None), default=_NEVER) - self.settle_after
+                until = min((end for *_, end in spans if end is not None), default=_NEVER)
+                found.leave_by[token] = until - self.settle_after
             elif starts := [start for _, start, _ in spans if start is not None]:
-                opened[token] = max(starts)
-        return found, resting, opened
+                found.opened[token] = max(starts)
+        return found
 
     def _named_otherwise(self, target: Target) -> Target:
         """Return the target of an account by the other way of naming it, in which it may have been sent before."""
@@ -321,12 +321,14 @@ class MaxioEvents(MaxioDestination):
             found = self.client.subscription_by_reference(account)
         return self._target(account, found, self._component, self._unusable) if found else target
 
-    def _earliest(self, delivery: Delivery) -> dict[str, datetime]:
-        """Return the time of each account's earliest event."""
+    def _earliest(self, delivery: Delivery) -> dict[tuple[str, str], datetime]:
+        """Return the time of the earliest event of each account, and of the subscription that it led to."""
         if not self.stream:
-            return {str(delivery.address["account"]): self.counted_at(delivery.body)}
-        first = self._chunk(delivery).group_by("account").aggregate([("time", "min")])
-        return dict(zip(first.column("account").to_pylist(), first.column("time_min").to_pylist(), strict=True))
+            return {(str(delivery.address["account"]), delivery.subscription): self.counted_at(delivery.body)}
+        whose = ["account", "subscription"]
+        first = self._chunk(delivery).group_by(whose).aggregate([("time", "min")])
+        names = zip(*(first.column(name).to_pylist() for name in whose), strict=True)
+        return dict(zip(names, first.column("time_min").to_pylist(), strict=True))
 
     def counted_at(self, body: str) -> datetime:
         """Return the time of an event."""
@@ -334,7 +336,8 @@ class MaxioEvents(MaxioDestination):
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a billing period that has closed since it was planned, or could land after its end."""
-        leave_by, resting, opened = self._leave_by(deliveries)
+        today = self._today(deliveries)
+        leave_by, opened = today.leave_by, today.opened
         at = _Clock(self.client, now).now()
         why = "its billing period closed before it was sent: the site would take the event and never bill it"
         if self.stream:
@@ -345,17 +348,18 @@ class MaxioEvents(MaxioDestination):
         ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
         if self.stream:
             ends += "; clear the run from validate on once the next period is open"
-        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | resting
+        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | today.resting
         if not self.stream:
             late = [delivery for delivery in deliveries if delivery.token in opened]
             reasons = {one.token: self._why_late_now(one, opened[one.token]) for one in late}
             held |= {token: reason for token, reason in reasons.items() if reason != self.why_late}
         by_token = {one.token: one for one in deliveries}
         too_near = {token: moment for token, moment in leave_by.items() if moment <= at}
-        return held | {
+        held |= {
             token: PASSES_SOON if self._goes_after(by_token[token], moment + self.settle_after) else ends
             for token, moment in too_near.items()
         }
+        return held | today.elsewhere
 
     def _goes_after(self, delivery: Delivery, renewal: datetime) -> bool:
         """Say whether the source sends a delivery of the period that ends with a renewal into the next one."""
@@ -364,9 +368,10 @@ class MaxioEvents(MaxioDestination):
         return delivery.period.end > renewal or self._why_late_now(delivery, renewal) == PASSES
 
     def overtaken(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
-        still_open, resting, _ = self._leave_by(deliveries)
+        today = self._today(deliveries)
         why = "the billing period of its events is closed now"
-        return {delivery.token: why for delivery in deliveries if delivery.token not in still_open} | resting
+        closed_now = {delivery.token: why for delivery in deliveries if delivery.token not in today.leave_by}
+        return closed_now | today.resting | today.elsewhere
 
     def records(self, deliveries: pd.DataFrame) -> None:
         """Return None: no endpoint returns recorded events."""
@@ -407,6 +412,29 @@ class MaxioEvents(MaxioDestination):
         for name in (name for name, count in names.items() if count > 1):
             where = "dimensions, property, subscription_by"
             yield f"{where}: {name!r} would stand twice in an event; rename one in usage.sql"
+
+
+@dataclass
+class _Today:
+    """How deliveries stand with the site, by token; one that has no entry belongs to a closed billing period.
+
+    `leave_by` is until when a request may leave so that it lands before its billing periods end, where these are open
+    right now. `resting` says why the site bills an account of it nothing today, where that may change: it is on hold,
+    or in its trial. `elsewhere` says which account leads to another subscription by now. `opened` says of those of
+    which a billing period is closed when the one that is open began, if that is known.
+    """
+
+    leave_by: dict[str, datetime] = field(default_factory=dict)
+    resting: dict[str, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    opened: dict[str, datetime] = field(default_factory=dict)
+
+
+def _why_elsewhere(today: Target, whose: str) -> str:
+    """Return that an account leads to another subscription than `whose` usage it was, or an empty text."""
+    if not (today.subscription and whose) or today.subscription == whose:
+        return ""
+    return f"account {today.account!r} leads to subscription {today.subscription} by now, and this is usage of {whose}"
 
 
 class _Clock:

@@ -51,17 +51,17 @@ class Subscriptions:
         return json_reply(self.site.views.subscription(account))
 
     def update_subscription(self, call: Call, subscription: str) -> Response:
-        """`PUT /subscriptions/{id}.json`: gives it another reference, which is all that this site lets one change."""
+        """`PUT /subscriptions/{id}.json`: of all that a subscription has, its reference alone is changed."""
         account = self.site.account(subscription)
-        wanted = body_object(call).get("subscription")
-        if not isinstance(wanted, dict) or wanted.keys() != {"reference"}:
-            raise Unprocessable("subscription: must hold its reference, and nothing else.")
-        other = find_by_reference(self.site.books, self.site.world.site, str(wanted["reference"]))
+        given = body_object(call).get("subscription")
+        if not isinstance(given, dict) or given.keys() != {"reference"}:
+            raise Unprocessable("Subscription: only its reference can be changed here.")
+        reference = None if given["reference"] is None else str(given["reference"])
+        other = find_by_reference(self.site.books, self.site.world.site, reference) if reference else None
         if other is not None and other.id != account.id:
             raise Unprocessable("Reference: must be unique - that value has been taken.")
         self.site.books.write(
-            "UPDATE account SET reference = ? WHERE site = ? AND id = ?",
-            *(str(wanted["reference"]), self.site.world.site, account.id),
+            "UPDATE account SET reference = ? WHERE site = ? AND id = ?", reference, self.site.world.site, account.id
         )
         return json_reply(self.site.views.subscription(self.site.account(subscription)))
 
