@@ -155,6 +155,7 @@ class _Work:
         self._ready = ready
         self._window = window
         self._destination = destination
+        destination.book = ledger
         self._source = destination.source.name
         self._ledger = ledger
         self._worker = worker

@@ -70,6 +70,7 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
             whose reading has no number, says so in its plan.
     """
     source = destination.source
+    destination.book = ledger
     targets = _targets(comparison.targets, staging)
     components = targets.index.get_level_values("component")
     shared = source.settings.shares_component_with

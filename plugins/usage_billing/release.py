@@ -33,6 +33,7 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
         Misconfigured, NotApplied: the site could not be asked; nothing was changed.
     """
     name = destination.source.name
+    destination.book = ledger
     held = ledger.released(name, window or destination.source.span)
     if held.empty:
         return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import pandas as pd
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from usage_billing.archive import Archive
 from usage_billing.errors import InDoubt, Misconfigured, Refused
-from usage_billing.records import PASSES, REFUSED_HERE, Delivery, Period, Receipt, SiteRecord, SiteTotal, Target
+from usage_billing.records import PASSES, REFUSED_HERE, Delivery, Period, Receipt, SiteRecord, SiteTotal, State, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
 Answer = Receipt | Refused | InDoubt | None
@@ -33,6 +33,15 @@ class Moved:
 
     deliveries: int
     text: str
+
+
+class AcceptedHere(Protocol):
+    """What a ledger tells of deliveries that bear on what else may go."""
+
+    def accepted_at(
+        self, site: str, subscriptions: Sequence[str], component: str, window: Period, states: Sequence[State]
+    ) -> pd.DataFrame:
+        """Return subscription, quantity and, where it was dated into another period, body of deliveries in `states`."""
 
 
 class Destination(ABC):
@@ -63,6 +72,9 @@ class Destination(ABC):
     """Whether others feed what `totals` counts, as the source says: then more there than here is no difference."""
     archive: Archive | None = None
     """Where chunks of events are kept; whoever makes a destination with a `stream` hands one in."""
+
+    book: AcceptedHere | None = None
+    """The ledger, where a site's count lags behind what was accepted; whoever plans or sends hands it in."""
 
     why_late: ClassVar[str] = "its billing period is closed"
     """What speaks against sending usage whose billing period is closed."""

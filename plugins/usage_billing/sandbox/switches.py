@@ -110,6 +110,7 @@ MAXIO = {
         "an event of more than 31 days ago: taken, refused, or taken and never billed",
     ),
     "late_event": Switch("never_billed", ("never_billed", "next_period"), "timestamp in an invoiced period"),
+    "metric_below_zero": Switch("as_computed", ("as_computed", "zero"), "what a metric below 0 bills: itself, or 0"),
     "preview_shows_unused": Switch(
         "yes", ("yes", "no"), "whether the preview of a renewal has a line for an activated component without usage"
     ),

@@ -278,7 +278,10 @@ class History:
 
     def _others_use(self, number: int) -> None:
         account = self.chance.pick(f"others/account:{number}", self.scene.billed_accounts)
-        self._others_bill(account, self.chance.pick(f"others/quantity:{number}", (7, 3, -2, -30)))
+        quantity = self.chance.pick(f"others/quantity:{number}", (7, 3, -2, -30))
+        if self.scene.switches.get("metric_below_zero") == "zero":
+            quantity = abs(quantity)  # What they take from nothing would be ours that is not billed.
+        self._others_bill(account, quantity)
 
     def _others_deduct(self, flight: Flight, name: str) -> None:
         """Let somebody else deduct from the same balance while a deduction of ours is on its way there."""

@@ -25,7 +25,7 @@ from usage_billing.destinations.base import Answer, by_value, closed, joined, ne
 from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
-from usage_billing.records import PASSES, PASSES_SOON, Delivery, Period, Receipt, SiteTotal, Target
+from usage_billing.records import PASSES, PASSES_SOON, Delivery, Period, Receipt, SiteTotal, State, Target
 from usage_billing.sources import BillingSource
 
 log = logging.getLogger(__name__)
@@ -162,16 +162,56 @@ class MaxioEvents(MaxioDestination):
         for place in map(int, np.flatnonzero(late_minus)):
             number, less = str(proposals["subscription"].iloc[place]), -Decimal(proposals["quantity"].iloc[place])
             if number not in room:
-                room[number] = self._counted_in(number, proposals["open_from"].iloc[place])
+                room[number] = self._room(number, proposals["open_from"].iloc[place])
             if less > room[number]:
                 why.iloc[place] = f"{_TOO_LITTLE}: it counts {room[number]}"
             else:
                 room[number] -= less
         return proposals["quantity"], why
 
-    def _counted_in(self, number: str, start: datetime) -> Decimal:
-        """Return what the site counts by now for a subscription in the billing period that began then."""
-        return sum((total.quantity for total in self.totals([number]) if total.period.start == start), Decimal(0))
+    def _room(self, number: str, start: datetime) -> Decimal:
+        """Return how much may be taken from what a subscription is billed for the billing period that began then.
+
+        Neither more than the site counts nor more than this ledger has accepted for it: the site's count may lag behind
+        a deduction of a moment ago. What takes something back and may have landed is gone from it already.
+        """
+        component = str(self._component["id"])
+        here = [total for total in self.totals([number]) if total.period.start == start]
+        there = sum((total.quantity for total in here), Decimal(0))
+        if self.book is None or not here:
+            return there
+        period = here[0].period
+        ours = self._dated_in(number, component, period, (State.ACCEPTED,))
+        leaving = self._dated_in(number, component, period, (State.SENDING, State.IN_DOUBT))
+        return min(there, sum(ours, Decimal(0)) + sum((each for each in leaving if each < 0), Decimal(0)))
+
+    def _dated_in(self, number: str, component: str, period: Period, states: Sequence[State]) -> list[Decimal]:
+        """Return the quantities of deliveries in these states that count in a billing period."""
+        if self.book is None:
+            return []
+        rows = self.book.accepted_at(self.site, [number], component, period, states)
+        return [
+            Decimal(quantity)
+            for quantity, body in zip(rows["quantity"], rows["body"], strict=True)
+            if not body or period.start <= self.counted_at(body) < period.end
+        ]
+
+    def lock(self, delivery: Delivery) -> str:
+        """Send what takes away from a billing period that it is not of one after the other, from all sources."""
+        if self.stream or delivery.quantity > 0 or delivery.period is None:
+            return ""
+        late = delivery.period.end <= self.counted_at(delivery.body)
+        return f"floor:{self.site}:{delivery.subscription}:{self._component['id']}" if late else ""
+
+    def _too_little(self, deliveries: Sequence[Delivery]) -> dict[str, str]:
+        """Return, by token, that the billing period into which a late deduction goes does not take it whole."""
+        found = {}
+        for one in deliveries:
+            if self.lock(one):
+                room = self._room(one.subscription, self.counted_at(one.body))
+                if -one.quantity > room:
+                    found[one.token] = f"{_TOO_LITTLE}: it counts {room}"
+        return found
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one event, its dimensions as properties."""
@@ -348,7 +388,8 @@ class MaxioEvents(MaxioDestination):
         ends = "its billing period ends: what is sent now could land after it, and the site would never bill it"
         if self.stream:
             ends += "; clear the run from validate on once the next period is open"
-        held = {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | today.resting
+        held = self._too_little([delivery for delivery in deliveries if delivery.token in leave_by])
+        held |= {delivery.token: why for delivery in deliveries if delivery.token not in leave_by} | today.resting
         if not self.stream:
             late = [delivery for delivery in deliveries if delivery.token in opened]
             reasons = {one.token: self._why_late_now(one, opened[one.token]) for one in late}

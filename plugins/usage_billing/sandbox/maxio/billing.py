@@ -248,7 +248,7 @@ class MaxioBiller:
         )
         for row in rows:
             quantity = values.get((row["subscription"], row["component"]), ZERO)
-            if quantity != 0:
+            if quantity > 0 or (quantity < 0 and self.switches["metric_below_zero"] == "as_computed"):
                 yield row["subscription"], self.components[row["component"]], quantity, row["price_point"]
 
     def _lands_in_next(self, account: Account) -> bool:
