@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -110,11 +111,7 @@ class ExtractOperator(StageOperator):
                 book.begin_comparison(source.name, Reading(number), periods, source.edition)
             # Rows that are there, marked as deleted, say themselves what is gone.
             if not taken.deleted:
-                if dry:
-                    raise AirflowSkipException(
-                        f"a dry run ends here: no usage of {source.name} in {Period.around(periods)}"
-                    )
-                _skip_or_ask(book, source, Reading(number), periods)
+                _skip_or_ask(book, source, Reading(number), periods, dry=dry)
         tables, spans = {"events": taken.events}, joined(periods)
         return Run(source.name, number, interval, taken.folder, tables, spans=spans, edition=source.edition)
 
@@ -441,17 +438,38 @@ def _as_it_is(plan: Plan) -> Plan:
     return plan
 
 
-def _skip_or_ask(book: Ledger, source: BillingSource, reading: Reading, periods: Sequence[Period]) -> None:
-    """Decide about an interval without rows: nothing to bill, something to take back, or a question for a person."""
+def _skip_or_ask(
+    book: Ledger, source: BillingSource, reading: Reading, periods: Sequence[Period], *, dry: bool
+) -> None:
+    """Decide about an interval without rows: nothing to bill, something to take back, or a question for a person.
+
+    A look goes on where anything was billed, and shows what would become of it; so does a run whose source may
+    withdraw all of it.
+    """
     window = Period.around(periods)
     if book.has(source.name, periods, State.ACCEPTED, State.SENDING, State.IN_DOUBT):
+        if dry or source.settings.max_withdraw_share >= 1:
+            return
         raise NeedsDecision(
-            f"the warehouse has no rows of {source.name} for {window}, but the ledger has billed some: "
-            "if they are really gone, a person has to say so; nothing was withdrawn"
+            f"the warehouse has no rows of {source.name} for {window}, but the ledger has billed some "
+            f"({_billed(book, source, periods)}), and nothing was withdrawn: if they are really gone, say "
+            "max_withdraw_share: 1.0 in source.yaml for this run and clear extract; its plan then withdraws what was "
+            "billed, or lists by name what cannot be taken back"
         )
+    if dry:
+        raise AirflowSkipException(f"a dry run ends here: no usage of {source.name} in {window}")
     if not book.has(source.name, periods, State.RESERVED, State.HELD, State.REFUSED):
         book.take_off(source.name, reading, periods)
         raise AirflowSkipException(f"no usage of {source.name} in {window}: nothing to bill")
+
+
+def _billed(book: Ledger, source: BillingSource, periods: Sequence[Period]) -> str:
+    """Return in words what was accepted for some usage periods."""
+    accepted = book.accepted(source.name, periods)
+    counted = accepted["applied"].where(accepted["applied"] != "", accepted["quantity"])
+    what = "events" if accepted["subscription"].eq("").any() else "in all"
+    count = "1 delivery" if len(accepted) == 1 else f"{len(accepted)} deliveries"
+    return f"{count}, {sum(map(Decimal, counted), Decimal(0)):f} {what}"
 
 
 def _stop_or_warn(log: Any, unusual: Sequence[str], destination: Destination) -> None:

@@ -373,9 +373,30 @@ def test_an_empty_reading_of_what_was_billed_stops_and_asks(installation: Simple
     run_tasks()
     with duckdb.connect(str(installation.warehouse)) as connection:
         connection.execute("DELETE FROM api_calls")
-    with pytest.raises(NeedsDecision, match="nothing was withdrawn"):
+    with pytest.raises(NeedsDecision, match=r"\(2 deliveries, 17 in all\), and nothing was withdrawn: .* max_withdraw"):
         run_tasks()
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_an_empty_reading_is_withdrawn_once_a_person_says_so(
+    installation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The key that the message names: the day is planned, taken off whole, and ties out; a dry run shows it before."""
+    run_tasks()
+    change(installation, "DELETE FROM api_calls")
+    own = tmp_path / "sources" / "api_calls"
+    shutil.copytree(CHECKOUT / "include" / "sources" / "api_calls", own)
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(own.parent))
+    with pytest.raises(AirflowSkipException, match="a dry run ends here: nothing was sent"):
+        run_tasks(dry_run=True)
+    assert "unusual: this run would withdraw 17 of 17" in capsys.readouterr().out
+    with (own / "source.yaml").open("a") as file:
+        file.write("max_withdraw_share: 1.0\n")
+    run_tasks()
+    assert billed(installation) == {}
+    before = installation.sandbox.requests("maxio:us:acme")["writing"]
+    run_tasks()
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == before
 
 
 def test_an_empty_reading_takes_back_what_was_only_reserved(installation: SimpleNamespace) -> None:

@@ -216,6 +216,23 @@ def test_a_look_shows_what_withdraws_too_much_and_a_run_stops(
     assert house.billed(source) == billed
 
 
+def test_a_day_that_is_wholly_gone_is_taken_back_or_listed(house: House, source: BillingSource) -> None:
+    """With leave to withdraw everything: what the site takes back is not billed any more, the rest is listed whole."""
+    source = replace(source, settings=source.settings.model_copy(update={"max_withdraw_share": 1.0}))
+    day = a_day(source, 5)
+    house.run(source, day, usage(source, 5, "7"))
+    billed = house.billed(source)
+    house.run(source, day, [])
+    left = house.ledger.open_items(source.name, Period.around(source.periods(day)))
+    listed = sorted(zip(left["state"], left["quantity"], strict=True))
+    if source.name == "api_calls":
+        assert (house.billed(source), listed) == ({}, [])
+    elif house.destination(source).stream:  # No call takes an event back.
+        assert (house.billed(source), listed) == (billed, [("held", "-3")])
+    else:  # In a run without their accounts nobody knows which billing period is open.
+        assert (house.billed(source), listed) == (billed, [("held", "-7"), ("held", "-8"), ("held", "-9")])
+
+
 def looked(house: House, source: BillingSource, day: Period, events: list[Event], folder: Path) -> list[str]:
     """Return what `usage-billing preview` calls unusual about a day."""
     ours, theirs = house.staging, house.archive
