@@ -92,9 +92,7 @@ class ApproveOperator(StageOperator, ApprovalOperator):
         looked = preview(found, compared, destination, book, area)
         decided = book.decision(run.source, run.reading, looked.digest) if looked.going else None
         if looked.going and (decided is None or decided.decision is not Decision.APPROVED):
-            strange = unusual(
-                found, compared, run.interval, owed_by_period(compared, destination, area), destination, book
-            )
+            strange = unusual(found, compared, owed_by_period(compared, destination, area), destination, book, area)
             for line in [*looked.lines(), *(f"unusual: {line}" for line in strange)]:
                 self.log.info(line)
             body = "\n\n".join([*(f"**Unusual:** {line}" for line in strange), looked.markdown()])

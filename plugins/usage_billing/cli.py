@@ -293,7 +293,7 @@ def _preview(options: argparse.Namespace) -> str:
         found = how(comparison, destination, book, area, source.name)
         lines = preview(found, comparison, destination, book, area).lines()
         owed = owed_by_period(comparison, destination, area)
-        strange = unusual(found, comparison, Period.around(periods), owed, destination, book)
+        strange = unusual(found, comparison, owed, destination, book, area)
         told = "\n".join([*lines, *(f"unusual, as one run: {line}" for line in strange)])
         if options.items is not None:
             with options.items.open("w", encoding="utf-8", newline="") as file:

@@ -4,7 +4,7 @@ None of it need be wrong, and none of it can be taken back. So a plan with anyth
 person is asked about each plan anyway, the answer to that counts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from statistics import median_low
 
@@ -25,22 +25,33 @@ _FEWEST = 5
 def unusual(
     plan: Plan,
     comparison: Comparison,
-    interval: Period,
     owed: Mapping[Period, Decimal],
     destination: Destination,
     ledger: Ledger,
+    staging: Staging,
 ) -> list[str]:
     """Return what a person should know before `plan` is sent, each with the key of ``source.yaml`` that allows it.
 
-    `interval` is the run's own, `owed` is of `owed_by_period`. A plan that sends nothing is never unusual, but for one
+    `owed` is of `owed_by_period`. A plan that sends nothing is never unusual, but for one
     that withdraws much: a look shows it, where a run would have stopped.
     """
     much = [plan.withdraws_much] if plan.withdraws_much else []
     if not plan.tally.new + plan.tally.corrections:
         return much
+    sent = _sent(plan, staging)
     first = not ledger.has(destination.source.name, None, State.ACCEPTED, State.SENDING, State.IN_DOUBT)
-    found = _first(comparison, owed, destination) if first else _jump(comparison, owed, destination, ledger)
-    return [*much, *found, *_long_ago(interval, destination, ledger)]
+    found = _first(comparison, owed, destination) if first else _jump(sent, owed, destination, ledger)
+    return [*much, *found, *_long_ago(sent, destination, ledger)]
+
+
+def _sent(plan: Plan, staging: Staging) -> list[Period]:
+    """Return the usage periods for which a plan would send something, in order: whatever run they came in."""
+    found: set[Period] = set()
+    for part in staging.read(plan.proposals):
+        frame = part.select(["state", "period_start", "period_end"]).to_pandas()
+        spans = frame.loc[frame["state"] == State.RESERVED, ["period_start", "period_end"]].drop_duplicates()
+        found.update(Period(row.period_start, row.period_end) for row in spans.itertuples())
+    return sorted(found)
 
 
 def owed_by_period(comparison: Comparison, destination: Destination, staging: Staging) -> dict[Period, Decimal]:
@@ -74,24 +85,31 @@ def _first(comparison: Comparison, owed: Mapping[Period, Decimal], destination: 
 
 
 def _jump(
-    comparison: Comparison, owed: Mapping[Period, Decimal], destination: Destination, ledger: Ledger
+    sent: Sequence[Period], owed: Mapping[Period, Decimal], destination: Destination, ledger: Ledger
 ) -> Iterator[str]:
     multiple = destination.source.settings.max_multiple
-    if multiple is None or not owed:
+    if multiple is None:
         return
     source = destination.source
-    before = ledger.usually_owed(source.name, comparison.window.start, _USUAL, source.span.start)
-    most = max(owed, key=lambda period: (owed[period], period))
-    # The lower of the two in the middle: a mean of both could have digits that nobody ever billed.
-    if len(before) >= _FEWEST and owed[most] > multiple * median_low(before):
+    jumps: dict[Period, list[Decimal]] = {}
+    for period in sent:
+        # Of before this very period: a run may compare old ones beside its own.
+        before = ledger.usually_owed(source.name, period.start, _USUAL, source.span.start)
+        # The lower of the two in the middle: a mean of both could have digits that nobody ever billed.
+        if len(before) >= _FEWEST and owed.get(period, Decimal(0)) > multiple * median_low(before):
+            jumps[period] = before
+    if jumps:
+        most = max(jumps, key=lambda period: (owed[period], period))
         yield (
-            f"max_multiple = {multiple:f}: {most} owes {owed[most]:f}, and the usual of the last {len(before)} usage "
-            f"periods is {median_low(before):f}"
+            f"max_multiple = {multiple:f}: {most} owes {owed[most]:f}, and the usual of the last {len(jumps[most])} "
+            f"usage periods is {median_low(jumps[most]):f}"
         )
 
 
-def _long_ago(interval: Period, destination: Destination, ledger: Ledger) -> Iterator[str]:
+def _long_ago(sent: Sequence[Period], destination: Destination, ledger: Ledger) -> Iterator[str]:
     horizon = destination.source.settings.backfill_horizon_days
-    age = (ledger.now() - interval.end).days
-    if horizon is not None and age >= horizon:
-        yield f"backfill_horizon_days = {horizon}: this run is of {interval}, which ended {age} days ago"
+    if horizon is None or not sent:
+        return
+    age = (ledger.now() - sent[0].end).days
+    if age >= horizon:
+        yield f"backfill_horizon_days = {horizon}: this plan would send usage of {sent[0]}, which ended {age} days ago"

@@ -202,9 +202,7 @@ class PlanOperator(StageOperator):
         found, compared = self.planned(run, destination)
         _log_tally(self.log, found.tally, destination)
         owed = owed_by_period(compared, destination, staging())
-        _stop_or_warn(self.log, unusual(found, compared, run.interval, owed, destination, ledger()), destination)
-        # Only what was not stopped tells later plans what is usual.
-        ledger().record_owed(run.source, run.reading, owed)
+        _stop_or_warn(self.log, unusual(found, compared, owed, destination, ledger(), staging()), destination)
         return run.with_table("proposals", found.proposals)
 
 
@@ -229,6 +227,7 @@ class DeliverOperator(StageOperator):
         from usage_billing import arrivals  # noqa: PLC0415
         from usage_billing.approve import Approved  # noqa: PLC0415
         from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
+        from usage_billing.guard import owed_by_period  # noqa: PLC0415
         from usage_billing.workers import Means  # noqa: PLC0415
 
         run, destination = self.handed_over()
@@ -241,6 +240,9 @@ class DeliverOperator(StageOperator):
             approved = Approved(source.name, run.reading, first.proposals, book, staging())
             approved.check()
             within = approved.within
+        # Only what was neither stopped nor turned down tells later plans what is usual.
+        owed = owed_by_period(_comparison(run, source), destination, staging())
+        book.record_owed(run.source, run.reading, owed)
         manners = Manners(threads=min(source.destination.threads, destination.client.settings.concurrency))
         with marked(book, staging(), source.name, run.number):
             done = deliver(
@@ -430,7 +432,7 @@ def _log_preview(log: Any, run: Run, destination: Destination) -> None:
         for line in preview(found, looked, destination, ledger(), staging()).lines():
             log.info(line)
         owed = owed_by_period(looked, destination, staging())
-        for line in unusual(found, looked, run.interval, owed, destination, ledger()):
+        for line in unusual(found, looked, owed, destination, ledger(), staging()):
             log.warning("unusual: %s", line)
 
 

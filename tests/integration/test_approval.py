@@ -375,6 +375,22 @@ def test_where_a_person_is_asked_the_yes_counts_for_what_is_unusual(desk: Desk) 
     assert desk.billed == {"acct-0001": Decimal(3), "acct-0002": Decimal(4)}
 
 
+def test_a_jump_that_was_turned_down_is_not_the_usual(desk: Desk) -> None:
+    """Rejected, it tells later plans nothing; approved and delivered, it does."""
+    planned = desk.plan()
+    desk.ask(planned)
+    with pytest.raises(AirflowSkipException):
+        desk.answer(planned, "Reject")
+    with pytest.raises(NeedsDecision):
+        desk.run("deliver", reference=planned)
+    assert ours.ledger().usually_owed("api_calls", DAY[1], 31) == []
+    planned = desk.plan()
+    desk.ask(planned)
+    desk.run("deliver", "reconcile", reference=desk.answer(planned, "Approve"))
+    assert ours.ledger().usually_owed("api_calls", DAY[1], 31) == [7]
+    assert desk.billed == {"acct-0001": Decimal(3), "acct-0002": Decimal(4)}
+
+
 def test_what_was_written_down_before_the_source_asked_is_not_sent_unasked(desk: Desk) -> None:
     """A deliver that failed left deliveries behind, and the source asks since then: a new reading asks about them."""
     text = desk.source.read_text()

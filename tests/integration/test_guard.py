@@ -38,12 +38,14 @@ def usage(day: int, quantity: str) -> list[Event]:
     return [Event(f"e-{day}", "acct-0001", quantity, a_day(shipped("api_calls"), day).start + timedelta(hours=8))]
 
 
-def told(house: House, source: BillingSource, interval: Period, events: list[Event]) -> list[str]:
-    """Plan an interval, and return what is unusual about it."""
-    comparison, folder = house.totals(source, interval, events)
+def told(
+    house: House, source: BillingSource, interval: Period, events: list[Event], only: tuple[Period, ...] = ()
+) -> list[str]:
+    """Plan an interval, or only some periods in it, and return what is unusual about it."""
+    comparison, folder = house.totals(source, interval, events, only=only)
     plan = house.plan(source, comparison, folder)
     owed = owed_by_period(comparison, house.destination(source), house.staging)
-    found = unusual(plan, comparison, interval, owed, house.destination(source), house.ledger)
+    found = unusual(plan, comparison, owed, house.destination(source), house.ledger, house.staging)
     if not found:
         _remember(house, source, comparison)
     return found
@@ -108,6 +110,36 @@ def test_a_run_of_long_ago_is_asked_about_if_it_would_send_anything(house: House
     (line,) = told(house, strict, day, usage(5, "11"))
     assert line.startswith("backfill_horizon_days = 25: ")
     assert line.endswith("ended 25 days ago")
+
+
+def test_old_usage_in_a_run_of_today_is_asked_about(house: House) -> None:
+    """Touched by a late row, or in the lookback: what counts is the oldest period that would be sent, not the run's."""
+    source = guarded(backfill_horizon_days=20)
+    old, recent = a_day(source, 5), a_day(source, 30)
+    house.run(source, old, usage(5, "10"))
+    span = Period(old.start, recent.end)
+    assert told(house, source, span, [*usage(5, "10"), *usage(30, "9")], (old, recent)) == []
+    (line,) = told(house, source, span, [*usage(5, "11"), *usage(30, "9")], (old, recent))
+    assert line.startswith("backfill_horizon_days = 20: this plan would send usage of 2026-10-05")
+    assert line.endswith("ended 25 days ago")
+
+
+def test_a_jump_is_seen_in_a_run_that_compares_what_was_before_it_too(house: House) -> None:
+    """A lookback over all days that tell what is usual; a jump that was billed is not asked about again."""
+    source = guarded(max_multiple=Decimal(3))
+    events = [
+        event for day, quantity in enumerate(["10", "12", "11", "9", "10"], start=1) for event in usage(day, quantity)
+    ]
+    week = Period(a_day(source, 1).start, a_day(source, 6).end)
+    before = Period(week.start, a_day(source, 5).end)
+    assert told(house, source, before, events) == []
+    house.run(source, before, events)
+    (line,) = told(house, source, week, [*events, *usage(6, "34")])
+    assert line.endswith("owes 34, and the usual of the last 5 usage periods is 10")
+    house.run(source, week, [*events, *usage(6, "34")])
+    assert (
+        told(house, source, Period(week.start, a_day(source, 7).end), [*events, *usage(6, "34"), *usage(7, "9")]) == []
+    )
 
 
 def test_all_that_is_unusual_is_told_at_once(house: House) -> None:

@@ -242,7 +242,7 @@ def looked(house: House, source: BillingSource, day: Period, events: list[Event]
         found = (plan_events if destination.stream else plan)(comparison, destination, house.ledger, house.staging, "l")
         assert preview(found, comparison, destination, house.ledger, house.staging).lines()
         owed = owed_by_period(comparison, destination, house.staging)
-        return unusual(found, comparison, day, owed, destination, house.ledger)
+        return unusual(found, comparison, owed, destination, house.ledger, house.staging)
     finally:
         house.staging, house.archive = ours, theirs
 
