@@ -797,6 +797,31 @@ def test_a_person_ends_a_doubt(world: SimpleNamespace, outcome: State, counted: 
         assert world.ledger.accepted("calls", DAY)["applied"].tolist() == [counted]
 
 
+@pytest.mark.parametrize("by", ["receipt", "doubt"])
+def test_what_was_not_counted_of_an_accepted_delivery_is_held_in_the_same_transaction(
+    world: SimpleNamespace, by: str
+) -> None:
+    """It is the next revision, never sent; of what counted whole there is none, and twice there is no second."""
+    ledger, reading = world.ledger, reserved(world, {"a": "-8", "b": "-5.00"})
+    lease = ledger.acquire("deliver:calls", "a worker", MINUTE)
+    deliveries = {one.quantity: one for one in ledger.reserved("calls", reading, 10)}
+    ledger.begin_sending([one.token for one in deliveries.values()], lease)
+    part, whole = deliveries[Decimal(-8)].token, deliveries[Decimal(-5)].token
+    receipts = [Receipt(part, "1", applied=Decimal(-3)), Receipt(whole, "2", applied=Decimal(-5))]
+    if by == "receipt":
+        assert [ledger.accept(receipts, lease), ledger.accept(receipts, lease)] == [2, 0]
+    else:
+        ledger.land([part, whole], State.IN_DOUBT, "lost", lease)
+        doubts = {doubt.token: doubt for doubt in ledger.doubts("calls")}
+        for _ in range(2):
+            for receipt in receipts:
+                ledger.settle_doubt(doubts[receipt.token], State.ACCEPTED, receipt)
+    (rest,) = ledger.open_items("calls", None).to_dict("records")
+    assert (rest["state"], rest["quantity"], rest["revision"], rest["sends"]) == ("held", "-5", 1, 0)
+    assert rest["token"] == uniqueness_token(rest["identity"], 1)
+    assert "of which the site counted -3" in rest["reason"]
+
+
 def test_the_last_word_about_a_plan_counts_for_that_plan_alone(world: SimpleNamespace) -> None:
     """Who decided, when and why is kept; another reading, another validation or another digest has no answer."""
     reading, other = extraction(world), extraction(world)

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
-from stories import SITES, Event, House, a_day, a_house, shipped
+from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
 from usage_billing.cli import main
+from usage_billing.deliver import resume
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.maxio import MaxioSite
-from usage_billing.records import Period
+from usage_billing.records import Period, State
+from usage_billing.release import reissue
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
+from usage_billing.workers import Means
 
 SOURCE = shipped("api_calls")
 SITE = SITES["api_calls"]
@@ -58,6 +61,8 @@ class Meddled(House):
     """A house in which somebody else deducts at the site right before each deduction of ours lands."""
 
     foreign = "0"
+    loses = False
+    """Whether the reply to the deduction that comes second is lost."""
 
     def destination(self, source: BillingSource) -> Destination:
         """Return the destination, with the meddler in its client."""
@@ -76,6 +81,8 @@ class _Meddler(MaxioSite):
         if '"quantity":-' in body and (foreign := self._house.foreign) != "0":
             self._house.foreign = "0"
             super().create_usage(subscription_id, component, f'{{"usage":{{"quantity":{foreign},"memo":"by hand"}}}}')
+            if self._house.loses:
+                self._house.sandbox.fault(SITE, "lost_reply", count=1)
         return super().create_usage(subscription_id, component, body)
 
 
@@ -126,6 +133,40 @@ def test_what_somebody_else_took_first_reopens_by_name(tmp_path: Path, stored: s
         assert house.reconcile(SOURCE, DAY).ties_out
         house.run(lenient(), DAY, [calls(95)])
         assert listed(house) == {"held": Decimal(-2)}
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_the_site_did_not_count_of_a_released_deduction_is_listed_with_no_run_at_all(
+    tmp_path: Path, lost: bool
+) -> None:
+    """A sweep sends it, and somebody else is first: no plan is near, and the rest stands there by name all the same."""
+    with a_house(tmp_path, Meddled) as house:
+        assert isinstance(house, Meddled)
+        house.run(SOURCE, DAY, [calls(100)])
+        house.sandbox.move_clock("2026-11-02T12:00:00Z")
+        house.run(lenient(), DAY, [calls(91)])
+        november = a_day(SOURCE, 6)
+        house.run(SOURCE, november, [calls(20, november)])
+        held = house.ledger.open_items(SOURCE.name, None)["token"].tolist()
+        house.ledger.decide(held, State.HELD, "decided by somebody: they were told")
+        house.foreign, house.loses = "-15", lost
+        swept_until_quiet(house)
+        assert house.billed(SOURCE) == {ACCOUNT: Decimal(100)}, "of 20, 15 went by hand and 5 of our 9"
+        assert listed(house) == {"held": Decimal(-4)}
+        house.run(SOURCE, november, [calls(30, november)])
+        house.run(lenient(), DAY, [calls(91)])
+        assert house.billed(SOURCE) == {ACCOUNT: Decimal(106)}
+        assert listed(house) == {}
+
+
+def swept_until_quiet(house: House) -> None:
+    """Sweep as the DAG does, until nothing is in doubt or ready any more."""
+    destination = house.destination(SOURCE)
+    for _ in range(5):
+        sweep(destination, house.ledger)
+        reissue(destination, house.ledger)
+        resume(destination, house.ledger, GENTLE, Means(stop=threading.Event()))
+        time.sleep(1.1)  # Then a question may be asked.
 
 
 @pytest.mark.parametrize("fault", ["lost_reply", "server_error_after_commit"])

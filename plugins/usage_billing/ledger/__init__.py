@@ -70,6 +70,7 @@ from usage_billing.records import (
     State,
     Window,
 )
+from usage_billing.uniqueness import uniqueness_token
 
 __all__ = ["ADOPTED", "DECIDABLE_AFTER", "Lease", "Ledger", "Reserved", "bases"]
 
@@ -730,13 +731,19 @@ class Ledger:
             return bool(connection.execute(queries.MAY_SEND, binds).scalar_one())
 
     def accept(self, receipts: Iterable[Receipt], held: Lease) -> int:
-        """Write the receipts of deliveries that this lease sent; return how many were still its own to write."""
+        """Write the receipts of deliveries that this lease sent; return how many were still its own to write.
+
+        What the site did not count of one is held, as its next revision: no run may come to plan it.
+        """
         rows = [{"of": receipt.token, **_proof(receipt)} for receipt in receipts]
         if not rows:
             return 0
         with self._writing() as connection:
-            same = {"held": held.fence, "now": self._now(connection)}
-            return connection.execute(queries.ACCEPT, [row | same for row in rows]).rowcount
+            now = self._now(connection)
+            same = {"held": held.fence, "now": now}
+            accepted = connection.execute(queries.ACCEPT, [row | same for row in rows]).rowcount
+            _list_rest(connection, [row["of"] for row in rows if row["counted"]], now)
+            return accepted
 
     def land(self, tokens: Sequence[str], state: State, reason: str, held: Lease) -> int:
         """Move deliveries that this lease sent on to `reserved`, `refused` or `in_doubt`; return how many moved."""
@@ -779,8 +786,11 @@ class Ledger:
         proof = _proof(receipt or Receipt(doubt.token, note=reason))
         values = {"record_id": proof["record"], "reason": proof["note"], "applied": proof["counted"]}
         with self._writing() as connection:
-            settled = self._now(connection) if state in {State.ACCEPTED, State.REFUSED} else None
-            return connection.execute(this_one.values(state=state, settled_at=settled, **values)).rowcount == 1
+            now = self._now(connection)
+            settled = now if state in {State.ACCEPTED, State.REFUSED} else None
+            ended = connection.execute(this_one.values(state=state, settled_at=settled, **values)).rowcount == 1
+            _list_rest(connection, [doubt.token] if ended and values["applied"] else [], now)
+            return ended
 
     def decide(self, tokens: str | Sequence[str], state: State, by: str, counted: Decimal | None = None) -> None:
         """Write down what a person decided about one delivery or several, of all or none, with who and why.
@@ -1059,6 +1069,25 @@ def _raise_if_overlapping(connection: Connection, name: str, periods: Sequence[P
                 f"billing source {name!r}: the usage periods {one} and {other} overlap, and the rows of both would be "
                 "billed twice: run the intervals that were run before, or bill the new ones as a source of their own"
             )
+
+
+def _list_rest(connection: Connection, tokens: Sequence[str], now: datetime) -> None:
+    """Hold what the site did not count of accepted deliveries, unless a later revision speaks of it already."""
+    for row in connection.execute(queries.counted_in_part(tokens)).mappings().all() if tokens else ():
+        revision, rest = row["revision"] + 1, Decimal(row["quantity"]) - Decimal(row["applied"])
+        if not rest:
+            continue
+        token = uniqueness_token(row["identity"], revision)
+        why = f"left of {row['quantity']}, of which the site counted {row['applied']}"
+        values = {"token": token, "revision": revision, "quantity": f"{rest:f}", "state": State.HELD, "reason": why}
+        connection.execute(insert(delivery).values({**row, **values, **_UNSENT, "reserved_at": now}))
+
+
+_UNSENT: Mapping[str, Any] = {
+    "body": "", "fence": None, "sends": 0, "sent_at": None, "settled_at": None, "record_id": "", "applied": "",
+    "released": "",
+}  # fmt: skip
+"""The columns of a delivery that was never on its way."""
 
 
 def _any_known(connection: Connection, tokens: Sequence[str]) -> bool:

@@ -204,6 +204,15 @@ _OUTDATED = exists().where(
 COUNTED = case((delivery.c.applied != "", delivery.c.applied), else_=delivery.c.quantity)
 """What an accepted delivery settles: its quantity, or as much of it as the site is proven to have counted."""
 
+
+def counted_in_part(tokens: Sequence[str]) -> Select[Any]:
+    """Select those of some accepted deliveries of which is known how much counted, and that no revision follows."""
+    later = delivery.alias()
+    followed = exists().where(later.c.identity == delivery.c.identity, later.c.revision > delivery.c.revision)
+    ours = delivery.c.token.in_(tokens), delivery.c.state == State.ACCEPTED, delivery.c.applied != ""
+    return select(delivery).where(*ours, ~followed)
+
+
 RESERVED = (
     select(*TO_SEND)
     .where(
