@@ -146,6 +146,31 @@ def test_late_event_by_switch(orbit: Any, bench: Any) -> None:
     assert _units(bench) == (0, 7, 12, 2)
 
 
+@pytest.mark.parametrize(("below", "billed"), [("as_computed", -5), ("zero", 0)])
+def test_a_metric_below_zero_by_switch(orbit: Any, bench: Any, below: str, billed: int) -> None:
+    """It bills what it computes, or nothing; what is stored is the same."""
+    bench.switch(SITE, metric_below_zero=below)
+    orbit.send(orbit.event(-5))
+    assert _units(bench) == (0, billed, -5, 1)
+    bench.move_clock("2026-11-01T00:00:00Z")
+    assert _units(bench)[0] == billed
+
+
+def test_events_are_for_whoever_has_the_reference_when_they_come(orbit: Any, orbit_main: Any, bench: Any) -> None:
+    """A reference is given away by the site's own call, and nobody has it twice."""
+    orbit.send(orbit.event(5))
+    put = {"json": {"subscription": {"reference": "orbit-01"}}, "timeout": 10}
+    other = f"{orbit_main.base}/subscriptions/50200002.json"
+    assert orbit_main.session.put(other, **put).status_code == 422
+    away = {"json": {"subscription": {"reference": "away"}}, "timeout": 10}
+    assert orbit_main.session.put(f"{orbit_main.base}/subscriptions/50200001.json", **away).ok
+    reply = orbit_main.session.put(other, **put)
+    assert reply.json()["subscription"]["reference"] == "orbit-01"
+    orbit.send(orbit.event(7))
+    assert _units(bench, "away") == (0, 5, 5, 1)
+    assert _units(bench, "orbit-01") == (0, 7, 7, 1)
+
+
 def test_only_activated_components_are_billed(orbit: Any, orbit_main: Any, bench: Any) -> None:
     """Events are stored whatever the activation; it decides at renewal whether they are billed."""
     path = "event_based_billing/subscriptions/50200001/components/61101"
