@@ -20,7 +20,7 @@ from usage_billing.sources import BillingSource
 from usage_billing.workers import Means
 
 PATIENT = Manners(threads=1, lease_lasts=timedelta(hours=3), patience=timedelta(minutes=30))
-CALLS = {"platform_events": "record_events", "voip_minutes": "create_usage_batch"}
+CALLS = {"platform_events": "record_events", "voip_minutes": "create_usage"}
 ACCOUNTS = {"platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 
 

@@ -30,7 +30,8 @@ def house(tmp_path: Path) -> Iterator[House]:
 def units(name: str = "platform_events", zone: str = "UTC", **destination: Any) -> BillingSource:
     """Return the shipped source of event totals under a name of its own, by the day."""
     source = shipped("platform_events")
-    settings = source.settings.model_copy(update={"name": name, "period": "day", "timezone": ZoneInfo(zone)})
+    changes = {"name": name, "period": "day", "timezone": ZoneInfo(zone), "shares_component_with": (source.name,)}
+    settings = source.settings.model_copy(update=changes)
     return replace(source, settings=settings, destination=source.destination.model_copy(update=destination))
 
 
