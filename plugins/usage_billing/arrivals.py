@@ -157,7 +157,7 @@ def find(
         times, arrivals = _columns(batch, source)
         rows += batch.num_rows
         for calendar in calendars or [source.calendar]:
-            touched.update(_holding(times, calendar, local_midnight(source.settings.bill_from, calendar.zone)))
+            touched.update(_holding(times, calendar, local_midnight(source.first_day, calendar.zone)))
         if isinstance(overlap, timedelta):
             arrivals = arrivals.filter(pc.less_equal(arrivals, pa.scalar(now, TIME)))
         newest = pc.max(arrivals).as_py()

@@ -53,11 +53,13 @@ def placed(
     folder: str,
     *,
     look_only: bool = False,
+    compared_until: datetime | None = None,
 ) -> Staged:
     """Write down where the accounts of `source` lead by now; stage the places of those that moved below `folder`.
 
     `targets` is what validation found from `looked_up_at` on, by the ledger's time. Where one only looks, nothing is
-    written down, and the places are those that would be.
+    written down, and the places are those that would be. `compared_until` is until when usage may have been compared
+    of which this ledger does not know yet.
 
     Raises:
         NotApplied: a later look-up saw some of them elsewhere.
@@ -66,7 +68,7 @@ def placed(
     frame = pd.concat([part.select(columns).to_pandas() for part in staging.read(targets)], ignore_index=True)
     new = ledger.displaced(source.name, source.edition, frame)
     if len(new) and not look_only:
-        ledger.place(source.name, source.edition, new[columns], looked_up_at)
+        ledger.place(source.name, source.edition, new[columns], looked_up_at, compared_until)
     seen = new[new["since"].notna()] if look_only else new.iloc[:0]
     known = ledger.placements(source.name, source.edition, seen["account"].tolist())
     rows = pd.concat([known, seen.assign(number=_NOT_YET, decision="")]) if len(seen) else known
@@ -143,11 +145,11 @@ class Moves:
     def _decided(self) -> pd.DataFrame:
         return self._parted[~self._parted["undecided"]].drop(columns="undecided")
 
-    def stands(self, account: str, place: Sequence[str]) -> bool:
-        """Say whether a place is one to which an account led, and about which nothing is left to decide."""
-        rows = self.placements[self.placements["account"] == account]
-        open_ones = rows["since"].notna() & (rows["decision"] == "")
-        return bool((rows[PLACE] == list(place)).all(axis="columns").any() and not open_ones.any())
+    def stands(self, account: str, place: Sequence[str], moment: datetime) -> bool:
+        """Say whether usage of an account at a moment is counted at a place, with nothing left to decide about it."""
+        at = self.counted[self.counted["account"] == account]
+        at = at[(at["start"] <= moment) & (moment < at["end"])]
+        return bool(((at[PLACE] == list(place)).all(axis="columns") & ~at["undecided"]).any())
 
     # --- what a plan may send ----------------------------------------------------------------------------------------
 

@@ -384,8 +384,8 @@ def _destination_of(run: Run, source: BillingSource) -> Destination:
     known = editions(source)
     span = Period.around(run.spans) if run.spans else run.interval
     edition = edition_of(source, known, span)
-    # A run that was under way when this package was upgraded does not name it.
-    if run.edition not in {0, edition.number}:
+    # A run that was under way when this package was upgraded names none: there was but the first.
+    if (run.edition or known[0].number) != edition.number:
         raise Misconfigured(
             f"billing source {source.name!r}: its definition for {span} was changed since the rows were read, and "
             "nothing more is sent: clear the run from extract on"

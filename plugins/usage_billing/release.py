@@ -68,6 +68,9 @@ def _as_of_today(
     why = pd.Series([_why_elsewhere(*place) for place in places], index=held.index, dtype=object)
     here = why == ""
     if here.any():
+        known = destination.look_up(rows[here])
+        for name in ("address", "open_from", "open_until"):
+            rows.loc[here, name] = known[name]
         goes, reasons = destination.judge(rows[here])
         why[here] = reasons.mask((reasons == "") & (goes != rows.loc[here, "quantity"]), _IN_PART)
     rows["body"] = destination.encode(rows.assign(address=rows["address"].where(here, held["address"])))
@@ -82,7 +85,7 @@ def _today(row: Mapping[Any, Any], target: Target, moves: Moves) -> Target:
     place = [row[name] for name in PLACE]
     if target.unknown or (target.subscription, target.component) == tuple(place[:2]):
         return target
-    if not moves.stands(row["account"], place):
+    if not moves.stands(row["account"], place, row["period_start"]):
         return target
     subscription, component, price_point = place
     return Target(row["account"], subscription, component, price_point, Delivery.address_from(row["address"]))

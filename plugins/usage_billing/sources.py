@@ -164,7 +164,9 @@ class DestinationSettings(Settings):
         today, naming = self.model_dump(mode="json", exclude={"connection"}), self.naming()
         free = {key: value for key, value in today.items() if key not in naming}
         keeps = self.of_the_component if naming != named else frozenset()
-        return {**free, **then, **{key: value for key, value in free.items() if key not in keeps}}
+        # What names something in one mode may be free in another.
+        of_today = {key: value for key, value in free.items() if key not in keeps and key not in named}
+        return {**free, **then, **of_today}
 
 
 class SourceSettings(Settings):
@@ -273,7 +275,7 @@ class BillingSource:
     """One stream of usage that is billed: its settings, its SQL and its expectations.
 
     As an edition it is so over a span of time, and has usage periods there alone. `edition` is its number in the
-    ledger, 0 where it is none yet.
+    ledger, 0 where it is none yet. `owes_from` is the source's own `bill_from`, where that of the edition may be later.
     """
 
     settings: SourceSettings
@@ -283,6 +285,7 @@ class BillingSource:
     arrivals_sql: str = ""
     span: Period = EVER
     edition: int = 0
+    owes_from: date | None = None
 
     @property
     def name(self) -> str:
@@ -299,6 +302,11 @@ class BillingSource:
     def bill_from(self) -> datetime:
         """The instant before which nothing is owed: the start of `bill_from` in the billing zone."""
         return local_midnight(self.settings.bill_from, self.settings.timezone)
+
+    @property
+    def first_day(self) -> date:
+        """The day before which the source owes nothing, in whichever edition."""
+        return self.owes_from or self.settings.bill_from
 
     @property
     def since(self) -> datetime | None:
@@ -374,7 +382,8 @@ def as_of(
     if settings is None or destination is None:
         told = f"billing source {source.name!r}, as it was defined until {edition.span.end:%Y-%m-%d %H:%M} UTC"
         raise Misconfigured.all_at_once(told, faults)
-    return replace(source, settings=settings, destination=destination, span=edition.span, edition=edition.number)
+    found = replace(source, settings=settings, destination=destination, owes_from=source.first_day)
+    return replace(found, span=edition.span, edition=edition.number)
 
 
 def source_names(folder: Path) -> list[str]:

@@ -616,3 +616,42 @@ def test_what_arrives_for_a_definition_of_before_waits_on_the_list_for_a_run_of_
     before = place.writes()
     place.run("10-07 04", "10-08 04")
     assert place.writes() == before
+
+
+def test_what_arrives_for_the_first_definition_is_listed_by_a_run_of_the_second_of_three(place: Place) -> None:
+    """A run of the middle one moves the watermark past the row, so it has to be on the list by then."""
+    columns = {**SOURCE["columns"], "arrival": "arrived"}  # type: ignore[dict-item]
+    by_arrival = {"incremental": "arrival", "arrival_overlap": 0, "columns": columns}
+    place.define(**by_arrival)
+    place.use("2026-10-05 10:00", "5", arrived=1)
+    place.run("10-05", "10-06")
+    for function, day in (("max", "10-07"), ("sum", "10-09")):
+        place.define(**by_arrival, meter={"function": function, "decimals": 0}, effective_from=f"2026-{day}")
+        place.use(f"2026-{day} 10:00", "7", arrived=int(day[-1]))
+        place.run(day, f"10-{int(day[-2:]) + 1:02d}")
+    assert place.billed() == 5 + 7 + 7
+    place.use("2026-10-05 11:00", "2", arrived=100)
+    place.run("10-07", "10-08")
+    assert [period.start for period in ledger().touched("calls")] == [moment("10-05")]
+    place.run("10-05", "10-06")
+    assert place.billed() == 5 + 7 + 7 + 2
+
+
+def test_raw_events_become_totals_and_those_of_before_stay_what_they_were(place: Place) -> None:
+    """A run of before sends its late row as an event, and nothing of it as a total; a doubt of then is replayed."""
+    accounts = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
+    place.define(EVENTS | {"mode": "events"}, accounts)
+    place.use("2026-10-05 10:00", "5")
+    place.run("10-05", "10-06")
+    place.define(EVENTS, accounts, effective_from="2026-10-07")
+    place.use("2026-10-07 10:00", "7")
+    place.run("10-07", "10-08")
+    place.use("2026-10-05 11:00", "2", account=1)
+    place.leave_in_doubt("10-05", "10-06", arrived=0)
+    SweepOperator(task_id="sweep").execute({})
+    place.run("10-05", "10-06")
+    assert place.billed(ORBIT, "platform-units") == 5 + 7 + 2
+    before = place.writes()
+    place.run("10-05", "10-06")
+    place.run("10-07", "10-08")
+    assert place.writes() == before

@@ -20,6 +20,7 @@ from usage_billing import arrivals, chunks, deliver, plan, quantities, settle
 from usage_billing import ledger as ledgers
 from usage_billing.destinations import maxio
 from usage_billing.destinations.chargeover import ChargeOverUsage
+from usage_billing.destinations.maxio import events
 from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import delivery
@@ -88,12 +89,12 @@ def lease_forgotten() -> Iterator[None]:
 def events_sent_again_after_a_month() -> Iterator[None]:
     """A doubt about events is replayed when the stream has forgotten their tokens."""
 
-    def leave_by(_self: object, deliveries: Any) -> tuple[dict[str, datetime], dict[str, str], dict[str, datetime]]:
-        return {one.token: datetime.max.replace(tzinfo=UTC) for one in deliveries}, {}, {}
+    def today(_self: object, deliveries: Any) -> Any:
+        return events._Today(leave_by={one.token: datetime.max.replace(tzinfo=UTC) for one in deliveries})
 
     with (
         patch.object(maxio.MaxioEvents, "replay_window", timedelta(days=4000)),
-        patch.object(maxio.MaxioEvents, "_leave_by", leave_by),
+        patch.object(maxio.MaxioEvents, "_today", today),
     ):
         yield
 

@@ -464,10 +464,18 @@ class Ledger:
         with self._reading() as connection:
             return self._displaced(connection, name, edition, targets)[[*targets.columns, "since"]]
 
-    def place(self, name: str, edition: int, targets: pd.DataFrame, looked_up_at: datetime) -> None:
+    def place(
+        self,
+        name: str,
+        edition: int,
+        targets: pd.DataFrame,
+        looked_up_at: datetime,
+        compared_until: datetime | None = None,
+    ) -> None:
         """Write down where accounts lead by now (columns of `displaced`), each that was never seen or led elsewhere.
 
-        `looked_up_at` is when they began to be looked up, by the ledger's time.
+        `looked_up_at` is when they began to be looked up, by the ledger's time. Usage may have been compared
+        `compared_until` then, though this ledger does not know of it.
 
         Raises:
             NotApplied: of some of them a later look-up saw another place; nothing was written down.
@@ -481,11 +489,13 @@ class Ledger:
                     f"{len(later)} accounts of {name!r} (such as {later.iloc[0]!r}) were looked up by another run "
                     "meanwhile, and lead elsewhere; validate again"
                 )
-            if len(found):
-                rows = (
-                    found.assign(source=name, edition=edition, seen_at=looked_up_at).astype(object).to_dict("records")
-                )
-                connection.execute(insert(placement), rows)  # type: ignore[arg-type]
+            same = {"source": name, "edition": edition, "seen_at": looked_up_at}
+            rows: list[dict[Any, Any]] = [dict(row) | same for row in found.astype(object).to_dict("records")]
+            for row in rows:
+                if compared_until is not None and row["since"] is not None:
+                    row["since"] = max(row["since"], compared_until)
+            if rows:
+                connection.execute(insert(placement), rows)
 
     def _displaced(self, connection: Connection, name: str, edition: int, targets: pd.DataFrame) -> pd.DataFrame:
         """Return `displaced` and ``seen_at``: when the place was seen that an account led to last."""
@@ -821,6 +831,8 @@ class Ledger:
                 values["applied"] = "" if counted is None else f"{counted:f}"
             for some in _batches(names):
                 connection.execute(update(delivery).where(delivery.c.token.in_(some)).values(values))
+            if counted is not None:
+                _list_rest(connection, names, now)
 
     @staticmethod
     def _to_decide(connection: Connection, token: str) -> Any:
@@ -1140,7 +1152,7 @@ def _why_undecidable(connection: Connection, row: Any, state: State, counted: De
     elif (state is State.ACCEPTED) != (counted is not None):
         wrong = "accepted, and nothing else, needs the quantity that the site counts"
     elif state is State.HELD:
-        wrong = _why_unreleasable(row)
+        wrong = _why_unreleasable(row) or _why_overtaken(connection, row)
     elif state is State.WRITTEN_OFF and _is_followed(connection, row):
         wrong = "a later revision has replaced it, and holds what is owed"
     elif counted is not None:
@@ -1186,6 +1198,13 @@ def _why_unreleasable(row: Any) -> str:
             "raw events are not released by name: with late_usage: now a run of their periods sends what came late; "
             "no call takes back what is gone or has changed"
         )
+    return ""
+
+
+def _why_overtaken(connection: Connection, row: Any) -> str:
+    period = Period(row.period_start, row.period_end)
+    if _stale(connection, row.source, Reading(row.extraction, row.validation), [period]):
+        return "a later reading of its usage period was compared, and may owe something else: run the period"
     return ""
 
 

@@ -163,8 +163,8 @@ def raise_if_moved(connection: Connection, name: str, number: int, periods: Sequ
 def _list_anew(connection: Connection, name: str, editions: Sequence[Edition], start: datetime) -> None:
     """Let the list of touched usage periods name, from `start` on, those of the editions of today."""
     ours = touched_period.c.source == name
-    rows = connection.execute(select(touched_period).where(ours, touched_period.c.period_end > start)).all()
-    connection.execute(delete(touched_period).where(ours, touched_period.c.period_end > start))
+    rows = connection.execute(select(touched_period).where(ours, touched_period.c.period_end >= start)).all()
+    connection.execute(delete(touched_period).where(ours, touched_period.c.period_end >= start))
     again: dict[Period, int] = {}
     for row in rows:
         for period in cut(editions, [Period(row.period_start, row.period_end)]):

@@ -124,6 +124,10 @@ class MaxioEvents(MaxioDestination):
         """
         return [self._activated(target) for target in super().resolve(accounts)]
 
+    def standing(self, subscription: str) -> Target:
+        """Return the subscription with this number, if the component is activated for it."""
+        return self._activated(super().standing(subscription))
+
     def _activated(self, target: Target) -> Target:
         if target.unknown or self.settings.activation == "assumed":
             return target
