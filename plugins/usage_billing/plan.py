@@ -18,8 +18,6 @@ from usage_billing.ledger import ADOPTED, Ledger
 from usage_billing.moves import Moves
 from usage_billing.records import (
     MOVED,
-    PASSES,
-    PASSES_SOON,
     POLICY,
     REFUSED_HERE,
     UNAPPROVED,
@@ -235,7 +233,7 @@ def _propose(
     # It is judged with what this extraction knows of the site, unless its own delivery knew better; what a balance
     # takes is asked each time.
     judged_again = waits & same & ~stays
-    judged_again &= ~this_one | (difference < 0) | reason.str.startswith((UNAPPROVED, MOVED, PASSES, PASSES_SOON))
+    judged_again &= ~this_one | (difference < 0) | reason.str.startswith((UNAPPROVED, MOVED))
     # What a person let go, they let go as it was: another quantity is for them to look at again. A policy of then has
     # no say, the one of today judges.
     by_person = ~compared["released"].astype(str).str.startswith(POLICY)
