@@ -145,11 +145,17 @@ class Moves:
     def _decided(self) -> pd.DataFrame:
         return self._parted[~self._parted["undecided"]].drop(columns="undecided")
 
-    def stands(self, account: str, place: Sequence[str], moment: datetime) -> bool:
-        """Say whether usage of an account at a moment is counted at a place, with nothing left to decide about it."""
+    def stands(self, account: str, place: Sequence[str], moment: datetime, *, credit: bool) -> bool:
+        """Say whether usage of an account at a moment is counted at a place, with nothing left to decide about it.
+
+        A credit stands wherever the account ever led: it takes back what was billed there.
+        """
         at = self.counted[self.counted["account"] == account]
         at = at[(at["start"] <= moment) & (moment < at["end"])]
-        return bool(((at[PLACE] == list(place)).all(axis="columns") & ~at["undecided"]).any())
+        if at["undecided"].any():
+            return False
+        led = self.placements[self.placements["account"] == account] if credit else at
+        return bool((led[PLACE] == list(place)).all(axis="columns").any())
 
     # --- what a plan may send ----------------------------------------------------------------------------------------
 

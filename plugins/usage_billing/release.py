@@ -85,7 +85,7 @@ def _today(row: Mapping[Any, Any], target: Target, moves: Moves) -> Target:
     place = [row[name] for name in PLACE]
     if target.unknown or (target.subscription, target.component) == tuple(place[:2]):
         return target
-    if not moves.stands(row["account"], place, row["period_start"]):
+    if not moves.stands(row["account"], place, row["period_start"], credit=Decimal(row["quantity"]) < 0):
         return target
     subscription, component, price_point = place
     return Target(row["account"], subscription, component, price_point, Delivery.address_from(row["address"]))

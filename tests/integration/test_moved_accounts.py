@@ -363,6 +363,26 @@ def test_a_late_credit_waits_as_the_source_says_and_goes_when_a_person_lets_it(h
     assert house.sums(source) == {1: 500, 2: 100}
 
 
+def test_late_usage_that_is_released_after_the_move_was_chosen_does_not_go_to_the_former_one(
+    house: MovingHouse,
+) -> None:
+    """It was held at the first subscription; by the choice it is the second one's, and the next run says so."""
+    source = lenient("api_calls", late_usage="hold")
+    day = a_day(source, 5)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    house.run(source, day, usage(source, day, {1: 100}))
+    house.lead(source, 1, to=2)
+    house.run(source, november(source), usage(source, november(source), {1: 30}))
+    house.choose(source, 1, Choice.MOVE)
+    house.release(source, day)
+    assert house.sweep(source).accepted == 0
+    assert house.sums(source) == {2: 30}
+    house.run(source, day, usage(source, day, {1: 100}))
+    house.release(source, day)
+    house.sweep(source)
+    assert house.sums(source) == {2: 130}
+
+
 def test_what_vanishes_while_it_moves_is_withdrawn_and_that_stops_and_asks(house: MovingHouse) -> None:
     """Only what the new subscription gets is taken from the old one without a question."""
     moved(house)
