@@ -53,13 +53,11 @@ def placed(
     folder: str,
     *,
     look_only: bool = False,
-    compared_until: datetime | None = None,
 ) -> Staged:
     """Write down where the accounts of `source` lead by now; stage the places of those that moved below `folder`.
 
     `targets` is what validation found from `looked_up_at` on, by the ledger's time. Where one only looks, nothing is
-    written down, and the places are those that would be. `compared_until` is until when usage may have been compared
-    of which this ledger does not know yet.
+    written down, and the places are those that would be.
 
     Raises:
         NotApplied: a later look-up saw some of them elsewhere.
@@ -68,7 +66,7 @@ def placed(
     frame = pd.concat([part.select(columns).to_pandas() for part in staging.read(targets)], ignore_index=True)
     new = ledger.displaced(source.name, source.edition, frame)
     if len(new) and not look_only:
-        ledger.place(source.name, source.edition, new[columns], looked_up_at, compared_until)
+        ledger.place(source.name, source.edition, new[columns], looked_up_at)
     seen = new[new["since"].notna()] if look_only else new.iloc[:0]
     known = ledger.placements(source.name, source.edition, seen["account"].tolist())
     rows = pd.concat([known, seen.assign(number=_NOT_YET, decision="")]) if len(seen) else known

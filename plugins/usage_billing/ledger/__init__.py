@@ -86,9 +86,6 @@ ADOPTED = "adopted on "
 """How the reason of each adopted delivery begins. One that is held with it waits for a person, whatever the warehouse
 says by then: the site may have it, and nobody can ask."""
 
-_BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
-"""Before all usage: since then an account leads elsewhere that did so before anything was compared."""
-
 DECIDABLE_AFTER = timedelta(days=7)
 """How long after its last request a doubt that the site is still asked about may be decided by a person: the account
 may be closed, or answer in a way that nobody can read, for ever."""
@@ -464,18 +461,10 @@ class Ledger:
         with self._reading() as connection:
             return self._displaced(connection, name, edition, targets)[[*targets.columns, "since"]]
 
-    def place(
-        self,
-        name: str,
-        edition: int,
-        targets: pd.DataFrame,
-        looked_up_at: datetime,
-        compared_until: datetime | None = None,
-    ) -> None:
+    def place(self, name: str, edition: int, targets: pd.DataFrame, looked_up_at: datetime) -> None:
         """Write down where accounts lead by now (columns of `displaced`), each that was never seen or led elsewhere.
 
-        `looked_up_at` is when they began to be looked up, by the ledger's time. Usage may have been compared
-        `compared_until` then, though this ledger does not know of it.
+        `looked_up_at` is when they began to be looked up, by the ledger's time.
 
         Raises:
             NotApplied: of some of them a later look-up saw another place; nothing was written down.
@@ -489,13 +478,9 @@ class Ledger:
                     f"{len(later)} accounts of {name!r} (such as {later.iloc[0]!r}) were looked up by another run "
                     "meanwhile, and lead elsewhere; validate again"
                 )
-            same = {"source": name, "edition": edition, "seen_at": looked_up_at}
-            rows: list[dict[Any, Any]] = [dict(row) | same for row in found.astype(object).to_dict("records")]
-            for row in rows:
-                if compared_until is not None and row["since"] is not None:
-                    row["since"] = max(row["since"], compared_until)
-            if rows:
-                connection.execute(insert(placement), rows)
+            if len(found):
+                rows = found.assign(source=name, edition=edition, seen_at=looked_up_at).astype(object)
+                connection.execute(insert(placement), rows.to_dict("records"))  # type: ignore[arg-type]
 
     def _displaced(self, connection: Connection, name: str, edition: int, targets: pd.DataFrame) -> pd.DataFrame:
         """Return `displaced` and ``seen_at``: when the place was seen that an account led to last."""
@@ -515,7 +500,7 @@ class Ledger:
         found = both[elsewhere]
         known = found["seen_at"].notna()
         since = connection.execute(queries.last_compared(name)).scalar() if known.any() else None
-        moments = [(since or _BEGINNING) if seen_before else None for seen_before in known]
+        moments = [(since or EVER.start) if seen_before else None for seen_before in known]
         return found[[*targets.columns, "seen_at"]].assign(since=pd.Series(moments, found.index, dtype=object))
 
     def placements(self, name: str, edition: int = 0, also: Sequence[str] = ()) -> pd.DataFrame:

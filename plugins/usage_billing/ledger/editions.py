@@ -12,10 +12,11 @@ from itertools import pairwise
 from typing import Any
 from zoneinfo import ZoneInfo
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, insert, select, update
 
 from usage_billing.errors import Misconfigured
-from usage_billing.ledger.tables import compared_period, edition, touched_period
+from usage_billing.ledger import queries
+from usage_billing.ledger.tables import edition, touched_period
 from usage_billing.periods import Calendar, first_day
 from usage_billing.records import EVER, Edition, Period
 
@@ -58,8 +59,8 @@ def judged(connection: Connection, wanted: Wanted) -> tuple[Edition, ...]:
         Misconfigured: the definition changed under usage that was compared by another one, or nobody can tell how usage
             before it was billed.
     """
-    until = select(func.max(compared_period.c.period_end)).where(compared_period.c.source == wanted.name)
-    return _judged(known(connection, wanted.name), connection.execute(until).scalar(), wanted)
+    until = connection.execute(queries.last_compared(wanted.name)).scalar()
+    return _judged(known(connection, wanted.name), until, wanted)
 
 
 def _judged(before: tuple[Edition, ...], until: datetime | None, wanted: Wanted) -> tuple[Edition, ...]:
