@@ -69,8 +69,13 @@ class Stage:
     programs: Sequence[Program]
 
     def wait_until(self, what: str, done: Callable[[], bool], pause_seconds: float = 0.3) -> None:
-        """Wait while both programs run; see `Clock.wait_until`."""
-        self.clock.wait_until(what, done, self.programs, pause_seconds)
+        """Wait while both programs run, see `Clock.wait_until`; what came too late is told with who was missing."""
+        try:
+            self.clock.wait_until(what, done, self.programs, pause_seconds)
+        except TookTooLong as late:
+            # `airflow standalone` outlives its scheduler.
+            unwell = self.airflow.unwell() if self.airflow.answers() else []
+            raise TookTooLong(f"{late}; not healthy: {', '.join(unwell)}" if unwell else str(late)) from None
 
 
 @contextmanager

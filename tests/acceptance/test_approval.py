@@ -71,9 +71,10 @@ def _played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
     clock = Clock(time.monotonic(), LIMIT_SECONDS)
     with set_stage(state, clock, choose_ports(), _changes(state)) as stage:
         desk = Desk(stage.airflow.url, stage.airflow.user, stage.airflow.password, stage.airflow.session)
-        desk.pause([CALLS.dag_id, VOIP.dag_id], paused=False)
+        # Ordered while the DAGs are paused: an order that fails is undone, and a scheduler that saw its runs would end.
         desk.backfill(CALLS.dag_id, CALLS.midnight(YES), CALLS.midnight(NO))
         desk.backfill(VOIP.dag_id, VOIP.midnight(YES), VOIP.midnight(YES))
+        desk.pause([CALLS.dag_id, VOIP.dag_id], paused=False)
         wait = _waiter(stage)
         wait("both questions", lambda: all(_task(desk, CALLS, day, "approve") == "awaiting_input" for day in (YES, NO)))
         bodies = {day: desk.question(_run(desk, CALLS, day))["body"] for day in (YES, NO)}
