@@ -8,6 +8,7 @@ from typing import Any
 
 from stories import Event, House, a_day
 from usage_billing.adopt import Adoption, adopt, reason_of
+from usage_billing.aggregate import at_former_places
 from usage_billing.deliver import Delivered
 from usage_billing.ledger import Ledger, marker
 from usage_billing.ledger.marker import confirm, marked
@@ -67,10 +68,11 @@ class LivingHouse(House):
         mark = marker.read(self.staging, source.name)
         self.ledger.number_above(mark.extraction if mark else 0)
         span = Period(a_day(source, days[0]).start, a_day(source, days[-1]).end)
-        comparison, _ = super().totals(source, span, events, "locate")
-        reason = reason_of(self.ledger.now())
+        comparison, folder = super().totals(source, span, events, "locate", look_only=dry_run)
         destination = self.destination(source)
-        found = adopt(comparison, destination, self.ledger, self.staging, reason, dry_run=dry_run)
+        former = at_former_places(comparison, source, destination.site, self.staging, folder)
+        reason = reason_of(self.ledger.now())
+        found = adopt(comparison, former, destination, self.ledger, self.staging, reason, dry_run=dry_run)
         if found.complete and not dry_run:
             marker.hand_over(self.ledger, self.staging, source.name, comparison.reading.extraction)
         return found

@@ -104,8 +104,18 @@ class _Mapped(ChargeOverUsage):
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Resolve what the accounts lead to."""
+        return self._called(accounts, super().resolve(self._led(accounts)))
+
+    def locate(self, accounts: Sequence[str]) -> list[Target]:
+        """Locate what the accounts lead to."""
+        return self._called(accounts, super().locate(self._led(accounts)))
+
+    def _led(self, accounts: Sequence[str]) -> list[str]:
         led = self.house.led
-        found = super().resolve([led.get(account, account.replace("tel", "pkg")) for account in accounts])
+        return [led.get(account, account.replace("tel", "pkg")) for account in accounts]
+
+    @staticmethod
+    def _called(accounts: Sequence[str], found: Sequence[Target]) -> list[Target]:
         return [replace(target, account=account) for target, account in zip(found, accounts, strict=True)]
 
 

@@ -24,7 +24,7 @@ from usage_billing.ledger.leases import kept
 from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.reconcile import Reconciliation, reconcile
-from usage_billing.records import Comparison, Period, Plan, Reading
+from usage_billing.records import EVER, Comparison, Period, Plan, Reading
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, load_source
 from usage_billing.staging import Staging
@@ -117,6 +117,8 @@ class House:
         events: Iterable[Event],
         look: str = "resolve",
         only: Sequence[Period] = (),
+        *,
+        look_only: bool = False,
     ) -> tuple[Comparison, str]:
         """Extract (the given rows), validate and aggregate; return what a plan compares, and the run's folder.
 
@@ -127,7 +129,7 @@ class House:
         self.ledger.register(source.name, destination.site, source.definition())
         with kept(self.ledger, f"extract:{source.name}", timedelta(seconds=30), wait=timedelta(seconds=30)) as held:
             number = self.ledger.begin_extraction(held.lease, source.name, interval, window)
-        return self.validated(source, interval, events, number, look, only)
+        return self.validated(source, interval, events, number, look, only, look_only=look_only)
 
     def validated(
         self,
@@ -137,6 +139,8 @@ class House:
         number: int,
         look: str = "resolve",
         only: Sequence[Period] = (),
+        *,
+        look_only: bool = False,
     ) -> tuple[Comparison, str]:
         """Validate and aggregate an extraction; again with other rows, as another suite would part them."""
         destination, periods = self.destination(source), tuple(only) or source.periods(interval)
@@ -146,7 +150,9 @@ class House:
         self.ledger.record_read(number, extracted.rows)
         began = self.ledger.now()
         found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder)
-        moves = placed(found.targets, source, began, self.ledger, self.staging, folder)
+        billed_until = interval.end if look == "locate" else EVER.start
+        looked_up = (found.targets, source, began, self.ledger, self.staging, folder)
+        moves = placed(*looked_up, look_only=look_only, billed_until=billed_until)
         found = replace(found, moves=moves)
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, folder, moves)

@@ -10,7 +10,7 @@ import getpass
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from decimal import Context, Decimal
@@ -23,8 +23,9 @@ from croniter import croniter
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import Misconfigured, NotApplied
 from usage_billing.ledger import ADOPTED, Ledger
+from usage_billing.moves import Moves
 from usage_billing.periods import local_midnight
-from usage_billing.records import Comparison, Delivery, Period, Receipt, SiteRecord, State
+from usage_billing.records import Comparison, Delivery, Period, Receipt, SiteRecord, Staged, State
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
@@ -47,7 +48,8 @@ class Adoption:
 
     `entered` were unknown here, `settled` were open here and are there, `known` are settled on both sides. `held` are
     totals of which nobody can tell whether the site has them, `replayable` those that an ordinary run sends again
-    without harm until `replay_until`. `unmatched` (of the site's records) and `different` are told by name.
+    without harm until `replay_until`. `unmatched` (of the site's records) and `different` are told by name; `moved` are
+    the accounts of which a person has to say where their usage belongs.
     """
 
     entered: int = 0
@@ -58,6 +60,7 @@ class Adoption:
     replay_until: datetime | None = None
     unmatched: tuple[str, ...] = ()
     different: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -115,6 +118,7 @@ def reason_of(now: datetime) -> str:
 
 def adopt(
     comparison: Comparison,
+    former: Sequence[Staged],
     destination: Destination,
     ledger: Ledger,
     staging: Staging,
@@ -124,9 +128,11 @@ def adopt(
 ) -> Adoption:
     """Enter what the site holds of the compared totals into the ledger; again, and nothing is left to enter.
 
-    The caller holds the source's extraction lease, and `comparison.reading` is the newest one. Where the site
-    cannot list its records, what it may ignore by itself is left to the ordinary run, and what is older is entered as
-    held.
+    The caller holds the source's extraction lease, and `comparison.reading` is the newest one. Where an account led
+    elsewhere before, as far as the ledger knows, its usage is looked for there as well: `former` are the totals by
+    which it may have been billed (`aggregate.at_former_places`). Where the site cannot list its records, what it may
+    ignore by itself is left to the ordinary run, and what is older is entered as held; so is what an account that moved
+    may have been billed for elsewhere.
 
     Raises:
         Misconfigured: the source sends raw events, and the span begins before what the site ignores by itself.
@@ -138,11 +144,15 @@ def adopt(
     if ledger.in_the_air(name):
         raise NotApplied(f"deliveries of {name!r} are being sent: adopt again when the deliver task has ended")
     standing = ledger.standing(name, comparison.window)
+    moves = Moves.staged(name, comparison.moves, staging)
     if destination.records(_places(standing.iloc[:0], comparison.window)) is None:
-        return _by_total(comparison, destination, ledger, staging, standing, reason, dry_run=dry_run)
+        parts = _as_billed(comparison.totals, former[:1], moves, staging)
+        return _by_total(comparison, parts, moves, destination, ledger, standing, reason, dry_run=dry_run)
     work = _Matching(comparison, destination, ledger, standing)
-    for part in staging.read(comparison.totals):
-        work.match(part.drop_columns(["events", "open_from"]).to_pandas())
+    work.look_at(moves.placements)
+    for totals in (comparison.totals, *former):
+        for part in staging.read(totals):
+            work.match(part.drop_columns(["events", "open_from"]).to_pandas())
     work.match(_forgotten_by_the_warehouse(standing, work.seen))
     found = work.found()
     if not dry_run and (work.settled or not found.empty):
@@ -154,6 +164,7 @@ def adopt(
         known=work.known,
         unmatched=tuple(sorted(work.unmatched())),
         different=tuple(sorted(work.different)),
+        moved=_accounts(moves.undecided),
     )
 
 
@@ -211,12 +222,12 @@ class _Matching:
         self._until = max(comparison.window.end, ledger.now()) + _DAY
         records = destination.elsewhere(Period(comparison.window.start, self._until))
         self._elsewhere = {record.token: _Held(record, "", {}) for record in records if record.token}
-        self._list(standing)
+        self.look_at(standing)
         self._settle_known(ledger.known(list(self._elsewhere)))
 
     def match(self, totals: pd.DataFrame) -> None:
         """Look for every name of these totals (columns of `aggregate.aggregate`)."""
-        self._list(totals)
+        self.look_at(totals)
         self.seen.update(totals["identity"])
         for row in _records(totals):
             self._match_one(row)
@@ -245,7 +256,7 @@ class _Matching:
         times = ("period_start", "period_end", "open_until")
         return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
 
-    def _list(self, rows: pd.DataFrame) -> None:
+    def look_at(self, rows: pd.DataFrame) -> None:
         """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
         fresh = rows[~pd.MultiIndex.from_frame(rows[["subscription", "address"]]).isin(self._places_seen)]
         listed: dict[str, _Held] = {}
@@ -352,9 +363,10 @@ def _plain(quantity: Decimal) -> str:
 
 def _by_total(
     comparison: Comparison,
+    parts: Iterator[pd.DataFrame],
+    moves: Moves,
     destination: Destination,
     ledger: Ledger,
-    staging: Staging,
     standing: pd.DataFrame,
     reason: str,
     *,
@@ -362,8 +374,9 @@ def _by_total(
 ) -> Adoption:
     name, window = destination.source.name, destination.replay_window
     here = _Standing(standing)
-    parts = here.beside(part.to_pandas() for part in staging.read(comparison.totals))
-    forgotten = pd.concat([here.forgotten(totals) for totals in parts]).sort_values("identity", ignore_index=True)
+    forgotten = pd.concat([here.forgotten(totals) for totals in here.beside(parts)])
+    forgotten = forgotten.sort_values("identity", ignore_index=True)
+    elsewhere = moves.waiting(forgotten)
     recent = forgotten["period_end"] > ledger.now() - window
     if destination.stream and not recent.all():
         raise Misconfigured(
@@ -374,16 +387,18 @@ def _by_total(
     resting = {target.account: target.unknown for target in destination.resolve(_accounts(forgotten)) if target.unknown}
     # Dated in a later billing period it went under the token of a later revision, and a replay would bill it again.
     closed = ~(forgotten["period_start"] >= forgotten["open_from"]) & recent
+    led = "an account that was counted there leads elsewhere by now"
     late = "its billing period is closed, so it may have been billed in the one after it"
     reasons = [
-        resting.get(account, late if is_closed else "the site has forgotten tokens of this age")
-        for account, is_closed in zip(forgotten["account"], closed, strict=True)
+        led if moved else resting.get(account, late if is_closed else "the site has forgotten tokens of this age")
+        for account, is_closed, moved in zip(forgotten["account"], closed, elsewhere, strict=True)
     ]
     why = pd.Series(reasons, index=forgotten.index, dtype=object)
-    recent &= ~forgotten["account"].isin(resting) & ~(closed & (not destination.stream))
+    recent &= ~forgotten["account"].isin(resting) & ~elsewhere & ~(closed & (not destination.stream))
     held, why = forgotten[~recent].reset_index(drop=True), why[~recent].reset_index(drop=True)
     unmatched: tuple[str, ...] = ()
     if destination.stream:
+        resting |= dict.fromkeys(_accounts(forgotten[elsewhere]), "it leads elsewhere by now")
         unmatched = tuple(f"account {account}: {why}, so nothing of it is replayed" for account, why in resting.items())
         held, why = held.iloc[:0], why.iloc[:0]
     if not dry_run and not forgotten.empty:
@@ -398,11 +413,26 @@ def _by_total(
         replayable=len(ends),
         replay_until=None if ends.empty else ends.min().to_pydatetime() + window,
         unmatched=unmatched,
+        moved=_accounts(moves.undecided),
     )
 
 
-def _accounts(rows: pd.DataFrame) -> list[str]:
-    return sorted(rows["account"].unique())
+def _as_billed(totals: Staged, former: Sequence[Staged], moves: Moves, staging: Staging) -> Iterator[pd.DataFrame]:
+    """Yield the totals part by part; where a person has to choose, as they were before the move."""
+    seen: set[str] = set()
+    for before in former:
+        for part in staging.read(before):
+            frame = part.to_pandas()
+            waiting = frame[moves.waiting(frame)]
+            seen.update(waiting["identity"])
+            yield waiting
+    for part in staging.read(totals):
+        frame = part.to_pandas()
+        yield frame[~frame["identity"].isin(seen)]
+
+
+def _accounts(rows: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(sorted(rows["account"].unique()))
 
 
 class _Standing:

@@ -18,7 +18,7 @@ from usage_billing import quantities
 from usage_billing.errors import Misconfigured
 from usage_billing.moves import Moves, Places
 from usage_billing.periods import locate
-from usage_billing.records import Period, Staged
+from usage_billing.records import Comparison, Period, Staged
 from usage_billing.sources import BillingSource, Meter
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import identity
@@ -63,6 +63,27 @@ def aggregate(
         reduced = _combined(partial, reduction, settings.batch_rows, ranges, spill)
         totals = (grouping.totals(reduction.finish(frame)) for frame in reduced)
         return staging.write(folder, "totals", _parts(totals, settings.batch_rows))
+
+
+def at_former_places(
+    comparison: Comparison, source: BillingSource, site: str, staging: Staging, folder: str
+) -> list[Staged]:
+    """Stage totals as if no account had moved the last time, nor the time before that, and so on to the first.
+
+    Each has the columns of `aggregate`: every identity under which an account's usage may have been billed is in one of
+    them, or in the totals of the comparison. Raises what `aggregate` raises.
+    """
+    if comparison.events is None:
+        raise ValueError("only a comparison that holds its accepted rows can be counted anew")
+    accepted, periods = comparison.events, comparison.periods
+    moves = Moves.staged(source.name, comparison.moves, staging)
+    former = moves.former(pa.concat_tables(staging.read(comparison.targets)))
+    found = []
+    for steps, before in enumerate(former, 1):
+        place = f"{folder}/former-{steps}"
+        led = staging.write(place, "targets", [before])
+        found.append(aggregate(accepted, led, source, site, periods, staging, place))
+    return found
 
 
 def canonical_json(values: Mapping[str, str | None]) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from usage_billing.errors import Misconfigured, NeedsDecision, UsageBillingError
 from usage_billing.periods import local_midnight
-from usage_billing.records import Comparison, Period, Reading
+from usage_billing.records import EVER, Comparison, Period, Reading
 
 if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
@@ -241,6 +241,7 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
         NeedsDecision: records at the site match nothing, or another quantity; what did match was entered.
     """
     from usage_billing.adopt import adopt, periods_of, reason_of  # noqa: PLC0415
+    from usage_billing.aggregate import at_former_places  # noqa: PLC0415
     from usage_billing.installation import billing_source, ledger, staging  # noqa: PLC0415
     from usage_billing.ledger import marker  # noqa: PLC0415
     from usage_billing.ledger.leases import kept  # noqa: PLC0415
@@ -254,8 +255,9 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
             mark = marker.read(area, source.name)
             book.number_above(mark.extraction if mark else 0)
         comparison = _read_warehouse(destination, periods, area, "locate", None if options.dry_run else held.lease)
+        former = at_former_places(comparison, source, destination.site, area, _adopted(source, comparison.reading))
         reason = reason_of(book.now())
-        found = adopt(comparison, destination, book, area, reason, dry_run=options.dry_run)
+        found = adopt(comparison, former, destination, book, area, reason, dry_run=options.dry_run)
         told = _told(source.name, comparison.window, found, comparison.rows_quarantined)
         if found.different or (found.unmatched and not options.leave_unmatched):
             raise NeedsDecision(f"{told}\n{_ADVICE}")
@@ -334,12 +336,14 @@ def _read_warehouse(
     warehouse = BaseHook.get_hook(source.settings.warehouse)
     reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
     number = book.begin_extraction(lease, source.name, window, window) if lease else 0
-    folder = f"{source.name}/adopted/{number:08d}"
+    folder = _adopted(source, Reading(number))
     events = extract(reader, source, area, folder)
     began = book.now()
     destination.check()
     found = validate(events, source, periods, getattr(destination, look), area, folder)
-    moves = placed(found.targets, source, began, book, area, folder, look_only=not lease)
+    # Of the span that is adopted this ledger may know nothing yet.
+    billed_until = window.end if look == "locate" else EVER.start
+    moves = placed(found.targets, source, began, book, area, folder, look_only=not lease, billed_until=billed_until)
     found = replace(found, moves=moves)
     reading, aside = Reading(number), found.quarantined
     if lease:
@@ -348,6 +352,13 @@ def _read_warehouse(
     totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder, moves)
     accepted = found.accepted
     return Comparison(reading, tuple(periods), totals, found.targets, accepted.rows, aside.rows, accepted, moves)
+
+
+_WAITS = "what it used before waits on both sides until you decide, see `usage-billing ledger moves`"
+
+
+def _adopted(source: "BillingSource", reading: Reading) -> str:
+    return f"{source.name}/adopted/{reading.extraction:08d}"
 
 
 def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -> str:
@@ -366,6 +377,7 @@ def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -
         )
     elif found.entered or found.settled:
         lines.append("run these days again: whatever else is owed for them is sent then, and nothing twice")
+    lines.extend(f"account {account!r} leads elsewhere by now: {_WAITS}" for account in found.moved)
     if rows_quarantined:
         lines.append(f"{rows_quarantined} rows are in quarantine: what was billed for them was not looked for")
     return "\n".join(lines)

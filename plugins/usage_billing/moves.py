@@ -10,7 +10,7 @@ An account under another edition of the source's definition is another matter: i
 A run takes down the places once, after its look-up, and is counted and planned by that, whatever is decided meanwhile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from shlex import quote
@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usage_billing.ledger import Ledger
-from usage_billing.records import MOVED, Choice, Period, Staged
+from usage_billing.records import EVER, MOVED, Choice, Period, Staged
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
@@ -40,7 +40,7 @@ _SCHEMA = pa.schema(
         ("decision", pa.string()),
     ]
 )
-_BEGINNING, _END = (pd.Timestamp(datetime(year, 1, 1, tzinfo=UTC)) for year in (1970, 2262))
+_BEGINNING, _END = pd.Timestamp(EVER.start), pd.Timestamp(datetime(2262, 1, 1, tzinfo=UTC))
 _NOT_YET = np.iinfo("int64").max
 
 
@@ -53,20 +53,22 @@ def placed(
     folder: str,
     *,
     look_only: bool = False,
+    billed_until: datetime = EVER.start,
 ) -> Staged:
     """Write down where the accounts of `source` lead by now; stage the places of those that moved below `folder`.
 
     `targets` is what validation found from `looked_up_at` on, by the ledger's time. Where one only looks, nothing is
-    written down, and the places are those that would be.
+    written down, and the places are those that would be. Until `billed_until` usage may have been billed of which the
+    ledger does not know: an account that moved unseen is taken to have used it before.
 
     Raises:
         NotApplied: a later look-up saw some of them elsewhere.
     """
     columns = ["account", *PLACE, "address"]
     frame = pd.concat([part.select(columns).to_pandas() for part in staging.read(targets)], ignore_index=True)
-    new = ledger.displaced(source.name, source.edition, frame)
+    new = ledger.displaced(source.name, source.edition, frame, billed_until)
     if len(new) and not look_only:
-        ledger.place(source.name, source.edition, new[columns], looked_up_at)
+        ledger.place(source.name, source.edition, new[columns], looked_up_at, billed_until)
     seen = new[new["since"].notna()] if look_only else new.iloc[:0]
     known = ledger.placements(source.name, source.edition, seen["account"].tolist())
     rows = pd.concat([known, seen.assign(number=_NOT_YET, decision="")]) if len(seen) else known
@@ -202,9 +204,28 @@ class Moves:
         """Say of each row whether a decided move may add something there."""
         return self._touched(rows, "_to")
 
+    def waiting(self, rows: pd.DataFrame) -> np.ndarray:
+        """Say of each row whether usage is counted there, or was, about which a person has to choose."""
+        sides = pd.concat([_side(self.undecided, end) for end in ("_from", "_to")])
+        return rows.index.isin(_matching(rows, sides)["row"])
+
     def _touched(self, rows: pd.DataFrame, end: str) -> np.ndarray:
         found = rows.index.isin(_matching(rows, _side(self._decided, end))["row"]) if self.any_decided else False
         return np.full(len(rows), found)
+
+    # --- what may have been billed elsewhere -------------------------------------------------------------------------
+
+    def former(self, targets: pa.Table) -> Iterator[pa.Table]:
+        """Yield `targets` as they were before the last move, before the one before that, and so on to the first."""
+        rows = self.placements
+        back = rows.groupby("account").cumcount(ascending=False)
+        for steps in range(1, int(back.max()) + 1 if len(rows) else 0):
+            led = rows[back == steps].set_index("account")[[*PLACE, "address"]]
+            frame = targets.to_pandas().set_index("account")
+            frame.update(led)
+            # When the billing period of a former subscription began, nobody has asked.
+            frame.loc[frame.index.isin(led.index), "open_from"] = pd.NaT
+            yield pa.Table.from_pandas(frame.reset_index()[targets.column_names], targets.schema, preserve_index=False)
 
 
 class Places:

@@ -830,3 +830,33 @@ def test_a_deliver_task_that_is_cleared_over_a_restored_ledger_sends_nothing(ins
     with pytest.raises(Misconfigured, match="restored from a backup"):
         DeliverOperator(task_id="deliver", source="api_calls", reference=planned).execute({})
     assert writing(installation) == 2
+
+
+def test_the_command_finds_an_account_that_moved_where_it_was_billed(
+    installation: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The copy saw where both accounts led and nothing that was sent; one leads elsewhere by now."""
+    main(["ledger", "init"])
+    run_tasks("validate")
+    copy = installation.ledger.with_name("copy")
+    with closing(sqlite3.connect(installation.ledger)) as live, closing(sqlite3.connect(copy)) as kept:
+        live.backup(kept)
+    run_tasks()
+    installation.lose()
+    installation.ledger.write_bytes(copy.read_bytes())
+    for number, reference in ((50100001, "acct-old"), (50100003, "acct-0001")):
+        url = f"{installation.sandbox.maxio_url('acme')}/subscriptions/{number}.json"
+        body = {"subscription": {"reference": reference}}
+        assert requests.put(url, json=body, auth=("sandbox-acme-key", "x"), timeout=5).status_code == 200
+    capsys.readouterr()
+    assert main(["ledger", "adopt", "api_calls", "--from", "2026-10-05", "--to", "2026-10-06"]) == 0
+    told = capsys.readouterr().out
+    for words in ("2 entered", "account 'acct-0001' leads elsewhere by now", "`usage-billing ledger moves`"):
+        assert words in told
+    before = writing(installation)
+    run_tasks()
+    assert writing(installation) == before
+    assert {row.reference: row.billed for row in installation.sandbox.billed(SITES["api_calls"]) if row.billed} == {
+        "acct-old": 3,
+        "acct-0002": 10,
+    }

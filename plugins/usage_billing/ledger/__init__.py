@@ -452,26 +452,37 @@ class Ledger:
 
     # --- placing -----------------------------------------------------------------------------------------------------
 
-    def displaced(self, name: str, edition: int, targets: pd.DataFrame) -> pd.DataFrame:
+    def displaced(
+        self, name: str, edition: int, targets: pd.DataFrame, billed_until: datetime = EVER.start
+    ) -> pd.DataFrame:
         """Return those of `targets` of which the account last led elsewhere, or was never seen, under an edition.
 
         Columns as `targets`: account, subscription, component, price_point and address; and ``since``, from which usage
-        period on it leads there: after the last one that was compared, or None for an account that was never seen.
+        period on it leads there: after the last one that was compared and not before `billed_until`, or None for an
+        account that was never seen.
         """
         with self._reading() as connection:
-            return self._displaced(connection, name, edition, targets)[[*targets.columns, "since"]]
+            return self._displaced(connection, name, edition, targets, billed_until)[[*targets.columns, "since"]]
 
-    def place(self, name: str, edition: int, targets: pd.DataFrame, looked_up_at: datetime) -> None:
+    def place(
+        self,
+        name: str,
+        edition: int,
+        targets: pd.DataFrame,
+        looked_up_at: datetime,
+        billed_until: datetime = EVER.start,
+    ) -> None:
         """Write down where accounts lead by now (columns of `displaced`), each that was never seen or led elsewhere.
 
-        `looked_up_at` is when they began to be looked up, by the ledger's time.
+        `looked_up_at` is when they began to be looked up, by the ledger's time. Until `billed_until` usage may have
+        been billed of which this ledger does not know.
 
         Raises:
             NotApplied: of some of them a later look-up saw another place; nothing was written down.
         """
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            found = self._displaced(connection, name, edition, targets)
+            found = self._displaced(connection, name, edition, targets, billed_until)
             later = found.loc[found["seen_at"] > pd.Timestamp(looked_up_at), "account"]
             if len(later):
                 raise NotApplied(
@@ -482,7 +493,9 @@ class Ledger:
                 rows = found.assign(source=name, edition=edition, seen_at=looked_up_at).astype(object)
                 connection.execute(insert(placement), rows.to_dict("records"))  # type: ignore[arg-type]
 
-    def _displaced(self, connection: Connection, name: str, edition: int, targets: pd.DataFrame) -> pd.DataFrame:
+    def _displaced(
+        self, connection: Connection, name: str, edition: int, targets: pd.DataFrame, billed_until: datetime
+    ) -> pd.DataFrame:
         """Return `displaced` and ``seen_at``: when the place was seen that an account led to last."""
         place = ["subscription", "component", "price_point"]
         seen = [
@@ -500,7 +513,7 @@ class Ledger:
         found = both[elsewhere]
         known = found["seen_at"].notna()
         since = connection.execute(queries.last_compared(name)).scalar() if known.any() else None
-        moments = [(since or EVER.start) if seen_before else None for seen_before in known]
+        moments = [max(since or EVER.start, billed_until) if seen_before else None for seen_before in known]
         return found[[*targets.columns, "seen_at"]].assign(since=pd.Series(moments, found.index, dtype=object))
 
     def placements(self, name: str, edition: int = 0, also: Sequence[str] = ()) -> pd.DataFrame:
