@@ -12,7 +12,7 @@ import pyarrow as pa
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision, NotApplied
 from usage_billing.ledger import Ledger
-from usage_billing.preview import digest_of, going_of
+from usage_billing.preview import digest_of, following_of, going_of
 from usage_billing.records import UNAPPROVED, Approval, Decision, Plan, Reading, Staged, State
 from usage_billing.staging import Staging
 
@@ -30,6 +30,7 @@ class Approved:
         self._proposals = proposals
         self._ledger = ledger
         self._staging = staging
+        self._asked = False
 
     def check(self) -> None:
         """Make sure that they were approved; what sends nothing needs no approval.
@@ -39,6 +40,7 @@ class Approved:
         """
         self._check_earlier()
         digest, going = digest_of(self._proposals, self._staging)
+        self._asked = going > 0
         if not going:
             return
         last = self._ledger.decision(self._source, self._reading, digest)
@@ -79,13 +81,15 @@ class Approved:
         return again
 
     def _unknown(self, part: pa.Table) -> set[str]:
-        unknown = set(going_of(part))
+        unknown = going_of(part)
         parts: Iterator[pa.Table] = self._staging.read(self._proposals)
         for approved in parts:
             if not unknown:
                 break
-            unknown.difference_update(going_of(approved))
-        return unknown
+            # Where nothing was to go nobody was asked, and nobody has seen what follows either.
+            shown = {*going_of(approved), *(following_of(approved) if self._asked else ())}
+            unknown = {line: waiting for line, waiting in unknown.items() if not shown & {line, waiting}}
+        return set(unknown)
 
 
 def turn_down(

@@ -16,7 +16,18 @@ from functools import partial
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 from usage_billing.ledger import Ledger
-from usage_billing.records import NOBODY_CAN_TELL, PASSES, POLICY, Delivery, Plan, Reading, Receipt, State, Window
+from usage_billing.records import (
+    NOBODY_CAN_TELL,
+    PASSES,
+    PASSES_SOON,
+    POLICY,
+    Delivery,
+    Plan,
+    Reading,
+    Receipt,
+    State,
+    Window,
+)
 from usage_billing.release import reissue
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
@@ -31,6 +42,10 @@ _SHARE_TO_CLAIM = 10
 _SHORTEST_CLAIM = timedelta(seconds=1)
 _FRESH = timedelta(minutes=10)
 """How long an account leads where it led when it was looked up; after that it is looked up again before the request."""
+
+
+_ASKS = "; somebody is asked first: clear the run from validate on, or release it by name"
+"""What is added to the reason of what would pass, where the source wants an approval."""
 
 
 @dataclass(frozen=True)
@@ -317,7 +332,8 @@ class _Work:
         source = self._destination.source
         policy = f"{POLICY}{self._destination.late_usage}, grace: {source.destination.grace}"
         if source.settings.approval:
-            policy = ""  # In another billing period it would be another than the approved one: a later plan asks.
+            # In another billing period it would be another than the approved one.
+            policy, reasons = "", {token: _asking(reason) for token, reason in reasons.items()}
         held = self._ledger.hold(reasons, policy)
         self._count(held=held)
         self.reopened += sum(reason.startswith(PASSES) for reason in reasons.values())
@@ -489,3 +505,7 @@ class _Progress:
             rate,
             left / rate if rate else float("inf"),
         )
+
+
+def _asking(reason: str) -> str:
+    return reason + _ASKS if reason.startswith((PASSES, PASSES_SOON)) else reason

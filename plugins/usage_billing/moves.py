@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usage_billing.ledger import Ledger
-from usage_billing.records import EVER, MOVED, Choice, Period, Staged
+from usage_billing.records import EVER, FOLLOWS, MOVED, Choice, Period, Staged
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
@@ -189,7 +189,7 @@ class Moves:
         found = _matching(rows[rows["difference"] > 0], sides)
         owed = uncredited.rename(columns=dict(zip(PLACE, former, strict=True))).drop_duplicates()
         waits = found.merge(owed, on=[*former, "dimensions", "period_start"])
-        why = f"{MOVED}the credit of subscription " + waits["subscription_from"] + " goes first (account "
+        why = FOLLOWS + waits["subscription_from"] + " goes first (account "
         return _spread(rows, waits.assign(why=why + waits["account"].map(repr) + ")"))
 
     def uncredited(self, rows: pd.DataFrame, owed: np.ndarray) -> pd.DataFrame:

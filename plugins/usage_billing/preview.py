@@ -23,7 +23,7 @@ from usage_billing.archive import Archived
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NotApplied
 from usage_billing.ledger import Ledger
-from usage_billing.records import Comparison, Period, Plan, Staged, State
+from usage_billing.records import FOLLOWS, Comparison, Period, Plan, Staged, State
 from usage_billing.staging import Spill, Staging
 
 NAMED = 10
@@ -33,6 +33,7 @@ _MOST_REASONS = 1000
 _MAX_RANGES = 256
 _UP, _DOWN = "corrections up", "corrections down"
 _GOES = ("new", _UP, _DOWN)
+_FOLLOWING = "after a credit"
 _ITEM = "token revision state subscription component price_point dimensions period_start period_end quantity event_id"
 ITEM_COLUMNS = (*_ITEM.split(), "reason")
 """The columns of the list of items; `event_id` is empty where totals go."""
@@ -225,26 +226,43 @@ def preview(plan: Plan, comparison: Comparison, destination: Destination, ledger
 
 
 def digest_of(proposals: Staged, staging: Staging) -> tuple[str, int]:
-    """Return what names exactly the deliveries that `proposals` would send, with their quantities, and their number."""
+    """Return what names exactly the deliveries that `proposals` would send, with their quantities, and their number.
+
+    What goes once a credit was taken is named as well, and not counted.
+    """
     names, going = sha256(), 0
     for part in staging.read(proposals):
         lines = going_of(part)
         going += len(lines)
-        names.update("".join(lines).encode())
+        names.update("".join([*lines, *following_of(part)]).encode())
     return names.hexdigest(), going
 
 
-def going_of(part: pa.Table) -> list[str]:
-    """Return a line for each proposal of a part that would be sent: its token names all but the quantity beside it."""
-    columns = (part.column(name).to_pylist() for name in ("state", "token", "quantity"))
-    return [f"{token} {quantity}\n" for state, token, quantity in zip(*columns, strict=True) if state == State.RESERVED]
+def going_of(part: pa.Table) -> dict[str, str]:
+    """Return a line for each proposal of a part that would be sent: its token names all but the quantity beside it.
+
+    Behind it stands the line that `following_of` has for it while it waits for a credit.
+    """
+    lines, going = zip(_lines(part, "token"), _lines(part, "identity"), strict=True), part.column("state").to_pylist()
+    return {line: waiting for (line, waiting), state in zip(lines, going, strict=True) if state == State.RESERVED}
+
+
+def following_of(part: pa.Table) -> list[str]:
+    """Return a line for each proposal that waits for a credit: it goes by another token, which is not known yet."""
+    reasons = part.column("reason").to_pylist()
+    return [line for line, why in zip(_lines(part, "identity"), reasons, strict=True) if why.startswith(FOLLOWS)]
+
+
+def _lines(part: pa.Table, name: str) -> list[str]:
+    columns = (part.column(column).to_pylist() for column in (name, "quantity"))
+    return [f"{named} {quantity}\n" for named, quantity in zip(*columns, strict=True)]
 
 
 def write_items(plan: Plan, destination: Destination, staging: Staging, file: TextIO) -> int:
     """Write every proposed delivery as CSV, each raw event on a line of its own; return how many lines.
 
     Columns are `ITEM_COLUMNS`. What has state ``reserved`` would be sent, ``held`` would be listed, and ``superseded``
-    only ends an open delivery of before.
+    only ends an open delivery of before. What waits for a credit is ``held`` and says so.
     """
     lines, writer = 0, csv.writer(file, lineterminator="\n")
     writer.writerow(ITEM_COLUMNS)
@@ -317,11 +335,13 @@ class _Cases:
         label = pd.Series("new", index=frame.index, dtype=object)
         label = label.mask(frame["identity"].isin(settled), _UP)
         label = label.mask((label == _UP) & (scaled < 0), _DOWN)
+        follows = frame["reason"].str.startswith(FOLLOWS)
         for state, name in _NOT_SENT.items():
-            label = label.mask(frame["state"] == state, name)
+            label = label.mask((frame["state"] == state) & ~follows, name)
+        label = label.mask(follows, _FOLLOWING)
         for name in label.unique():
             self._count(self._sums, name, scaled[label == name])
-        held = frame["state"].isin([State.HELD, State.REFUSED])
+        held = frame["state"].isin([State.HELD, State.REFUSED]) & ~follows
         for reason in frame.loc[held, "reason"].unique():
             known = reason in self._reasons or len(self._reasons) < _MOST_REASONS
             self._count(self._reasons, reason if known else "", scaled[held & (frame["reason"] == reason)])

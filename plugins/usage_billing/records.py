@@ -122,6 +122,10 @@ MOVED = "moved: "
 person's choice or, once they chose `move`, for the credit of the former subscription."""
 
 
+FOLLOWS = f"{MOVED}the credit of subscription "
+"""How it begins where it is the credit: the same deliver sends it once that was taken."""
+
+
 UNAPPROVED = "not approved: "
 """How the reason of a delivery begins that a person was asked about, and did not approve. Each plan asks again."""
 

@@ -4,6 +4,7 @@ The verdict is the sandbox's count: what it billed, and what the ledger lists.
 """
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -14,12 +15,13 @@ import pytest
 
 from late import AFTER_THE_RENEWAL, Held, billed, lenient, november, used
 from living import LivingHouse
+from moving import MovingHouse, usage
 from stories import GENTLE, SITES, WORLDS, House, a_day, a_house, shipped
 from usage_billing.approve import Approved, turn_down
 from usage_billing.deliver import Delivered, deliver
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
-from usage_billing.preview import digest_of, going_of
-from usage_billing.records import PASSES, UNAPPROVED, Approval, Comparison, Decision, Period, Plan, State, Tally
+from usage_billing.preview import digest_of, going_of, preview
+from usage_billing.records import PASSES, UNAPPROVED, Approval, Choice, Comparison, Decision, Period, Plan, State, Tally
 from usage_billing.release import reissue
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
@@ -97,6 +99,53 @@ def written_down(house: House, source: BillingSource, comparison: Comparison, pl
         house.ledger.reserve(source.name, site, comparison.reading, part.to_pandas())
 
 
+# --- approval and moves ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["api_calls", "voip_minutes"])
+def test_a_yes_to_a_credit_is_one_to_the_bill_that_follows_it(tmp_path: Path, name: str) -> None:
+    """A move was chosen: the question shows both, and one deliver sends them in their order, without asking again."""
+    source, day = asking(name), a_day(shipped(name), 5)
+    with a_house(tmp_path, MovingHouse) as house:
+        assert isinstance(house, MovingHouse)
+        house.run(lenient(name), day, usage(source, day, {1: 100}))
+        house.lead(source, 1, to=2)
+        house.run(lenient(name), day, usage(source, day, {1: 100}))
+        house.choose(source, 1, Choice.MOVE)
+        comparison, folder = house.totals(source, day, usage(source, day, {1: 100}))
+        plan = answer(house, source, comparison, folder, Decision.APPROVED)
+        looked = preview(plan, comparison, house.destination(source), house.ledger, house.staging)
+        shown = {case.label: (case.count, case.quantity) for case in looked.cases}
+        assert (shown["corrections down"], shown["after a credit"]) == ((1, -100), (1, 100))
+        deliver_approved(house, source, comparison, folder, plan)
+        assert (house.sums(source), house.waits(source, day)) == ({2: 100}, {})
+
+
+def test_a_bill_that_nobody_was_asked_about_does_not_follow_its_credit(tmp_path: Path) -> None:
+    """The credit was on its way already, so the plan sent nothing and nobody was asked."""
+    source, day = asking("api_calls"), a_day(shipped("api_calls"), 5)
+    with a_house(tmp_path, MovingHouse) as house:
+        assert isinstance(house, MovingHouse)
+        house.run(lenient("api_calls"), day, usage(source, day, {1: 100}))
+        house.lead(source, 1, to=2)
+        house.run(lenient("api_calls"), day, usage(source, day, {1: 100}))
+        house.choose(source, 1, Choice.MOVE)
+        comparison, folder = house.totals(source, day, usage(source, day, {1: 100}))
+        sent = house.plan(source, comparison, folder)
+        written_down(house, source, comparison, sent)
+        ready = house.ledger.reserved(source.name, comparison.reading, 1000)
+        lease = house.ledger.acquire("deliver:other", "other", timedelta(seconds=1))
+        house.ledger.begin_sending([delivery.token for delivery in ready], lease)
+        time.sleep(1.1)
+        house.ledger.doubt_abandoned(source.name)
+        plan = house.plan(source, comparison, folder)
+        assert digest_of(plan.proposals, house.staging)[1] == 0
+        house.ledger.record_decision(source.name, comparison.reading, "another", Decision.APPROVED, "vera", "")
+        with pytest.raises(NeedsDecision, match="are not what was approved any more"):
+            deliver_approved(house, source, comparison, folder, plan)
+        assert house.sums(source) == {}
+
+
 # --- approval and what was let go -----------------------------------------------------------------------------------
 
 
@@ -162,6 +211,9 @@ def test_a_renewal_after_the_answer_sends_nothing_that_was_not_approved(house: H
     house.sweep(source)
     assert billed(house, source) == 0
     assert house.listed(source, day) == [("held", "7")]
+    (reason,) = house.open_items(source, day)["reason"]
+    assert reason.startswith(PASSES)
+    assert reason.endswith("clear the run from validate on, or release it by name")
 
     comparison, folder = house.totals(source, day, used(source, day, "7"))
     plan = answer(house, source, comparison, folder, Decision.APPROVED)
