@@ -38,7 +38,8 @@ class ApproveOperator(StageOperator, ApprovalOperator):
         self, *, source: str, timeout: timedelta | None = None, approvers: Sequence[str] = (), **kwargs: Any
     ) -> None:
         note = Param("", type=["null", "string"], description="Why; kept in the ledger")
-        kwargs.setdefault("params", {"note": note})
+        # In place of the DAG's params, which Airflow has put here already: beside a question it shows none of them.
+        kwargs["params"] = {"note": note}
         super().__init__(
             source=source,
             subject=f"Bill {source}?",

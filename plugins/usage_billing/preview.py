@@ -123,7 +123,7 @@ class Preview:
     def lines(self) -> list[str]:
         """Return the preview as plain lines, for a task log or a terminal."""
         lines = [
-            f"preview of {self.source} for {self.site}: {self.periods} usage periods, {self.window}",
+            f"preview of {self.source} for {self.site}: {self._span()}",
             f"{self.rows_accepted} rows accepted, {self.rows_quarantined} quarantined",
             f"would send {self.going} deliveries, {_text(self.sends)} in all",
         ]
@@ -146,7 +146,7 @@ class Preview:
         cases.append(("unchanged", self.unchanged, ""))
         about = (
             f"**{_plain(self.source)}** would send **{self.going} deliveries, {_text(self.sends)} in all**, to "
-            f"{_plain(self.site)}: {self.periods} usage periods, {self.window}. {self.rows_accepted} rows were "
+            f"{_plain(self.site)}: {self._span()}. {self.rows_accepted} rows were "
             f"accepted, {self.rows_quarantined} are in quarantine."
         )
         parts = [about, _table(("", self.what, "quantity"), cases)]
@@ -171,6 +171,9 @@ class Preview:
     @staticmethod
     def _rest(rest: Rest, of: str) -> list[str]:
         return [f"and {rest.count} more {of}, {_text(rest.quantity)} in all"] if rest.count else []
+
+    def _span(self) -> str:
+        return f"{self.periods} usage period{'s' if self.periods > 1 else ''}, {self.window}"
 
     def _compared(self) -> str:
         if self.before is None:

@@ -61,7 +61,7 @@ class Played:
     ledger: Ledger
     states: dict[tuple[str, date], dict[str, str | None]]
     runs: dict[tuple[str, date], str]
-    bodies: dict[date, str]
+    questions: dict[date, dict[str, Any]]
 
 
 @pytest.fixture(name="played", scope="module")
@@ -77,7 +77,7 @@ def _played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
         desk.pause([CALLS.dag_id, VOIP.dag_id], paused=False)
         wait = _waiter(stage)
         wait("both questions", lambda: all(_task(desk, CALLS, day, "approve") == "awaiting_input" for day in (YES, NO)))
-        bodies = {day: desk.question(_run(desk, CALLS, day))["body"] for day in (YES, NO)}
+        questions = {day: desk.question(_run(desk, CALLS, day)) for day in (YES, NO)}
         writing = stage.sandbox.writing_requests(CALLS)
         assert writing == 0
         desk.answer(_run(desk, CALLS, YES), "Approve", "as every month")
@@ -87,7 +87,7 @@ def _played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
         states = {(source.name, day): _tasks(desk, source, day) for source, day in asked}
         runs = {(source.name, day): _run(desk, source, day).state for source, day in asked}
         with closing(Ledger.connect(f"sqlite:///{state.ledger}")) as ledger:
-            yield Played(stage, ledger, states, runs, bodies)
+            yield Played(stage, ledger, states, runs, questions)
 
 
 def _changes(state: State) -> dict[str, str]:
@@ -144,7 +144,12 @@ def test_the_approved_day_is_billed_and_no_other(played: Played) -> None:
 def test_the_question_said_what_was_then_billed(played: Played) -> None:
     """The sum in the text that the person read is the sum that the site counts."""
     billed = sum(played.stage.sandbox.billed(CALLS).values())
-    assert f"{billed:,f} in all" in played.bodies[YES]
+    assert f"{billed:,f} in all" in played.questions[YES]["body"]
+
+
+def test_the_question_has_a_field_for_the_note_and_no_other(played: Played) -> None:
+    """Airflow's page shows a field for each param of the question."""
+    assert list(played.questions[YES]["params"]) == ["note"]
 
 
 def test_the_rejected_day_ends_green_and_is_listed_with_who_said_no(played: Played) -> None:

@@ -344,6 +344,8 @@ def test_the_dag_asks_between_plan_and_deliver(desk: Desk) -> None:
     assert dag.get_task("approve").upstream_task_ids == {"plan"}
     assert dag.get_task("deliver").upstream_task_ids == {"approve"}
     assert dag.get_task("approve").response_timeout.total_seconds() == 48 * 3600
+    # What the page asks for beside the yes and the no: none of the DAG's own params.
+    assert list(dag.get_task("approve").serialized_params) == ["note"]
     assert dag.get_task("approve").assigned_users == [{"id": "vera", "name": "vera"}]
     text = desk.source.read_text()
     desk.source.write_text(text.replace("approval: true", "approval: false"))
