@@ -18,6 +18,8 @@ SEEDS ?= 2000
 FIRST_SEED ?= 0
 KILLS ?= 200
 DAYS ?= 90
+# How many tests run at once: most of them wait for a site's clock. Those that start a whole Airflow run alone.
+WORKERS ?= auto
 STATE ?=
 WHERE := $(if $(STATE),--state "$(STATE)")
 
@@ -44,7 +46,8 @@ sandbox: setup  ## Run the sandbox billing sites alone on port 8400 until Ctrl-C
 
 .PHONY: test
 test: lint types contracts  ## Check everything: lint, types, import contracts, all tests.
-	@exec $(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not acceptance" -n $(WORKERS) --dist loadgroup
+	exec $(BIN)/python -m pytest -m acceptance
 
 .PHONY: lint
 lint: setup  ## Check style and formatting.

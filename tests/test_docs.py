@@ -59,7 +59,10 @@ WORLDS = sorted((CHECKOUT / "include" / "sandbox" / "worlds").glob("*.yaml"))
 STAGES = ("extract", "validate", "aggregate", "plan", "deliver", "reconcile")
 DAY = (datetime(2026, 10, 5, 4, tzinfo=UTC), datetime(2026, 10, 6, 4, tzinfo=UTC))
 
-pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns about itself in a dozen places.
+pytestmark = [
+    pytest.mark.filterwarnings("default"),  # Airflow warns about itself in a dozen places.
+    pytest.mark.xdist_group("documents"),  # The commands run in one checkout, one at a time.
+]
 
 
 # --- reading the documents --------------------------------------------------------------------------------------------
