@@ -55,8 +55,8 @@ class Approved:
 
         A plan does not propose it again, so nobody was asked about it where the source began to ask only since.
         """
-        earlier = self._ledger.unreleased(self._source, self._reading)
-        if earlier and not self._ledger.has_approval(self._source, self._reading):
+        earlier = self._ledger.unseen(self._source, self._reading)
+        if earlier:
             raise NeedsDecision(
                 f"deliveries of {self._source!r} were written down before the source asked for approvals (token "
                 f"{earlier}): nothing was sent; clear the run from extract on, which asks about them too"

@@ -20,7 +20,6 @@ from usage_billing.records import (
     NOBODY_CAN_TELL,
     PASSES,
     PASSES_SOON,
-    POLICY,
     Delivery,
     Plan,
     Reading,
@@ -28,7 +27,7 @@ from usage_billing.records import (
     State,
     Window,
 )
-from usage_billing.release import reissue
+from usage_billing.release import policy_of, reissue
 from usage_billing.settle import Doubts, overtaken
 from usage_billing.staging import Staging
 from usage_billing.workers import Means, Worker
@@ -329,12 +328,9 @@ class _Work:
 
     def _hold(self, reasons: Mapping[str, str]) -> int:
         """Hold deliveries; what the source lets pass is written anew by the next round. Return how many were held."""
-        source = self._destination.source
-        policy = f"{POLICY}{self._destination.late_usage}, grace: {source.destination.grace}"
-        if source.settings.approval:
-            # In another billing period it would be another than the approved one.
-            policy, reasons = "", {token: _asking(reason) for token, reason in reasons.items()}
-        held = self._ledger.hold(reasons, policy)
+        if self._destination.source.settings.approval:
+            reasons = {token: _asking(reason) for token, reason in reasons.items()}
+        held = self._ledger.hold(reasons, policy_of(self._destination))
         self._count(held=held)
         self.reopened += sum(reason.startswith(PASSES) for reason in reasons.values())
         return held

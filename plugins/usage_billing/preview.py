@@ -237,17 +237,19 @@ def digest_of(proposals: Staged, staging: Staging) -> tuple[str, int]:
     for part in staging.read(proposals):
         lines = going_of(part)
         going += len(lines)
-        names.update("".join([*lines, *following_of(part)]).encode())
+        names.update("".join([*lines, *(f"{line}\n" for line in following_of(part))]).encode())
     return names.hexdigest(), going
 
 
 def going_of(part: pa.Table) -> dict[str, str]:
-    """Return a line for each proposal of a part that would be sent: its token names all but the quantity beside it.
+    """Return a line for each proposal of a part that would be sent: token, quantity, and the request itself.
 
-    Behind it stands the line that `following_of` has for it while it waits for a credit.
+    The token names neither the quantity nor the billing period into which the request is dated. Behind it stands the
+    line that `following_of` has for it while it waits for a credit.
     """
-    lines, going = zip(_lines(part, "token"), _lines(part, "identity"), strict=True), part.column("state").to_pylist()
-    return {line: waiting for (line, waiting), state in zip(lines, going, strict=True) if state == State.RESERVED}
+    columns = (part.column(name).to_pylist() for name in ("state", "body"))
+    rows = zip(_lines(part, "token"), _lines(part, "identity"), *columns, strict=True)
+    return {f"{line} {body}\n": waiting for line, waiting, state, body in rows if state == State.RESERVED}
 
 
 def following_of(part: pa.Table) -> list[str]:
@@ -258,7 +260,7 @@ def following_of(part: pa.Table) -> list[str]:
 
 def _lines(part: pa.Table, name: str) -> list[str]:
     columns = (part.column(column).to_pylist() for column in (name, "quantity"))
-    return [f"{named} {quantity}\n" for named, quantity in zip(*columns, strict=True)]
+    return [f"{named} {quantity}" for named, quantity in zip(*columns, strict=True)]
 
 
 def write_items(plan: Plan, destination: Destination, staging: Staging, file: TextIO) -> int:

@@ -16,7 +16,7 @@ import pandas as pd
 from usage_billing.destinations.base import Destination
 from usage_billing.ledger import Ledger
 from usage_billing.moves import PLACE, Moves
-from usage_billing.records import Delivery, Period, Target, Window
+from usage_billing.records import POLICY, Delivery, Period, Target, Window
 from usage_billing.uniqueness import uniqueness_token
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ _IN_PART = "no part of what was released goes alone, and the balance takes only 
 
 
 def reissue(destination: Destination, ledger: Ledger, window: Window | None = None) -> int:
-    """Write down a new revision of whatever is released and can go, in `window` or its edition; return how many.
+    """Write down a new revision of whatever is released today and can go, in `window` or its edition; return how many.
 
     Whoever sends what is reserved sends these; two that do this at once write each of them once.
 
@@ -35,6 +35,8 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     name = destination.source.name
     destination.book = ledger
     held = ledger.released(name, window or destination.source.span)
+    # What a policy of another day let go, or one of before the source asked for approvals, is for a plan to judge.
+    held = held[~held["released"].str.startswith(POLICY) | (held["released"] == policy_of(destination))]
     if held.empty:
         return 0
     rows, why = _as_of_today(
@@ -45,6 +47,17 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     written = ledger.reissue(name, destination.site, rows[can_go].reset_index(drop=True))
     log.info("released: %d go now, %d wait", written, int((~can_go).sum()))
     return written
+
+
+def policy_of(destination: Destination) -> str:
+    """Return what lets go a delivery that a renewal overtakes: the source's policy of today; nothing where it asks.
+
+    In another billing period it would be another delivery than the approved one.
+    """
+    settings = destination.source.settings
+    return (
+        "" if settings.approval else f"{POLICY}{destination.late_usage}, grace: {destination.source.destination.grace}"
+    )
 
 
 def _as_of_today(

@@ -837,9 +837,22 @@ def test_the_last_word_about_a_plan_counts_for_that_plan_alone(world: SimpleName
     assert ledger.decision("calls", Reading(reading.extraction, 7), digest) is None
     assert ledger.decision("calls", reading, "b" * 64) is None
     assert ledger.decision("others", reading, digest) is None
-    assert ledger.has_approval("calls", reading)
-    assert not ledger.has_approval("calls", other)
-    assert not ledger.has_approval("others", reading)
+
+
+def test_a_yes_counts_for_what_was_written_down_after_it(world: SimpleNamespace) -> None:
+    """What stood in the ledger before was in no plan that a person has seen; what another reading has is not theirs."""
+    ledger = world.ledger
+    reading = reserved(world, {"before": "7"})
+    before = uniqueness_token(identity(["maxio:us:acme", "calls", "before"]), 0)
+    assert ledger.unseen("calls", reading) == before
+    world.clock.now += MINUTE
+    ledger.record_decision("calls", reading, "a" * 64, Decision.APPROVED, "max")
+    world.clock.now += MINUTE
+    ledger.reserve("calls", "maxio:us:acme", reading, proposals({"after": "3"}))
+    assert ledger.unseen("calls", reading) == before
+    assert ledger.unapproved("calls") == 0
+    assert ledger.hold({before: "its billing period closed"}) == 1
+    assert ledger.unseen("calls", reading) == ""
 
 
 def test_a_reading_without_a_number_declares_nothing(world: SimpleNamespace) -> None:

@@ -22,7 +22,7 @@ from usage_billing.deliver import Delivered, deliver
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.preview import digest_of, going_of, preview
 from usage_billing.records import PASSES, UNAPPROVED, Approval, Choice, Comparison, Decision, Period, Plan, State, Tally
-from usage_billing.release import reissue
+from usage_billing.release import policy_of, reissue
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
 from usage_billing.workers import Means
@@ -97,6 +97,15 @@ def written_down(house: House, source: BillingSource, comparison: Comparison, pl
     site = house.destination(source).site
     for part in house.staging.read(plan.proposals):
         house.ledger.reserve(source.name, site, comparison.reading, part.to_pandas())
+
+
+def let_go_by_a_renewal(house: House, source: BillingSource, comparison: Comparison) -> None:
+    """Let the site renew, and hold what that overtook, as the source's policy lets it pass; the worker dies then."""
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    waiting = house.ledger.reserved(source.name, comparison.reading, 10)
+    destination = house.destination(source)
+    reasons = destination.recheck(waiting, house.ledger.now())
+    assert house.ledger.hold(reasons, policy_of(destination)) == len(waiting)
 
 
 # --- approval and moves ----------------------------------------------------------------------------------------------
@@ -260,18 +269,14 @@ def test_what_was_written_down_unasked_is_still_stopped(house: Held) -> None:
     assert billed(house, source) == 0
 
 
-@pytest.mark.parametrize("let_go", ["", "late_usage: now, grace: 0:00:00"])
-def test_a_sweep_sends_nothing_that_was_written_down_before_the_source_asked(house: Held, let_go: str) -> None:
-    """Throttled, or let go by a policy, and asked about since: the next run of its day asks, and a yes bills it."""
+def test_a_sweep_sends_nothing_that_was_written_down_before_the_source_asked(house: Held) -> None:
+    """Throttled, and asked about since: the next run of its day asks, and a yes bills it."""
     plain, day = lenient("platform_events"), a_day(shipped("platform_events"), 19)
     comparison, folder = house.totals(plain, day, used(plain, day, "7"))
     house.sandbox.fault(SITES[plain.name], "throttle", count=100)
     with pytest.raises(NotApplied):
         house.deliver(plain, comparison, folder, manners=replace(GENTLE, patience=timedelta(0)))
     house.sandbox.clear_faults()
-    if let_go:
-        (waiting,) = house.ledger.reserved(plain.name, comparison.reading, 10)
-        assert house.ledger.hold({waiting.token: f"{PASSES}overtaken"}, let_go) == 1
     source = asking("platform_events")
     house.sweep(source)
     assert billed(house, source) == 0
@@ -296,6 +301,82 @@ def test_a_sweep_sends_again_what_was_approved(house: Held) -> None:
     house.sandbox.clear_faults()
     house.sweep(source)
     assert billed(house, source) == 7
+
+
+@pytest.mark.parametrize("policy", ["refuse", "hold"])
+@pytest.mark.parametrize("name", DATED)
+def test_a_policy_of_then_lets_nothing_go_in_a_sweep_either(house: Held, name: str, policy: str) -> None:
+    """Overtaken under `now` and held when the worker died; the source holds or refuses late usage since."""
+    source, day = lenient(name, late_usage="now"), a_day(shipped(name), 30)
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    written_down(house, source, comparison, house.plan(source, comparison, folder))
+    let_go_by_a_renewal(house, source, comparison)
+    strict = lenient(name, late_usage=policy)
+    house.sweep(strict)
+    assert (billed(house, strict), house.listed(strict, day)) == (0, [("held", "7")])
+    house.sweep(source)
+    assert billed(house, source) == 7
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_what_a_policy_let_go_before_the_source_asked_is_asked_about(house: Held, name: str) -> None:
+    """The cleared deliver sends nothing of it; a new reading asks, and a yes bills it."""
+    plain, day = lenient(name, late_usage="now"), a_day(shipped(name), 30)
+    comparison, folder = house.totals(plain, day, used(plain, day, "7"))
+    written_down(house, plain, comparison, house.plan(plain, comparison, folder))
+    let_go_by_a_renewal(house, plain, comparison)
+    source = asking(name, late_usage="now")
+    deliver_approved(house, source, comparison, folder, house.plan(source, comparison, folder))
+    house.sweep(source)
+    assert (billed(house, source), house.listed(source, day)) == (0, [("held", "7")])
+    comparison, folder = house.totals(source, day, used(source, day, "7"))
+    deliver_approved(house, source, comparison, folder, answer(house, source, comparison, folder, Decision.APPROVED))
+    assert (billed(house, source), house.listed(source, day)) == (7, [])
+
+
+@pytest.mark.parametrize("by", ["deliver", "sweep"])
+def test_a_yes_to_one_delivery_sends_no_other_of_its_reading(house: Held, by: str) -> None:
+    """Seven were throttled before the source began to ask; the question shows six that are taken back, and no more."""
+    plain, source = lenient("api_calls"), asking("api_calls")
+    day, later, second = a_day(plain, 30), november(plain), "acct-0002"
+    house.run(plain, day, used(plain, day, "10", second))
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    comparison, folder = house.totals(plain, day, [*used(plain, day, "7"), *used(plain, day, "4", second)])
+    house.sandbox.fault(SITES[plain.name], "throttle", count=100)
+    with pytest.raises(NotApplied):
+        house.deliver(plain, comparison, folder, manners=replace(GENTLE, patience=timedelta(0)))
+    house.sandbox.clear_faults()
+    house.run(plain, later, used(plain, later, "20", second))
+    plan = answer(house, source, comparison, folder, Decision.APPROVED)
+    if by == "sweep":
+        house.sweep(source)
+    else:
+        with pytest.raises(NeedsDecision, match="before the source asked"):
+            deliver_approved(house, source, comparison, folder, plan)
+    assert billed(house, source) == 0
+    assert ("reserved", "7") in house.listed(source, day)
+
+
+@pytest.mark.parametrize("name", DATED)
+def test_a_yes_to_a_credit_of_october_is_none_to_one_of_november(house: Held, name: str) -> None:
+    """The question waits over the renewal: the same token and quantity are on another bill by then."""
+    house.allow_negative = True
+    plain, source, day = lenient(name, late_usage="now"), asking(name, late_usage="now"), a_day(shipped(name), 30)
+    keep = used(plain, day, "1", {"voip_minutes": "pkg-002", "platform_events": "orbit-02"}[name])
+    house.run(plain, day, [*used(plain, day, "7"), *keep])
+    comparison, folder = house.totals(source, day, keep)
+    shown, going = digest_of(house.plan(source, comparison, folder).proposals, house.staging)
+    assert going == 1
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    first = november(plain)
+    house.run(plain, first, used(plain, first, "9"))
+    again = house.plan(source, comparison, folder)
+    digest, going = digest_of(again.proposals, house.staging)
+    assert (digest != shown, going) == (True, 1)
+    house.ledger.record_decision(source.name, comparison.reading, shown, Decision.APPROVED, "vera", "as shown")
+    with pytest.raises(NeedsDecision, match="wait for an approval"):
+        deliver_approved(house, source, comparison, folder, again)
+    assert billed(house, source) == 16
 
 
 def test_a_policy_of_then_lets_nothing_go_today(house: Held) -> None:

@@ -579,15 +579,13 @@ class Ledger:
             return None
         return Approval(name, reading, digest, Decision(row.decision), row.decided_by, row.note, row.decided_at)
 
-    def unreleased(self, name: str, reading: Reading) -> str:
-        """Return the token of a delivery of a reading that is reserved, and that no person let go; or an empty text."""
-        with self._reading() as connection:
-            return connection.execute(queries.unreleased(name, reading).limit(1)).scalar() or ""
+    def unseen(self, name: str, reading: Reading) -> str:
+        """Return the token of a delivery of a reading that is reserved, and that nobody approved or let go; or nothing.
 
-    def has_approval(self, name: str, reading: Reading) -> bool:
-        """Say whether any plan of a reading was ever approved."""
+        What was written down before the reading was approved stood in no plan that a person has seen.
+        """
         with self._reading() as connection:
-            return connection.execute(queries.approved(name, reading).limit(1)).first() is not None
+            return connection.execute(queries.unapproved(name, reading).limit(1)).scalar() or ""
 
     # --- delivering --------------------------------------------------------------------------------------------------
 

@@ -170,15 +170,10 @@ def approvals(source: str, reading: Reading, digest: str) -> Select[Any]:
     return select(approval).where(this_one).order_by(approval.c.number.desc())
 
 
-def approved(source: str, reading: Reading) -> Select[Any]:
-    """Select the approvals of any plan of a reading."""
-    return select(approval).where(decided(source, reading), approval.c.decision == Decision.APPROVED)
-
-
-def unreleased(source: str, reading: Reading) -> Select[Any]:
-    """Select the tokens of a reading's reserved deliveries that no person let go."""
+def unapproved(source: str, reading: Reading) -> Select[Any]:
+    """Select the tokens of a reading's reserved deliveries that no person has seen or let go."""
     this_one = and_(delivery.c.source == source, read_as(delivery) == tuple_(reading.extraction, reading.validation))
-    return select(delivery.c.token).where(this_one, delivery.c.state == State.RESERVED, ~_LET_GO)
+    return select(delivery.c.token).where(this_one, delivery.c.state == State.RESERVED, ~_HAS_A_YES)
 
 
 def decided(source: str, reading: Reading) -> ColumnElement[bool]:
@@ -256,7 +251,8 @@ RESUMABLE = (
     .limit(bindparam("most"))
 )
 
-# A person let it go, where the source's policy of then is nobody; or a person approved a plan of its reading.
+# A person let it go, where the source's policy of then is nobody; or it was written down after a person had approved a
+# plan of its reading: a yes is none to what no plan proposes, since it stood in the ledger before the source asked.
 _LET_GO = and_(delivery.c.released != "", not_(delivery.c.released.startswith(POLICY, autoescape=True)))
 _HAS_A_YES = or_(
     _LET_GO,
@@ -264,6 +260,7 @@ _HAS_A_YES = or_(
         approval.c.source == delivery.c.source,
         read_as(approval) == read_as(delivery),
         approval.c.decision == Decision.APPROVED,
+        approval.c.decided_at <= delivery.c.reserved_at,
     ),
 )
 
