@@ -12,6 +12,7 @@ from usage_billing.aggregate import at_former_places
 from usage_billing.deliver import Delivered
 from usage_billing.ledger import Ledger, marker
 from usage_billing.ledger.marker import confirm, marked
+from usage_billing.moves import place
 from usage_billing.records import Comparison, Period
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
@@ -63,17 +64,28 @@ class LivingHouse(House):
         with marked(self.ledger, self.staging, source.name, comparison.reading.extraction):
             return super().deliver(source, comparison, folder, **more)
 
-    def adopt(self, source: BillingSource, days: list[int], events: list[Event], *, dry_run: bool = False) -> Adoption:
+    def adopt(
+        self,
+        source: BillingSource,
+        days: list[int],
+        events: list[Event],
+        *,
+        dry_run: bool = False,
+        leave_unmatched: bool = False,
+    ) -> Adoption:
         """Adopt a span of days as the command does."""
         mark = marker.read(self.staging, source.name)
         self.ledger.number_above(mark.extraction if mark else 0)
         span = Period(a_day(source, days[0]).start, a_day(source, days[-1]).end)
-        comparison, folder = super().totals(source, span, events, "locate", look_only=dry_run)
+        comparison, folder = super().totals(source, span, events, "locate", look_only=True)
         destination = self.destination(source)
         former = at_former_places(comparison, source, destination.site, self.staging, folder)
         reason = reason_of(self.ledger.now())
         found = adopt(comparison, former, destination, self.ledger, self.staging, reason, dry_run=dry_run)
-        if found.complete and not dry_run:
+        if not dry_run and (found.complete or (leave_unmatched and not found.different)):
+            looked_up_at = self.ledger.validated_at(comparison.reading)
+            assert looked_up_at is not None
+            place(comparison.targets, source, looked_up_at, self.ledger, self.staging, comparison.window.end)
             marker.hand_over(self.ledger, self.staging, source.name, comparison.reading.extraction)
         return found
 

@@ -30,9 +30,10 @@ from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
 
-REVISIONS_AHEAD = 64
+REVISIONS_AHEAD = 1024
 """How many revisions are looked for beyond the last one found. One that was superseded or refused never came to the
-site, and each run that finds a held difference changed makes another: two months of daily runs leave no wider gap."""
+site, and each run that finds a held difference changed makes another, as each question does that nobody answers: six
+weeks of hourly runs leave no wider gap."""
 
 _ATTRIBUTES = "identity account subscription component price_point dimensions period_start period_end address".split()
 _EXACT = Context(prec=100)
@@ -48,8 +49,9 @@ class Adoption:
 
     `entered` were unknown here, `settled` were open here and are there, `known` are settled on both sides. `held` are
     totals of which nobody can tell whether the site has them, `replayable` those that an ordinary run sends again
-    without harm until `replay_until`. `unmatched` (of the site's records) and `different` are told by name; `moved` are
-    the accounts of which a person has to say where their usage belongs.
+    without harm until `replay_until`. `unmatched` (of the site's records) and `different` are told by name, and so are
+    `twins`, records that bear the token of another one: the tie-out goes on naming them unless a person has decided.
+    `moved` are the accounts of which a person has to say where their usage belongs.
     """
 
     entered: int = 0
@@ -60,6 +62,7 @@ class Adoption:
     replay_until: datetime | None = None
     unmatched: tuple[str, ...] = ()
     different: tuple[str, ...] = ()
+    twins: tuple[str, ...] = ()
     moved: tuple[str, ...] = ()
 
     @property
@@ -143,12 +146,14 @@ def adopt(
         ledger.doubt_abandoned(name)
     if ledger.in_the_air(name):
         raise NotApplied(f"deliveries of {name!r} are being sent: adopt again when the deliver task has ended")
-    standing = ledger.standing(name, comparison.window)
     moves = Moves.staged(name, comparison.moves, staging)
-    if destination.records(_places(standing.iloc[:0], comparison.window)) is None:
+    if destination.records(_places(moves.placements.iloc[:0], comparison.window)) is None:
         parts = _as_billed(comparison.totals, former[:1], moves, staging)
+        standing = ledger.standing(name, comparison.periods)
         return _by_total(comparison, parts, moves, destination, ledger, standing, reason, dry_run=dry_run)
-    work = _Matching(comparison, destination, ledger, standing)
+    reach = _reach(comparison, destination.source, ledger)
+    standing = ledger.standing(name, reach)
+    work = _Matching(reach, destination, ledger, standing)
     work.look_at(moves.placements)
     for totals in (comparison.totals, *former):
         for part in staging.read(totals):
@@ -164,8 +169,18 @@ def adopt(
         known=work.known,
         unmatched=tuple(sorted(work.unmatched())),
         different=tuple(sorted(work.different)),
+        twins=tuple(sorted(work.twins)),
         moved=_accounts(moves.undecided),
     )
+
+
+def _reach(comparison: Comparison, source: BillingSource, ledger: Ledger) -> Period:
+    """Return the span in which records are looked for: what was compared, and whatever is open here.
+
+    What the ledger still has to send, or waits for a person to let go, may have gone since the copy was made.
+    """
+    left = ledger.open_items(source.name, source.span)
+    return Period.around([comparison.window, *map(Period, left["period_start"], left["period_end"])])
 
 
 def _overtake(comparison: Comparison, ledger: Ledger, source: BillingSource) -> None:
@@ -204,14 +219,13 @@ class _Entry:
 class _Matching:
     """The site's records that this ledger does not know, matched with the names that usage totals can have."""
 
-    def __init__(
-        self, comparison: Comparison, destination: Destination, ledger: Ledger, standing: pd.DataFrame
-    ) -> None:
+    def __init__(self, reach: Period, destination: Destination, ledger: Ledger, standing: pd.DataFrame) -> None:
         self.settled: dict[str, Receipt] = {}
         self.different: list[str] = []
+        self.twins: list[str] = []
         self.known = 0
         self.seen: set[str] = set()
-        self._window = comparison.window
+        self._reach = reach
         self._destination = destination
         self._ledger = ledger
         self._places_seen: set[tuple[str, str]] = set()
@@ -219,8 +233,8 @@ class _Matching:
         self._unknown: dict[str, _Held] = {}
         self._entries: list[_Entry] = []
         # What came late is dated after its usage period, at the latest now.
-        self._until = max(comparison.window.end, ledger.now()) + _DAY
-        records = destination.elsewhere(Period(comparison.window.start, self._until))
+        self._until = max(reach.end, ledger.now()) + _DAY
+        records = destination.elsewhere(Period(reach.start, self._until))
         self._elsewhere = {record.token: _Held(record, "", {}) for record in records if record.token}
         self.look_at(standing)
         self._settle_known(ledger.known(list(self._elsewhere)))
@@ -260,7 +274,7 @@ class _Matching:
         """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
         fresh = rows[~pd.MultiIndex.from_frame(rows[["subscription", "address"]]).isin(self._places_seen)]
         listed: dict[str, _Held] = {}
-        for place in _places(fresh, self._window).to_dict("records"):
+        for place in _places(fresh, self._reach).to_dict("records"):
             key = (place["subscription"], place["address"])
             self._places_seen.add(key)
             for record in self._destination.records(pd.DataFrame([place])) or ():
@@ -271,7 +285,7 @@ class _Matching:
                 if before is None:
                     listed[record.token] = held
                 elif before.record.record_id != record.record_id:
-                    self.different.append(f"{held.named()}: there a second time")
+                    self.twins.append(f"{held.named()}: there a second time")
         self._unknown.update(listed)
         self._elsewhere = {token: held for token, held in self._elsewhere.items() if token not in listed}
         self._settle_known(self._ledger.known(list(listed)))

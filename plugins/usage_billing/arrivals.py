@@ -75,7 +75,7 @@ def read(
         arrived = _look(source, warehouse, ledger) if by_arrival else None
         periods = _due(source, interval, own, arrived, ledger) if arrived else tuple(own)
         spans = joined(periods)
-        reader = _rows(source, warehouse, spans)
+        reader = rows(source, warehouse, spans)
         window = Period.around(periods) if periods else interval
         number = ledger.begin_extraction(held.lease, source.name, interval, window, arrived)
         confirm(ledger, staging, source.name, number, hold)
@@ -211,6 +211,22 @@ def _holding(times: pa.ChunkedArray, calendar: Calendar, bill_from: datetime) ->
         place = int(np.searchsorted(moments, np.datetime64(period.end.replace(tzinfo=None), "us")))
 
 
+def touched(source: BillingSource, warehouse: Hook, ledger: Ledger) -> list[Period]:
+    """Return the closed usage periods of this edition that arrivals touched, by what this ledger knows of them.
+
+    Those that it lists, and those of rows that arrived after its watermark: of a copy, all that was compared since.
+
+    Raises:
+        Misconfigured: the query does not return what ``source.yaml`` says it does.
+    """
+    found = {*ledger.touched(source.name), *_look(source, warehouse, ledger).periods}
+    return _owed(sorted(period for period in found if period.end <= ledger.now()), source)
+
+
+def _owed(periods: Iterable[Period], source: BillingSource) -> list[Period]:
+    return [each for each in periods if overlap(each, source.span) and each.start >= source.bill_from]
+
+
 # --- what is due ----------------------------------------------------------------------------------------------------
 
 
@@ -225,7 +241,7 @@ def _due(
     listed = sorted({*ledger.touched(source.name), *arrived.periods})
     closed = [period for period in listed if period.end <= closed_by]
     others = [period for period in closed if overlap(period, source.span) is None]
-    closed = [period for period in closed if overlap(period, source.span) and period.start >= source.bill_from]
+    closed = _owed(closed, source)
     if others:
         log.warning(
             "%d touched usage periods until %s are billed by another definition of %s, and stay listed: run %s, which "
@@ -246,8 +262,12 @@ def _due(
     return tuple(sorted({*own, *closed}))
 
 
-def _rows(source: BillingSource, warehouse: Hook, spans: Sequence[Period]) -> Iterator[pa.Table]:
-    """Return an iterator over the rows of each span in turn; the first statement is executed when this returns."""
+def rows(source: BillingSource, warehouse: Hook, spans: Sequence[Period]) -> Iterator[pa.Table]:
+    """Return an iterator over the rows of each span in turn; the first statement is executed when this returns.
+
+    Raises:
+        Misconfigured: the query does not return what ``source.yaml`` says it does.
+    """
     if not spans:
         return iter(())
     window = Period(spans[0].start, spans[-1].end)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from usage_billing.errors import Misconfigured, NeedsDecision, UsageBillingError
 from usage_billing.periods import local_midnight
-from usage_billing.records import EVER, Comparison, Period, Reading
+from usage_billing.records import EVER, Comparison, Period, Reading, joined
 
 if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
@@ -240,11 +240,15 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
     Raises:
         NeedsDecision: records at the site match nothing, or another quantity; what did match was entered.
     """
+    from airflow.sdk import BaseHook  # noqa: PLC0415
+
     from usage_billing.adopt import adopt, periods_of, reason_of  # noqa: PLC0415
     from usage_billing.aggregate import at_former_places  # noqa: PLC0415
+    from usage_billing.arrivals import touched  # noqa: PLC0415
     from usage_billing.installation import billing_source, ledger, staging  # noqa: PLC0415
     from usage_billing.ledger import marker  # noqa: PLC0415
     from usage_billing.ledger.leases import kept  # noqa: PLC0415
+    from usage_billing.moves import place  # noqa: PLC0415
 
     book, area = ledger(), staging()
     destination, span = _of_days(billing_source(options.source), options, writes=not options.dry_run)
@@ -254,6 +258,10 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
         if not options.dry_run:
             mark = marker.read(area, source.name)
             book.number_above(mark.extraction if mark else 0)
+        if source.settings.incremental == "arrival":
+            # The next run would compare them, and knows as little of what was sent for them since.
+            warehouse = BaseHook.get_hook(source.settings.warehouse)
+            periods = tuple(sorted({*periods, *touched(source, warehouse, book)}))
         comparison = _read_warehouse(destination, periods, area, "locate", None if options.dry_run else held.lease)
         former = at_former_places(comparison, source, destination.site, area, _adopted(source, comparison.reading))
         reason = reason_of(book.now())
@@ -262,6 +270,8 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
         if found.different or (found.unmatched and not options.leave_unmatched):
             raise NeedsDecision(f"{told}\n{_ADVICE}")
         if not options.dry_run:
+            looked_up_at = book.validated_at(comparison.reading) or book.now()
+            place(comparison.targets, source, looked_up_at, book, area, comparison.window.end)
             marker.hand_over(book, area, source.name, comparison.reading.extraction)
     return told
 
@@ -327,23 +337,23 @@ def _read_warehouse(
     from airflow.sdk import BaseHook  # noqa: PLC0415
 
     from usage_billing.aggregate import aggregate  # noqa: PLC0415
-    from usage_billing.extract import extract, open_reader  # noqa: PLC0415
+    from usage_billing.arrivals import rows  # noqa: PLC0415
+    from usage_billing.extract import extract  # noqa: PLC0415
     from usage_billing.installation import ledger  # noqa: PLC0415
     from usage_billing.moves import placed  # noqa: PLC0415
     from usage_billing.validate import validate  # noqa: PLC0415
 
     source, book, window = destination.source, ledger(), Period.around(periods)
-    warehouse = BaseHook.get_hook(source.settings.warehouse)
-    reader = open_reader(warehouse, source.sql, window, source.settings.batch_rows)
+    read = rows(source, BaseHook.get_hook(source.settings.warehouse), joined(periods))
     number = book.begin_extraction(lease, source.name, window, window) if lease else 0
     folder = _adopted(source, Reading(number))
-    events = extract(reader, source, area, folder)
+    events = extract(read, source, area, folder)
     began = book.now()
     destination.check()
     found = validate(events, source, periods, getattr(destination, look), area, folder)
-    # Of the span that is adopted this ledger may know nothing yet.
+    # Of the span that is adopted this ledger may know nothing yet; what it is, is known when all of it was found.
     billed_until = window.end if look == "locate" else EVER.start
-    moves = placed(found.targets, source, began, book, area, folder, look_only=not lease, billed_until=billed_until)
+    moves = placed(found.targets, source, began, book, area, folder, look_only=True, billed_until=billed_until)
     found = replace(found, moves=moves)
     reading, aside = Reading(number), found.quarantined
     if lease:
@@ -367,6 +377,7 @@ def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -
         f"{name}, {window}: {found.entered} entered, {found.settled} settled, {found.known} known before",
         *(f"matches nothing: {record}" for record in found.unmatched),
         *(f"differs: {record}" for record in found.different),
+        *(f"look at it: {record}" for record in found.twins),
     ]
     if found.held:
         lines.append(f"{found.held} totals held by name: nobody can tell whether the site has them")

@@ -64,17 +64,34 @@ def placed(
     Raises:
         NotApplied: a later look-up saw some of them elsewhere.
     """
-    columns = ["account", *PLACE, "address"]
-    frame = pd.concat([part.select(columns).to_pandas() for part in staging.read(targets)], ignore_index=True)
+    frame = _led(targets, staging)
     new = ledger.displaced(source.name, source.edition, frame, billed_until)
     if len(new) and not look_only:
-        ledger.place(source.name, source.edition, new[columns], looked_up_at, billed_until)
+        ledger.place(source.name, source.edition, new[list(frame)], looked_up_at, billed_until)
     seen = new[new["since"].notna()] if look_only else new.iloc[:0]
     known = ledger.placements(source.name, source.edition, seen["account"].tolist())
     rows = pd.concat([known, seen.assign(number=_NOT_YET, decision="")]) if len(seen) else known
     ordered = rows.sort_values(["account", "number"]).reindex(columns=_SCHEMA.names)
     ordered["since"] = pd.to_datetime(ordered["since"], utc=True)
     return staging.write(folder, "moves", [pa.Table.from_pandas(ordered, schema=_SCHEMA, preserve_index=False)])
+
+
+def place(
+    targets: Staged,
+    source: BillingSource,
+    looked_up_at: datetime,
+    ledger: Ledger,
+    staging: Staging,
+    billed_until: datetime,
+) -> None:
+    """Write down what `placed` only looked at, once that is the whole of what it looked for; raises what it raises."""
+    ledger.place(source.name, source.edition, _led(targets, staging), looked_up_at, billed_until)
+
+
+def _led(targets: Staged, staging: Staging) -> pd.DataFrame:
+    columns = ["account", *PLACE, "address"]
+    parts: list[pd.DataFrame] = [part.select(columns).to_pandas() for part in staging.read(targets)]
+    return pd.concat(parts, ignore_index=True)
 
 
 class Moves:

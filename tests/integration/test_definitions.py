@@ -6,7 +6,9 @@ of the change comes late, or is run again, after it.
 
 import json
 import logging
+import sqlite3
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -567,6 +569,30 @@ def test_looking_back_ends_where_the_definition_begins(place: Place, caplog: pyt
     assert place.billed() == 5 + 1
     place.run("10-05", "10-06")
     assert place.billed() == 5 + 2 + 1
+
+
+def test_what_arrived_since_the_copy_is_adopted_whatever_its_day(place: Place, tmp_path: Path) -> None:
+    """A late row of a fortnight ago was billed in the lost time: the copy's watermark would take it up once more."""
+    columns = {**SOURCE["columns"], "arrival": "arrived"}  # type: ignore[dict-item]
+    place.define(incremental="arrival", arrival_overlap=0, columns=columns)
+    place.use("2026-10-05 10:00", "10", arrived=1)
+    place.run("10-05", "10-06")
+    file, copy = tmp_path / "ledger.sqlite", tmp_path / "copy.sqlite"
+    with closing(sqlite3.connect(file)) as live, closing(sqlite3.connect(copy)) as kept:
+        live.backup(kept)
+    place.use("2026-10-05 11:00", "5", arrived=2)
+    place.use("2026-10-19 10:00", "3", account=2, arrived=3)
+    place.run("10-19", "10-20")
+    before = place.writes(ACME)
+    assert place.billed() == 18
+    installation.ledger().close()
+    installation._ledger.cache_clear()
+    for one in tmp_path.glob("ledger.sqlite*"):
+        one.unlink()
+    file.write_bytes(copy.read_bytes())
+    assert main(["ledger", "adopt", "calls", "--from", "2026-10-18", "--to", "2026-10-20"]) == 0
+    place.run("10-19", "10-20")
+    assert (place.billed(), place.writes(ACME)) == (18, before)
 
 
 def test_a_ledger_that_was_lost_adopts_each_side_by_its_own_definition(place: Place) -> None:

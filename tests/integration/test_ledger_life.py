@@ -24,18 +24,21 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sqlalchemy import create_engine, text
 
 from living import LivingHouse
-from stories import SITES, WORLDS, Event, a_day, shipped
+from stories import GENTLE, SITES, WORLDS, Event, a_day, shipped
 from usage_billing.adopt import REVISIONS_AHEAD, periods_of, span_of
 from usage_billing.cli import main
+from usage_billing.deliver import resume
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Ledger, marker
-from usage_billing.ledger.marker import confirm
+from usage_billing.ledger.marker import confirm, marked
 from usage_billing.records import Comparison, Delivery, Period, State
+from usage_billing.release import reissue
 from usage_billing.sandbox import Sandbox
 from usage_billing.sandbox.clock import to_micros
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
+from usage_billing.workers import Means
 
 pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns about itself in a dozen places.
 
@@ -586,6 +589,78 @@ def test_a_long_gap_of_revisions_is_looked_over(house: LivingHouse) -> None:
     found = house.adopt(source, [5, 5], day)
     assert (found.entered, len(found.unmatched)) == (2, 1)
     assert [row[1] for row in house.delivery_rows()] == [REVISIONS_AHEAD - 1, 2 * REVISIONS_AHEAD - 1]
+
+
+def test_what_the_copy_still_had_to_send_of_an_older_day_is_not_sent_again(house: LivingHouse) -> None:
+    """Throttled when the copy was made, and sent by a sweep since: the adopted span does not hold its day."""
+    source = shipped("api_calls")
+    comparison, folder = house.totals(source, a_day(source, 5), a_week(source)[5][:1])
+    house.sandbox.fault(SITES[source.name], "throttle", count=100)
+    with pytest.raises(NotApplied):
+        house.deliver(source, comparison, folder, manners=replace(GENTLE, patience=timedelta(0)))
+    house.sandbox.clear_faults()
+    copy = house.backup()
+    swept(house, source)
+    house.run(source, a_day(source, 19), [event(source, 1, 19, "3")])
+    before = house.billed(source)
+    house.restore(copy)
+    found = house.adopt(source, [18, 19], [event(source, 1, 19, "3")])
+    assert (found.entered, found.settled, found.complete) == (1, 1, True)
+    house.sandbox.move_clock(advance_seconds=7200)  # The site's own token is forgotten by then.
+    swept(house, source)
+    assert house.billed(source) == before
+
+
+def test_what_was_released_since_the_copy_is_not_released_again(house: LivingHouse) -> None:
+    """Held in the copy, let go and billed since, in another revision: it is found by its name."""
+    source = shipped("api_calls")
+    late = type(source.destination).model_validate(source.destination.model_dump() | {"late_usage": "hold"})
+    source = replace(source, destination=late)
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    house.at(datetime(2026, 11, 2, 12, tzinfo=UTC))
+    house.run(source, a_day(source, 5), a_week(source)[5][:1])
+    copy = house.backup()
+    (token,) = house.ledger.open_items(source.name, a_day(source, 5))["token"]
+    house.ledger.decide(token, State.HELD, "decided on a day by vera: the customer agreed")
+    swept(house, source)
+    house.run(source, a_day(source, 19), [event(source, 1, 19, "4")])
+    before = house.billed(source)
+    house.restore(copy)
+    assert house.adopt(source, [18, 19], [event(source, 1, 19, "4")]).complete
+    rows = [row[1:] for row in house.delivery_rows()]
+    assert rows == [(0, "superseded", "3"), (1, "accepted", "3"), (0, "held", "4"), (1, "accepted", "4")][: len(rows)]
+    house.run(source, a_day(source, 5), a_week(source)[5][:1])
+    swept(house, source)
+    assert house.billed(source) == before
+
+
+def swept(house: LivingHouse, source: BillingSource) -> None:
+    """Send what needs no run, as a sweep does."""
+    destination = house.destination(source)
+    with marked(house.ledger, house.staging, source.name):
+        reissue(destination, house.ledger)
+        resume(destination, house.ledger, GENTLE, Means(stop=threading.Event()))
+
+
+def test_a_record_that_is_there_twice_is_told_and_ends_no_adoption(house: LivingHouse) -> None:
+    """A zombie stored it a second time, which no call undoes: the tie-out goes on naming it."""
+    source = shipped("api_calls")
+    house.sandbox.switch(SITES[source.name], uniqueness_token="ignored")
+    day = a_week(source)[5][:1]
+    comparison, folder = house.totals(source, a_day(source, 5), day)
+    (ready,) = reserve(house, source, comparison, folder)
+    for _ in range(2):
+        site = house.destination(source).client
+        site.create_usage(ready.address["subscription_id"], ready.address["component_id"], ready.body)
+    house.begin_anew()
+    found = house.adopt(source, [5, 5], day)
+    assert (found.entered, found.complete) == (1, True)
+    (twin,) = found.twins
+    assert twin.endswith("there a second time")
+    before = house.writing_requests(source)
+    house.run(source, a_day(source, 5), day)
+    assert house.writing_requests(source) == before
+    assert not house.reconcile(source, a_day(source, 5)).ties_out
 
 
 # --- events ----------------------------------------------------------------------------------------------------------

@@ -121,12 +121,29 @@ def test_the_days_before_a_move_can_be_adopted_first_and_the_others_stay_where_t
     seventh = bill(house, listed, 7, days[7])
     house.restore(copy)
     for day, events in ((6, sixth), (7, seventh)):
-        found = house.adopt(listed, [day, day], events)
         # All usages of a Maxio subscription are listed, also of the other day.
-        assert found.entered == 1
+        assert house.adopt(listed, [day, day], events, leave_unmatched=True).entered == 1
     before = house.writing_requests(listed)
     assert choose_and_run(house, listed, Choice.FROM_NOW, days) == {1: 160, 2: 30}
     assert house.writing_requests(listed) == before
+
+
+def test_a_span_that_is_made_longer_takes_the_move_behind_its_end(house: LostHouse) -> None:
+    """The first try told of a day beyond it: until all was found, nothing says since when the account left."""
+    source = LISTED[0]
+    days = {6: {1: 60}, 7: {1: 30}}
+    bill(house, source, 5, {1: 100})
+    copy = house.backup()
+    events = {day: bill(house, source, day, quantities) for day, quantities in days.items()}
+    house.restore(copy)
+    house.lead(source, 1, to=2)
+    assert not house.adopt(source, [6, 6], events[6]).complete
+    assert house.adopt(source, [6, 7], [*events[6], *events[7]]).complete
+    before = house.writing_requests(source)
+    for day, quantities in days.items():
+        bill(house, source, day, quantities)
+        assert len(house.waits(source, a_day(source, day))) == 2
+    assert house.writing_requests(source) == before
 
 
 @pytest.mark.parametrize("choice", [Choice.FROM_NOW, Choice.MOVE], ids=str)
