@@ -50,8 +50,8 @@ def shipped(name: str) -> BillingSource:
 
 
 def a_day(source: BillingSource, day: int) -> Period:
-    """Return a day of October 2026 in the source's billing zone."""
-    start = datetime(2026, 10, day, tzinfo=source.settings.timezone)
+    """Return a day of October 2026 in the source's billing zone; the 32nd is the first of November."""
+    start = datetime(2026, 10, 1, tzinfo=source.settings.timezone) + timedelta(days=day - 1)
     return Period(start, start + timedelta(days=1))
 
 

@@ -17,6 +17,7 @@ from decimal import Context, Decimal
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from croniter import croniter
 
@@ -25,9 +26,10 @@ from usage_billing.errors import Misconfigured, NotApplied
 from usage_billing.ledger import ADOPTED, Ledger
 from usage_billing.moves import Moves
 from usage_billing.periods import local_midnight
-from usage_billing.records import Comparison, Delivery, Period, Receipt, SiteRecord, Staged, State
+from usage_billing.records import Comparison, Delivery, Period, Receipt, SiteRecord, SiteTotal, Staged, State
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
+from usage_billing.sums import sums_here, under_way
 from usage_billing.uniqueness import uniqueness_token
 
 REVISIONS_AHEAD = 1024
@@ -48,10 +50,10 @@ class Adoption:
     """What came of an adoption, or would come of it.
 
     `entered` were unknown here, `settled` were open here and are there, `known` are settled on both sides. `held` are
-    totals of which nobody can tell whether the site has them, `replayable` those that an ordinary run sends again
-    without harm until `replay_until`. `unmatched` (of the site's records) and `different` are told by name, and so are
-    `twins`, records that bear the token of another one: the tie-out goes on naming them unless a person has decided.
-    `moved` are the accounts of which a person has to say where their usage belongs.
+    totals of which nobody can tell whether the site has them, `replayable` those that an ordinary run sends without
+    harm, until `replay_until` even where the site has them. `unmatched` (of the site's records) and `different` are
+    told by name, and so are `twins`, records that bear the token of another one: the tie-out goes on naming them unless
+    a person has decided. `moved` are the accounts of which a person has to say where their usage belongs.
     """
 
     entered: int = 0
@@ -133,9 +135,11 @@ def adopt(
 
     The caller holds the source's extraction lease, and `comparison.reading` is the newest one. Where an account led
     elsewhere before, as far as the ledger knows, its usage is looked for there as well: `former` are the totals by
-    which it may have been billed (`aggregate.at_former_places`). Where the site cannot list its records, what it may
-    ignore by itself is left to the ordinary run, and what is older is entered as held; so is what an account that moved
-    may have been billed for elsewhere.
+    which it may have been billed (`aggregate.at_former_places`). Where the site cannot list its records, its count of
+    each subscription's open billing period tells whether it has all of what is not known here, which is entered then,
+    or nothing, which is left to the ordinary run; where it tells neither, and of what it does not speak, the totals are
+    entered as held. Adopt again, and they are judged again. Raw events, which it ignores one by one, are all left to
+    the ordinary run.
 
     Raises:
         Misconfigured: the source sends raw events, and the span begins before what the site ignores by itself.
@@ -386,48 +390,196 @@ def _by_total(
     *,
     dry_run: bool,
 ) -> Adoption:
-    name, window = destination.source.name, destination.replay_window
+    """Enter, leave to the ordinary run or hold what was forgotten, by what the site counts of each subscription."""
+    name = destination.source.name
     here = _Standing(standing)
     forgotten = pd.concat([here.forgotten(totals) for totals in here.beside(parts)])
     forgotten = forgotten.sort_values("identity", ignore_index=True)
-    elsewhere = moves.waiting(forgotten)
-    recent = forgotten["period_end"] > ledger.now() - window
-    if destination.stream and not recent.all():
+    forgotten = forgotten.assign(elsewhere=moves.waiting(forgotten))
+    # No run of today sends anything to these, so none of them would be replayed.
+    resting = {target.account: target.unknown for target in destination.resolve(_accounts(forgotten)) if target.unknown}
+    if destination.stream:
+        return _by_token(comparison, forgotten, resting, moves, destination, ledger, dry_run=dry_run)
+    nowhere = pd.Series(pd.NaT, index=forgotten.index, dtype="datetime64[ns, UTC]")
+    forgotten = destination.look_up(forgotten.assign(open_until=nowhere)).drop(columns="open_until")
+    forgotten = forgotten.assign(late=~(forgotten["period_end"] > forgotten["open_from"]))
+    recent = forgotten["period_end"] > ledger.now() - destination.replay_window
+    counts = _Counting(destination, ledger, forgotten).judged()
+    why = pd.Series(
+        [
+            _why_held(row, counts.get(row["subscription"]), resting, is_recent=is_recent)
+            for row, is_recent in zip(_records(forgotten), recent, strict=True)
+        ],
+        index=forgotten.index,
+        dtype=object,
+    )
+    judged = ~(forgotten["elsewhere"] | forgotten["late"])
+    there = judged & forgotten["subscription"].isin({name for name, count in counts.items() if count.there})
+    again = ~there & (why == "")
+    fresh = ~there & ~again & ~forgotten["held"]
+    if not dry_run and not forgotten.empty:
+        _overtake(comparison, ledger, destination.source)
+        found = _as_entries(forgotten[there], destination)
+        ledger.adopt(name, destination.site, comparison.reading, found, {}, f"{reason}: {_BY_TOTAL}")
+        because = f"{reason}: the site lists no events, and " + why + ", so a person has to compare"
+        proposals = forgotten.assign(
+            state=np.where(again, State.SUPERSEDED, State.HELD), reason=because, body=destination.encode(forgotten)
+        )[fresh | (again & forgotten["held"])].reset_index(drop=True)
+        if ledger.reserve(name, destination.site, comparison.reading, proposals).moved:
+            raise NotApplied(f"deliveries of {name!r} moved meanwhile; adopt again")
+    ends = forgotten["period_end"][again]
+    return Adoption(
+        entered=int(there.sum()),
+        held=int(fresh.sum()),
+        replayable=len(ends),
+        replay_until=None if ends.empty else ends.min().to_pydatetime() + destination.replay_window,
+        moved=_accounts(moves.undecided),
+    )
+
+
+_BY_TOTAL = "by total: with it, the site counts just what this ledger knows of that billing period"
+"""What the reason of a delivery says that no record of the site was found for."""
+
+
+def _as_entries(rows: pd.DataFrame, destination: Destination) -> pd.DataFrame:
+    """Return totals that the site is told to have, as the ledger enters them.
+
+    Under which revisions it has them nobody knows: what is owed later goes under one that was never used. The body is
+    that of an ordinary run, and tells in which billing period the site counts it.
+    """
+    revisions = rows["revision"] + REVISIONS_AHEAD
+    tokens = [uniqueness_token(key, revision) for key, revision in zip(rows["identity"], revisions, strict=True)]
+    found = rows.assign(revision=revisions, token=tokens, record_id="", applied="")
+    return found.assign(body=destination.encode(found))
+
+
+def _why_held(row: Mapping[str, Any], count: "_Count | None", resting: Mapping[str, str], *, is_recent: bool) -> str:
+    """Return why the ordinary run may not send a forgotten total, or an empty text."""
+    if row["elsewhere"]:
+        return "an account that was counted there leads elsewhere by now"
+    if not row["late"] and count and count.why:
+        return count.why
+    if row["account"] in resting:
+        return resting[row["account"]]
+    if not is_recent:
+        return "the site has forgotten tokens of this age"
+    # Dated in a later billing period it may lie among other usage, under whatever token.
+    return "its billing period is closed, so it may have been billed in the one after it" if row["late"] else ""
+
+
+def _by_token(
+    comparison: Comparison,
+    forgotten: pd.DataFrame,
+    resting: Mapping[str, str],
+    moves: Moves,
+    destination: Destination,
+    ledger: Ledger,
+    *,
+    dry_run: bool,
+) -> Adoption:
+    """Leave raw events to the ordinary run: each has a token of its own, which the stream ignores whatever else is."""
+    name, window = destination.source.name, destination.replay_window
+    if not (forgotten["period_end"] > ledger.now() - window).all():
         raise Misconfigured(
             f"billing source {name!r} sends raw events, and of usage periods that ended more than {window.days} days "
             "ago nobody can tell which of them the site has: restore a newer backup of the ledger, or adopt later days"
         )
-    # No run of today sends anything to these, so none of them would be replayed.
-    resting = {target.account: target.unknown for target in destination.resolve(_accounts(forgotten)) if target.unknown}
-    # Dated in a later billing period it went under the token of a later revision, and a replay would bill it again.
-    closed = ~(forgotten["period_start"] >= forgotten["open_from"]) & recent
-    led = "an account that was counted there leads elsewhere by now"
-    late = "its billing period is closed, so it may have been billed in the one after it"
-    reasons = [
-        led if moved else resting.get(account, late if is_closed else "the site has forgotten tokens of this age")
-        for account, is_closed, moved in zip(forgotten["account"], closed, elsewhere, strict=True)
-    ]
-    why = pd.Series(reasons, index=forgotten.index, dtype=object)
-    recent &= ~forgotten["account"].isin(resting) & ~elsewhere & ~(closed & (not destination.stream))
-    held, why = forgotten[~recent].reset_index(drop=True), why[~recent].reset_index(drop=True)
-    unmatched: tuple[str, ...] = ()
-    if destination.stream:
-        resting |= dict.fromkeys(_accounts(forgotten[elsewhere]), "it leads elsewhere by now")
-        unmatched = tuple(f"account {account}: {why}, so nothing of it is replayed" for account, why in resting.items())
-        held, why = held.iloc[:0], why.iloc[:0]
+    elsewhere = forgotten["elsewhere"]
+    ends = forgotten["period_end"][~forgotten["account"].isin(resting) & ~elsewhere]
+    silent = {**resting, **dict.fromkeys(_accounts(forgotten[elsewhere]), "it leads elsewhere by now")}
     if not dry_run and not forgotten.empty:
         _overtake(comparison, ledger, destination.source)
-        because = f"{reason}: the site lists no events, and " + why + ", so a person has to compare"
-        proposals = held.assign(state=State.HELD, reason=because, body=destination.encode(held))
-        if ledger.reserve(name, destination.site, comparison.reading, proposals).moved:
-            raise NotApplied(f"deliveries of {name!r} moved meanwhile; adopt again")
-    ends = forgotten["period_end"][recent]
     return Adoption(
-        held=len(held),
         replayable=len(ends),
         replay_until=None if ends.empty else ends.min().to_pydatetime() + window,
-        unmatched=unmatched,
+        unmatched=tuple(f"account {account}: {why}, so nothing of it is replayed" for account, why in silent.items()),
         moved=_accounts(moves.undecided),
+    )
+
+
+@dataclass(frozen=True)
+class _Count:
+    """What the site's count of a billing period tells of the totals in it that were forgotten here.
+
+    They are all `there`, or none of them is; or else `why` says that nobody can tell.
+    """
+
+    there: bool = False
+    why: str = ""
+
+
+class _Counting:
+    """The site's count of each subscription that has forgotten totals, beside what this ledger knows of it."""
+
+    def __init__(self, destination: Destination, ledger: Ledger, forgotten: pd.DataFrame) -> None:
+        self._destination = destination
+        self._ledger = ledger
+        self._forgotten = forgotten
+        self._held = self._held_by_adoption(forgotten)
+
+    def judged(self) -> dict[str, _Count]:
+        """Return what is told of the open billing period of each subscription that was forgotten in it."""
+        rows = self._forgotten
+        open_ones = rows[~rows["late"] & ~rows["elsewhere"]]
+        return {str(name): self._judge(str(name), some) for name, some in open_ones.groupby("subscription")}
+
+    def _judge(self, name: str, mine: pd.DataFrame) -> _Count:
+        if self._destination.fed_by_others:
+            return _Count(why="others feed the component too, so its count tells nothing")
+        totals = {total.period.start: total for total in self._destination.totals([name]) or ()}
+        total = totals.get(mine["open_from"].iloc[0].to_pydatetime())
+        if total is None:
+            return _Count(why="it gives no count of the open billing period")
+        same = self._forgotten[self._forgotten["subscription"] == name]
+        # What has moved may lie here or there; so may what is late, unless its own billing period has it.
+        rest = same[same["elsewhere"] | same["late"]]
+        for past in totals.values():
+            inside = (rest["period_start"] >= past.period.start) & (rest["period_end"] <= past.period.end)
+            if past is not total and inside.any() and self._beside(past, rest[inside], ()).there:
+                rest = rest[~inside]
+        return self._beside(total, mine, map(Decimal, rest["quantity"]))
+
+    def _beside(self, total: SiteTotal, mine: pd.DataFrame, others: Iterable[Decimal]) -> _Count:
+        name, period, where = total.subscription, total.period, (self._destination, self._ledger)
+        ours = sums_here(*where, [name], total.component, period, (State.ACCEPTED,)).get(name, Decimal(0))
+        on_their_way = [sums.get(name) for sums in under_way(*where, [name], total.component, period)]
+        held = self._held[(self._held["subscription"] == name) & (self._held["component"] == total.component)]
+        waiting = [
+            Decimal(quantity)
+            for quantity, body in zip(held["quantity"], held["body"], strict=True)
+            if period.start <= self._destination.counted_at(body) < period.end
+        ]
+        perhaps = [*others, *waiting, *(sum_of for sum_of in on_their_way if sum_of)]
+        return _compared(total, ours, list(map(Decimal, mine["quantity"])), perhaps)
+
+    def _held_by_adoption(self, forgotten: pd.DataFrame) -> pd.DataFrame:
+        """Return what an earlier adoption held, of all sources, and is not judged again now."""
+        parts = [self._ledger.open_items(name, None) for name in self._ledger.sources()]
+        rows = pd.concat(parts, ignore_index=True)
+        rows = rows[(rows["state"] == State.HELD) & rows["reason"].str.startswith(ADOPTED)]
+        here = (rows["site"] == self._destination.site) & ~rows["identity"].isin(forgotten["identity"])
+        return rows[here]
+
+
+def _compared(total: SiteTotal, ours: Decimal, mine: Sequence[Decimal], perhaps: Sequence[Decimal]) -> _Count:
+    """Judge a count by what is accepted here, what was forgotten, and what else it may have or not.
+
+    If it is the sum of all, the bill is right, however it came about. If it is what is accepted, nothing else is there,
+    unless something and its opposite are.
+    """
+    there, signs = total.quantity, {each > 0 for each in (*mine, *perhaps)}
+    everything = ours
+    for each in (*mine, *perhaps):
+        everything = _EXACT.add(everything, each)
+    one_way = len(signs) == 1
+    perhaps_floored = there <= 0 and (False in signs or ours < 0)
+    if there == everything and not perhaps_floored and (one_way or not perhaps):
+        return _Count(there=True)
+    if there == ours and not perhaps_floored and one_way:
+        return _Count()
+    return _Count(
+        why=f"it counts {_plain(there)} for {total.period}, where {_plain(ours)} are accepted here and "
+        f"{_plain(everything)} would be with all that was forgotten"
     )
 
 
@@ -474,26 +626,25 @@ class _Standing:
         yield _forgotten_by_the_warehouse(self._standing, seen)
 
     def forgotten(self, totals: pd.DataFrame) -> pd.DataFrame:
-        """Return the totals that do not come to what is settled here, as proposals without state and body."""
+        """Return the totals that do not come to what is settled here, as proposals without state and body.
+
+        `held` are those that an earlier adoption left to a person.
+        """
         rows = []
         for row in _records(totals):
             last = self._last.get(row["identity"])
             # As a plan does it: what was written off is neither billed nor taken back.
             least, most = sorted((self._settled[row["identity"]], self._billed[row["identity"]]))
             difference = _EXACT.subtract(row["quantity"], min(max(row["quantity"], least), most))
-            if difference == 0 or (last and _waits(last)):
-                continue
+            if difference == 0 or (last and last["state"] in {State.IN_DOUBT, State.REFUSED}):
+                continue  # A person has it already, or asking will settle it.
             revision = last["revision"] + 1 if last else 0
             superseded = last["token"] if last and last["state"] in {State.RESERVED, State.HELD} else ""
-            changes = {"quantity": _plain(difference), "revision": revision, "supersedes": superseded}
+            held = bool(last and last["state"] == State.HELD and last["reason"].startswith(ADOPTED))
+            changes = {"quantity": _plain(difference), "revision": revision, "supersedes": superseded, "held": held}
             rows.append({**row, **changes, "token": uniqueness_token(row["identity"], revision)})
-        columns = [*_ATTRIBUTES, "open_from", "quantity", "revision", "supersedes", "token"]
+        columns = [*_ATTRIBUTES, "open_from", "quantity", "revision", "supersedes", "token", "held"]
         frame = pd.DataFrame(rows, columns=columns)
         times = ("period_start", "period_end", "open_from")
-        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
-
-
-def _waits(last: Mapping[str, Any]) -> bool:
-    """Say whether a last revision is with a person already, or will be settled by asking."""
-    adopted = last["state"] == State.HELD and last["reason"].startswith(ADOPTED)
-    return adopted or last["state"] in {State.IN_DOUBT, State.REFUSED}
+        dated = {name: pd.to_datetime(frame[name], utc=True) for name in times}
+        return frame.assign(held=frame["held"].astype(bool), **dated)

@@ -10,22 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
-from typing import cast
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from usage_billing import quantities
-from usage_billing.archive import Archived
 from usage_billing.destinations.base import Destination
 from usage_billing.ledger import Ledger
 from usage_billing.records import DECIDED, Period, SiteRecord, SiteTotal, State, Window, joined
+from usage_billing.sums import ON_ITS_WAY, chunks, sums_here, under_way
 
 _EXAMPLES = 10
 _BATCH = 500
 """How many records of other runs are looked up at once."""
-_ON_ITS_WAY = (State.SENDING, State.IN_DOUBT)
 _ADD_UP = ("sum", "count")
 """What a metric may compute so that the parts of it can be added up here."""
 
@@ -103,7 +98,7 @@ def _look(destination: Destination, ledger: Ledger, window: Window) -> Reconcili
             {
                 name
                 for span in joined(window)
-                for some in _chunks(destination, ledger, component, span)
+                for some in chunks(destination, ledger, component, span)
                 for name in some.column("subscription").unique().to_pylist()
             }
         )
@@ -237,7 +232,7 @@ class _Records:
             ):
                 text += f"a second time under {record.token}, which is record {its_record} elsewhere"
                 self._different.add(text)
-            elif state not in (*_ON_ITS_WAY, State.ACCEPTED):
+            elif state not in (*ON_ITS_WAY, State.ACCEPTED):
                 self._different.add(text + f"{state} here under {record.token}")
         self._others.clear()
 
@@ -278,9 +273,9 @@ def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], w
         missing.add(f"subscription {subscription}: the site gives no total for {Period.around(where.spans)}")
     for (period, component), some in _grouped(totals).items():
         names = [total.subscription for total in some]
-        sums = _sums_here(destination, ledger, names, component, period, (State.ACCEPTED,))
+        sums = sums_here(destination, ledger, names, component, period, (State.ACCEPTED,))
         apart = [total.subscription for total in some if total.quantity != sums.get(total.subscription, Decimal(0))]
-        adds, takes = _under_way(destination, ledger, apart, component, period)
+        adds, takes = under_way(destination, ledger, apart, component, period)
         for total in some:
             ours = sums.get(total.subscription, Decimal(0))
             ours_sum, theirs_sum = ours_sum + ours, theirs_sum + total.quantity
@@ -300,81 +295,8 @@ def _by_total(destination: Destination, ledger: Ledger, billed: Sequence[str], w
     return Reconciliation(matched, missing.count, unknown.count, different.count, ours_sum, theirs_sum, examples)
 
 
-def _under_way(
-    destination: Destination, ledger: Ledger, subscriptions: Sequence[str], component: str, period: Period
-) -> tuple[dict[str, Decimal], dict[str, Decimal]]:
-    """Return by subscription what is on its way adds at most, and takes back at most: any of it may have landed."""
-    if not subscriptions:
-        return {}, {}
-    adds, takes = (
-        _sums_here(destination, ledger, subscriptions, component, period, _ON_ITS_WAY, takes_back=takes_back)
-        for takes_back in (False, True)
-    )
-    return adds, takes
-
-
-def _sums_here(
-    destination: Destination,
-    ledger: Ledger,
-    subscriptions: Sequence[str],
-    component: str,
-    period: Period,
-    states: Sequence[State],
-    *,
-    takes_back: bool | None = None,
-) -> dict[str, Decimal]:
-    """Return by subscription what deliveries in these states add up to: usage totals, and archived chunks of events.
-
-    With `takes_back`, only those that take something back, or only those that add.
-    """
-    some = ledger.accepted_at(destination.site, subscriptions, component, period, states)
-    if takes_back is not None:
-        some = some[some["quantity"].str.startswith("-") == takes_back]
-    # The renewal cuts a usage period in two, and each of its events lies on one side.
-    cut = some.loc[some["body"] != "", "body"]
-    outside = [row for row, body in cut.items() if not period.start <= destination.counted_at(body) < period.end]
-    sums = _sums(some.drop(index=outside))
-    if destination.archive is None or takes_back:
-        return sums  # Events are only ever added.
-    for events in _chunks(destination, ledger, component, period, states):
-        inside = pc.and_(
-            pc.greater_equal(events.column("time"), pa.scalar(period.start, events.column("time").type)),
-            pc.less(events.column("time"), pa.scalar(period.end, events.column("time").type)),
-        )
-        some = cast("pd.DataFrame", events.select(["subscription", "quantity"]).filter(inside).to_pandas())
-        some["quantity"] = "1" if destination.metric == "count" else some["quantity"]
-        for subscription, more in _sums(some).items():
-            sums[subscription] = sums.get(subscription, Decimal(0)) + more
-    return sums
-
-
-def _chunks(
-    destination: Destination,
-    ledger: Ledger,
-    component: str,
-    window: Period,
-    states: Sequence[State] = (State.ACCEPTED,),
-) -> Iterator[pa.Table]:
-    """Yield the accepted chunks of all sources that feed a component and may hold events of `window`, one at a time."""
-    for address in ledger.chunks_at(destination.site, component, window, states):
-        yield destination.kept().read(Archived.at(address))
-
-
 def _touch(one: Period, other: Period) -> bool:
     return one.start < other.end and other.start < one.end
-
-
-def _sums(accepted: pd.DataFrame) -> dict[str, Decimal]:
-    """Return the exact sum by subscription; sources that feed one component may have different decimal places."""
-    text = accepted["quantity"].astype(object)
-    places = text.str.partition(".")[2].str.len().max() if len(text) else 0
-    decimals = int(places)
-    scaled = accepted.assign(scaled=quantities.from_text(text, decimals))
-    sums = quantities.sum_by(scaled, ["subscription"], "scaled")
-    return {
-        subscription: quantities.to_decimal(int(value), decimals)
-        for subscription, value in zip(sums["subscription"], sums["scaled"], strict=True)
-    }
 
 
 def _grouped(totals: Iterable[SiteTotal]) -> dict[tuple[Period, str], list[SiteTotal]]:

@@ -503,14 +503,15 @@ def test_events_of_an_account_that_rests_are_not_left_to_a_replay_that_no_run_ma
         assert "account orbit-01: subscription 'orbit-01' is on_hold" in found.unmatched[0]
         assert not found.complete
         return
-    assert (found.held, found.replayable) == (1, 0)
+    assert (found.entered, found.held, found.replayable) == (1, 0, 0)
     house.run(source, day, rows)
     becomes("active")
     house.sandbox.move_clock("2026-11-25T12:00:00Z")
     house.at(datetime(2026, 11, 25, 12, tzinfo=UTC))
     house.run(source, day, rows)
     assert house.billed(source) == {"orbit-01": Decimal(5)}
-    assert house.states(source, day) == {"held": 1}
+    assert house.states(source, day)["accepted"] == 1
+    assert house.ledger.open_items(source.name, None).empty
 
 
 def test_a_correction_after_an_upgrade_hides_no_revision_before_it(house: LivingHouse) -> None:
@@ -666,25 +667,37 @@ def test_a_record_that_is_there_twice_is_told_and_ends_no_adoption(house: Living
 # --- events ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("age", ["inside the replay window", "beyond it"])
 @pytest.mark.parametrize("loss", ["restored", "anew"])
-def test_events_inside_the_replay_window_are_left_to_the_ordinary_run(house: LivingHouse, loss: str) -> None:
-    """Nothing is entered, every day again sends the same tokens, and the stream ignores them."""
+def test_events_that_the_site_counts_are_entered_by_its_total(house: LivingHouse, loss: str, age: str) -> None:
+    """Whatever their revisions were, and however old they are: every day again sends nothing."""
     source = shipped("platform_events")
     copy, events = bill_with_a_backup_in_between(house, source)
+    before = house.writing_requests(source)
     if loss == "anew":
         house.begin_anew()
     else:
         house.restore(copy)
+    if age == "beyond it":
+        house.at(datetime(2026, 11, 6, 0, tzinfo=UTC))
     found = house.adopt(source, [5, 7], in_all(events))
-    assert (found.entered, found.held, found.complete) == (0, 0, True)
-    assert found.replayable == {"anew": 7, "restored": 3}[loss]
-    assert (
-        found.replay_until
-        == {
-            "anew": datetime(2026, 11, 4, 9, tzinfo=UTC),
-            "restored": datetime(2026, 11, 4, 12, tzinfo=UTC),
-        }[loss]
-    )
+    assert (found.held, found.replayable, found.complete) == (0, 0, True)
+    assert found.entered == {"anew": 7, "restored": 3}[loss]
+    run_all(house, source, events)
+    assert house.billed(source) == owed(events)
+    assert house.writing_requests(source) == before
+    assert all(house.reconcile(source, a_day(source, day)).ties_out for day in events)
+
+
+def test_events_of_which_the_site_counts_none_are_left_to_the_ordinary_run(house: LivingHouse) -> None:
+    """What the restored ledger knows is all that is there: the other days are billed as if they were new."""
+    source = shipped("platform_events")
+    events = a_week(source)
+    run_all(house, source, {5: events[5]})
+    house.restore(house.backup())
+    found = house.adopt(source, [5, 7], in_all(events))
+    assert (found.entered, found.held, found.replayable, found.complete) == (0, 0, 4, True)
+    assert found.replay_until == datetime(2026, 11, 5, 9, tzinfo=UTC)
     run_all(house, source, events)
     assert house.billed(source) == owed(events)
 
@@ -692,18 +705,18 @@ def test_events_inside_the_replay_window_are_left_to_the_ordinary_run(house: Liv
 def test_events_beyond_the_replay_window_are_held_and_never_sent_blindly(house: LivingHouse) -> None:
     """They are listed with the reason; neither the same totals nor changed ones are sent while nobody has decided."""
     source = shipped("platform_events")
-    _, events = bill_with_a_backup_in_between(house, source)
-    before = house.writing_requests(source)
-    house.begin_anew()
+    events = a_week(source)
+    events[5].append(event(source, 0, 5, "7", hour=11))
     house.at(datetime(2026, 11, 6, 0, tzinfo=UTC))
     found = house.adopt(source, [5, 7], in_all(events))
     assert (found.held, found.replayable) == (5, 2)
     left = house.ledger.open_items(source.name, Period(a_day(source, 5).start, a_day(source, 7).end))
     assert set(left["state"]) == {State.HELD}
     assert left["reason"].str.startswith(ADOPTED).all()
+    assert left["reason"].str.contains("the site has forgotten tokens of this age").all()
     events[5][0] = event(source, 0, 5, "4")
     house.run(source, a_day(source, 5), events[5])
-    assert house.writing_requests(source) == before
+    assert house.writing_requests(source) == 0
     assert house.adopt(source, [5, 7], in_all(events)).held == 0
     assert len([row for row in house.delivery_rows() if row[2] == "held"]) == 5
 

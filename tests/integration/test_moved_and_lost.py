@@ -198,7 +198,7 @@ def test_events_of_an_account_that_moved_after_the_loss_are_held_on_both_sides(h
     house.restore(copy)
     house.rename((1, "orbit-old"), (2, "orbit-01"))
     found = house.adopt(EVENTS, [6, 6], sixth)
-    assert (found.held, found.replayable, found.moved) == (2, 1, ("orbit-01",))
+    assert (found.entered, found.held, found.replayable, found.moved) == (1, 2, 0, ("orbit-01",))
     left = house.open_items(EVENTS, a_day(EVENTS, 6))
     assert left["reason"].str.startswith(ADOPTED).all()
     assert left["reason"].str.contains("leads elsewhere by now").all()

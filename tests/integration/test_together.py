@@ -16,7 +16,8 @@ import pytest
 from late import AFTER_THE_RENEWAL, Held, billed, lenient, november, used
 from living import LivingHouse
 from moving import MovingHouse, usage
-from stories import GENTLE, SITES, WORLDS, House, a_day, a_house, shipped
+from stories import GENTLE, SITES, WORLDS, Event, House, a_day, a_house, shipped
+from usage_billing.adopt import Adoption
 from usage_billing.approve import Approved, turn_down
 from usage_billing.deliver import Delivered, deliver
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
@@ -454,3 +455,61 @@ def test_usage_that_a_renewal_overtook_is_not_billed_again_after_a_loss(living: 
     assert (found.entered, found.held) == ((1, 0) if name == "voip_minutes" else (0, 1))
     living.run(source, day, used(source, day, "7"))
     assert billed(living, source) == 7
+
+
+# --- a lost ledger and what made a later revision -------------------------------------------------------------------
+
+
+def lost_and_adopted(living: LivingHouse, day: Period, events: list[Event], copy: Path | None = None) -> Adoption:
+    """Lose the ledger or put back a copy, adopt the nineteenth, and run it again; return what adopt found."""
+    source = lenient("platform_events")
+    if copy is None:
+        living.begin_anew()
+    else:
+        living.restore(copy)
+    found = living.adopt(source, [19, 19], events)
+    living.run(source, day, events)
+    assert living.reconcile(source, day).ties_out
+    return found
+
+
+def test_what_was_superseded_before_it_was_sent_is_not_billed_again_after_a_loss(living: LivingHouse) -> None:
+    """The next reading replaced what the first one had reserved, so it was billed as revision 1: none replays that."""
+    source, day = lenient("platform_events"), a_day(shipped("platform_events"), 19)
+    comparison, folder = living.totals(source, day, used(source, day, "10"))
+    written_down(living, source, comparison, living.plan(source, comparison, folder))
+    events = used(source, day, "12")
+    living.run(source, day, events)
+    found = lost_and_adopted(living, day, events)
+    assert (found.entered, found.held, found.replayable) == (1, 0, 0)
+    assert billed(living, source) == 12
+
+
+def test_what_was_rejected_once_and_approved_then_is_not_billed_again_after_a_loss(living: LivingHouse) -> None:
+    """Each question makes a revision, and the second one was billed."""
+    source, day = asking("platform_events"), a_day(shipped("platform_events"), 19)
+    events = used(source, day, "12")
+    comparison, folder = living.totals(source, day, events)
+    answer(living, source, comparison, folder, Decision.REJECTED)
+    comparison, folder = living.totals(source, day, events)
+    plan = answer(living, source, comparison, folder, Decision.APPROVED)
+    deliver_approved(living, source, comparison, folder, plan)
+    assert billed(living, source) == 12
+    lost_and_adopted(living, day, events)
+    assert billed(living, source) == 12
+
+
+def test_a_credit_that_quarantine_withheld_is_not_given_twice_after_a_restore(living: LivingHouse) -> None:
+    """The copy knows the bill alone; the credit was held as one revision and went as the next."""
+    source, day = lenient("platform_events"), a_day(shipped("platform_events"), 19)
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 100})
+    source = replace(source, settings=source.settings.model_copy(update={"quarantine": limits}))
+    living.run(source, day, used(source, day, "12"))
+    copy = living.backup()
+    less = used(source, day, "5")
+    living.run(source, day, less + used(source, day, "1", "nobody-knows-me"))
+    living.run(source, day, less)
+    assert billed(living, source) == 5
+    found = lost_and_adopted(living, day, less, copy)
+    assert (found.entered, found.held, found.replayable) == (1, 0, 0)
+    assert billed(living, source) == 5
