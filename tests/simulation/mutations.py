@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pandas as pd
 from sqlalchemy import update
 
-from usage_billing import arrivals, chunks, deliver, plan, quantities, settle
+from usage_billing import arrivals, chunks, deliver, moves, plan, quantities, settle
 from usage_billing import ledger as ledgers
 from usage_billing.destinations import maxio
 from usage_billing.destinations.chargeover import ChargeOverUsage
@@ -353,8 +353,27 @@ def taken_off_whatever_is_left() -> AbstractContextManager[object]:
     return patch.object(arrivals, "done", mutant)
 
 
+def bill_before_its_credit() -> AbstractContextManager[object]:
+    """What a move adds goes at once, whatever is still to be taken away where it was billed."""
+
+    def mutant(_self: object, rows: pd.DataFrame, _uncredited: object) -> pd.Series:
+        return moves._nothing(rows)
+
+    return patch.object(moves.Moves, "why_following", mutant)
+
+
+def undecided_move_sent() -> AbstractContextManager[object]:
+    """Nobody is asked about a move: one side is credited and the other one billed as soon as it is seen."""
+
+    def mutant(_self: object, rows: pd.DataFrame, _later: object) -> pd.Series:
+        return moves._nothing(rows)
+
+    return patch.object(moves.Moves, "why_held", mutant)
+
+
 METERED, EVENTS, CHARGEOVER = "maxio_metered", "maxio_events", "chargeover_usage"
 ARRIVING = tuple(kind + BY_ARRIVAL for kind in (METERED, EVENTS, RAW, CHARGEOVER))
+MOVING = tuple(kind + how for kind in (METERED, EVENTS, CHARGEOVER) for how in ("", BY_ARRIVAL))
 
 MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     accepted_before_the_send: (METERED, EVENTS, RAW, CHARGEOVER),
@@ -383,5 +402,7 @@ MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     watermark_before_the_list: ARRIVING,
     taken_off_when_read: ARRIVING,
     taken_off_whatever_is_left: ARRIVING,
+    bill_before_its_credit: MOVING,
+    undecided_move_sent: MOVING,
 }
 """Each mutation, with the kinds of histories that can show it."""

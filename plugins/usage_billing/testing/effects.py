@@ -59,8 +59,8 @@ class Surroundings:
         """How far the ledger's clock goes ahead of the true one."""
         self.claimed: Callable[[Process, frozenset[str]], None] = lambda _process, _tokens: None
         """Told of every claim, right after it was made."""
-        self.listed: Callable[[str, Sequence[Any]], None] = lambda _what, _args: None
-        """Told of each transaction that writes the list of touched periods, right after it was made."""
+        self.noted: Callable[[Process, str, Sequence[Any]], None] = lambda _process, _what, _args: None
+        """Told of each call of the ledger that came about, right after it was made."""
         self.power_back_at: datetime | None = None
         """When the machines have power again, in a history with a power cut."""
         self.alive: list[Process] = []
@@ -204,8 +204,7 @@ class WatchedLedger:
     def _remember(self, name: str, args: Sequence[Any], result: Any) -> None:
         if name == "begin_sending" and result:
             self._around.claims(self._process, result)
-        if name in ("begin_extraction", "take_off"):
-            self._around.listed(name, args)
+        self._around.noted(self._process, name, args)
         if name == "doubt_abandoned" or (name == "land" and State.IN_DOUBT in args):
             self._around.story.counts["doubts"] += result
         self._process.checked = name == "may_send" and bool(result)

@@ -29,7 +29,7 @@ from usage_billing.testing.invariants import (
     Fails,
     Line,
     Watch,
-    billed_by_account,
+    billed_by_owner,
     open_from,
     tokens_of,
 )
@@ -315,7 +315,7 @@ def _sums(scene: Scene, end: _End, sandbox: DirectSandbox, others: Mapping[str, 
     """
     destination: Any = scene.sources[0].destination
     adds_up = destination.metric in _ADDS_UP
-    billed = billed_by_account(scene, sandbox) if adds_up else _counted(end.records)
+    billed = billed_by_owner(scene, sandbox) if adds_up else _counted(end.records)
     lines = []
     for account in scene.billed_accounts:
 

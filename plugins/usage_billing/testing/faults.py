@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 from usage_billing.testing.chance import Chance
 
-_RARE = {"power_cut": 0.2}
+_SHARES = {"power_cut": 0.2, "move": 1.0}
 """The share of histories that know a trouble, where it is not half of them."""
 
 
@@ -28,6 +28,7 @@ class Faults:
     clock: float = 0.0
     power_cut: float = 0.0
     rival: float = 0.0
+    move: float = 0.0
 
     @classmethod
     def drawn(cls, chance: Chance) -> "Faults":
@@ -45,11 +46,12 @@ class Faults:
             "clock": (1.0,),
             "power_cut": (0.1, 0.3),
             "rival": (0.5,),
+            "move": (1.0,),
         }
         known = {
             name: chance.pick(f"faults/{name}/rate", rates)
             for name, rates in ranges.items()
-            if chance.odds(f"faults/{name}", _RARE.get(name, 0.5))
+            if chance.odds(f"faults/{name}", _SHARES.get(name, 0.5))
         }
         return cls(**known)
 

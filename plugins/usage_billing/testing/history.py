@@ -7,18 +7,19 @@ cleared. At last every usage period is run once more over the final rows, until 
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from usage_billing.archive import Archive
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Ledger
-from usage_billing.records import DECIDED, State
+from usage_billing.records import DECIDED, Choice, Reading, State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
@@ -27,7 +28,8 @@ from usage_billing.testing.clockwork import Clockwork, Process
 from usage_billing.testing.effects import Surroundings
 from usage_billing.testing.events import EventsWatch, Shelf, judge_events
 from usage_billing.testing.faults import Faults
-from usage_billing.testing.invariants import Line, TotalsWatch, Watch, billed_by_account, judge
+from usage_billing.testing.invariants import Line, TotalsWatch, Watch, billed_by_owner, judge
+from usage_billing.testing.moving import Sightings, Whereabouts
 from usage_billing.testing.network import Flight, Network
 from usage_billing.testing.oracle import Key, owed
 from usage_billing.testing.others import use
@@ -115,6 +117,8 @@ class History:
         archive = self.folder / "archive" / str(self.seed)
         self.archive = Archive(archive)
         self.shelf = Shelf(self.scene, self.ledger, archive) if self.scene.raw else None
+        self.led = dict(zip(self.scene.billed_accounts, self.scene.owners, strict=False))
+        self.sightings = Sightings(self.scene.owner)
         watch = self._watch()
         self.network = Network(
             self.sandbox,
@@ -136,8 +140,7 @@ class History:
             )
             for source in self.scene.sources
         }
-        if self.scene.by_arrival:
-            self.around.listed = self.touched.look
+        self.around.noted = self._noted
         self.violations: list[tuple[str, str]] = []
         self.others: dict[str, Decimal] = {}
         self.runs: list[DagRun] = []
@@ -152,7 +155,12 @@ class History:
     def _watch(self) -> Watch:
         if self.shelf is not None:
             return EventsWatch(self.scene, self.ledger, self.sandbox, self.shelf, self.rows_of, self.fails)
-        return TotalsWatch(self.scene, self.ledger, self.sandbox, self.extracted, self.fails)
+        return TotalsWatch(self.scene, self.ledger, self.sandbox, self.extracted, self.sightings.of, self.fails)
+
+    def _noted(self, process: Process, what: str, args: Sequence[Any]) -> None:
+        self.sightings.note(process, what, args)
+        if self.scene.by_arrival and what in ("begin_extraction", "take_off"):
+            self.touched.look(what, args)
 
     def close(self) -> None:
         """Close ledger and site."""
@@ -203,6 +211,8 @@ class History:
         for number in self._some("release", 0, 3):
             moment = chance.seconds(f"release/at:{number}", 0, span + 3 * unit)
             self.around.clockwork.after(moment, partial(self._release, number))
+        if self.scene.moves:
+            self._arrange_moves(gathering, span + 2 * unit)
         self.rest()
         if chance.strikes("silence", 0.1):
             # Longer than any site remembers a token.
@@ -260,6 +270,40 @@ class History:
         change = partial(self.warehouses[source.name].change, f"change:{number}", tell)
         self.around.clockwork.after(moment, change)
 
+    def _arrange_moves(self, gathering: float, latest: float) -> None:
+        """Let accounts lead elsewhere, mostly between two waves of runs, and let a person decide about it, or not."""
+        chance = self.chance
+        for number in self._some("move", 1, 3, self.faults.move):
+            near = chance.odds(f"move/near:{number}", 0.7)
+            soon = gathering + chance.seconds(f"move/soon:{number}", 20, _SECOND_WAVE)
+            moment = soon if near else chance.seconds(f"move/at:{number}", 0, latest)
+            self.around.clockwork.after(moment, partial(self._move, number))
+        for number in self._some("choice", 0, 3, self.faults.move):
+            near = chance.odds(f"choice/near:{number}", 0.6)
+            soon = gathering + chance.seconds(f"choice/soon:{number}", 30, 2 * _SECOND_WAVE)
+            moment = soon if near else chance.seconds(f"choice/at:{number}", 0, latest)
+            self.around.clockwork.after(moment, partial(self._choose, str(number), 0.6))
+
+    def _move(self, number: int) -> None:
+        """Let an account lead to another subscription: one of nobody, or that of another account, or back home."""
+        account = self.chance.pick(f"move/account:{number}", self.scene.billed_accounts)
+        others = [owner for owner in self.scene.owners if owner != self.led[account]]
+        home = self.scene.owners[self.scene.billed_accounts.index(account)]
+        likely = [owner for owner in others if owner in (home, self.scene.owners[-1])]
+        self.led[account] = self.chance.pick(f"move/to:{number}", others + 2 * likely)
+        self.around.tell("the mapping", f"leads {account} to {self.led[account]}")
+
+    def _choose(self, name: str, share: float = 1.0) -> None:
+        """Let a person go through the moves that were seen and are undecided, and choose about some."""
+        for source in self.scene.sources:
+            for account in self.sightings.now.undecided(source.name):
+                if not self.chance.odds(f"choice:{name}:{source.name}:{account}", share):
+                    continue
+                choice = self.chance.pick(f"choice/of:{name}:{source.name}:{account}", tuple(Choice))
+                self.ledger.decide_move(source.name, account, choice, "a person", "")
+                self.sightings.choose(source.name, account, choice)
+                self.around.tell("a person", f"chooses {choice} for {account} of {source.name}")
+
     def _release(self, number: int) -> None:
         """Let a person go through what is held, and release some of it."""
         for name in sorted(self.warehouses):
@@ -277,30 +321,30 @@ class History:
             self.around.tell("a person", f"releases {token[:8]}")
 
     def _others_use(self, number: int) -> None:
-        account = self.chance.pick(f"others/account:{number}", self.scene.billed_accounts)
+        owner = self.chance.pick(f"others/account:{number}", self.scene.owners)
         quantity = self.chance.pick(f"others/quantity:{number}", (7, 3, -2, -30))
         if self.scene.switches.get("metric_below_zero") == "zero":
             quantity = abs(quantity)  # What they take from nothing would be ours that is not billed.
-        self._others_bill(account, quantity)
+        self._others_bill(owner, quantity)
 
     def _others_deduct(self, flight: Flight, name: str) -> None:
         """Let somebody else deduct from the same balance while a deduction of ours is on its way there."""
         number = flight.url.partition("/subscriptions/")[2].partition("/")[0]
         if b'"quantity":-' in flight.body and self.chance.strikes(f"rival:{name}", self.faults.rival):
-            self._others_bill(self.scene.account_of[number], self.chance.pick(f"rival/quantity:{name}", (-1, -15, -50)))
+            self._others_bill(self.scene.owner_of[number], self.chance.pick(f"rival/quantity:{name}", (-1, -15, -50)))
 
-    def _others_bill(self, account: str, quantity: int) -> None:
+    def _others_bill(self, owner: str, quantity: int) -> None:
         """Somebody else bills usage of the same component at the site: whatever it moves there is theirs."""
         self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
-        before = billed_by_account(self.scene, self.sandbox).get(account, Decimal(0))
-        status = use(self.scene, self.sandbox, account, quantity)
-        moved = billed_by_account(self.scene, self.sandbox).get(account, Decimal(0)) - before
+        before = billed_by_owner(self.scene, self.sandbox).get(owner, Decimal(0))
+        status = use(self.scene, self.sandbox, owner, quantity)
+        moved = billed_by_owner(self.scene, self.sandbox).get(owner, Decimal(0)) - before
         if self.scene.kind == "maxio_events":
             # An event of now counts whole; a period that is not assessed yet only hides it from `billed` for a while.
             counts = self.scene.sources[0].destination.metric == "count"  # type: ignore[attr-defined]
             moved = Decimal(1 if counts else quantity)
-        self.others[account] = self.others.get(account, Decimal(0)) + moved
-        self.around.tell("somebody else", f"uses {quantity} of {account}", f"HTTP {status}, {moved:f} counted")
+        self.others[owner] = self.others.get(owner, Decimal(0)) + moved
+        self.around.tell("somebody else", f"uses {quantity} of {owner}", f"HTTP {status}, {moved:f} counted")
 
     def _clock_jumps(self, number: int) -> None:
         """Let the ledger's clock jump by seconds at any time; by hours only while no request is in the air.
@@ -340,20 +384,26 @@ class History:
         if self.chance.odds("mended", 0.5):
             for warehouse in self.warehouses.values():
                 warehouse.mend()
-        for warehouse in self.warehouses.values():
-            # Where nothing is left of all that a run reads, a person is asked; and no one answers here.
-            read = warehouse.rows.values()
-            last = len(self.scene.units) - 2 if self.scene.by_arrival else 0
-            if not any(row.sound for row in read if not self.scene.by_arrival or row.unit == last):
-                warehouse.add("the last one", last)
+        self._leave_something()
         if self.chance.odds("released at last", 0.3):
             self._release(_ROUNDS)
+        decides = self.chance.odds("decided at last", 0.6)
         for number in range(_ROUNDS):
+            if decides:
+                self._choose(f"round{number}")
             writes = self.network.writes
             self._sweep_and_run(number)
             if number and self.network.writes == writes:
                 return
         self.fails("I3 nothing more is sent", f"round {_ROUNDS} of the same runs still sends")
+
+    def _leave_something(self) -> None:
+        """Where nothing is left of all that a run reads, a person is asked; and no one answers here."""
+        for warehouse in self.warehouses.values():
+            read = warehouse.rows.values()
+            last = len(self.scene.units) - 2 if self.scene.by_arrival else 0
+            if not any(row.sound for row in read if not self.scene.by_arrival or row.unit == last):
+                warehouse.add("the last one", last)
 
     def _sweep_and_run(self, number: int) -> None:
         """Sweep, and run every period once more over the final rows.
@@ -370,7 +420,8 @@ class History:
                 self.fails("a quiet sweep ends well", f"{type(sweep.error).__name__}: {sweep.error}")
             first = last if self.scene.by_arrival else 0
             self._run_at_last(Asked(f"last{number}:{source.name}", source, first, last, tries=1))
-            if self.scene.by_arrival and self.warehouses[source.name].vanished:
+            # Nor does any row arrive when an account moves, or when somebody decides about that.
+            if self.scene.by_arrival and (self.scene.moves or self.warehouses[source.name].vanished):
                 self._run_at_last(Asked(f"rescan{number}:{source.name}", source, 0, last, tries=1, rescan=True))
             if self.scene.by_arrival:
                 self.touched.at_rest(source.name)
@@ -401,14 +452,18 @@ class History:
         """Return the rows of one extraction, as the warehouse had them."""
         return self.snapshots[source, extraction].rows
 
-    def extracted(self, source: str, extraction: int) -> tuple[Mapping[Key, Decimal], bool]:
-        """Return what the oracle says the rows of one extraction make owed, and whether any were unsound."""
-        rows = self.rows_of(source, extraction)
-        return self._owed(source, rows), not all(row.sound for row in rows)
+    def extracted(self, source: str, reading: Reading) -> tuple[Mapping[Key, Decimal], bool]:
+        """Return what the oracle says that the rows of a reading make owed, and whether any were unsound."""
+        rows = self.rows_of(source, reading.extraction)
+        return self._owed(source, rows, self.sightings.of(source, reading)), not all(row.sound for row in rows)
 
-    def _owed(self, name: str, rows: Iterable[Row]) -> dict[Key, Decimal]:
+    def _owed(self, name: str, rows: Iterable[Row], whereabouts: Whereabouts) -> dict[Key, Decimal]:
         settings = next(source for source in self.scene.sources if source.name == name).settings
-        return owed(name, settings.meter.function, rows, self.scene.units, by_region=bool(settings.dimensions))
+
+        def owner(account: str, start: datetime) -> str:
+            return whereabouts.of(name, account, start).owner
+
+        return owed(name, settings.meter.function, rows, self.scene.units, owner, by_region=bool(settings.dimensions))
 
     def judged(self) -> list[Line]:
         """Look at the whole once all is quiet; return the closing table."""
@@ -419,8 +474,17 @@ class History:
             return judge_events(self.scene, self.shelf, self.sandbox, rows, self.others, now, self.fails)
         total: dict[Key, Decimal] = {}
         for name, warehouse in self.warehouses.items():
-            total |= self._owed(name, warehouse.rows.values())
-        return judge(self.scene, self.ledger, self.sandbox, total, self.others, now, self.fails)
+            total |= self._owed(name, warehouse.rows.values(), self.sightings.now)
+            self._look_whether_moves_were_seen(name)
+        return judge(self.scene, self.ledger, self.sandbox, total, self.sightings.now, self.others, now, self.fails)
+
+    def _look_whether_moves_were_seen(self, name: str) -> None:
+        """Look whether what usage is billed by is what the mapping says."""
+        used = {str(row.account) for row in self.warehouses[name].rows.values() if row.sound}
+        for account in sorted(used) if self.scene.moves else ():
+            leads, seen = self.led[account], self.sightings.now.last(name, account)
+            if seen != leads:
+                self.fails("I1 moves are seen", f"{name}: {account} leads to {leads}, and was last seen at {seen}")
 
     def _watched(self, watch: Watch, flight: Flight) -> None:
         self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))

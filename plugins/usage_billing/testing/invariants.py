@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
@@ -21,9 +21,10 @@ from sqlalchemy import and_, select
 
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import compared_period, delivery
-from usage_billing.records import PERSON_DECIDES, State
+from usage_billing.records import MOVED, PERSON_DECIDES, Reading, State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.testing.clockwork import Process
+from usage_billing.testing.moving import Whereabouts
 from usage_billing.testing.network import Flight
 from usage_billing.testing.oracle import Key
 from usage_billing.testing.scenes import Scene
@@ -33,6 +34,10 @@ _ZERO = Decimal(0)
 OPEN = (State.HELD, State.REFUSED, State.IN_DOUBT, State.RESERVED, State.SENDING)
 
 Fails = Callable[[str, str], None]
+Extracted = Callable[[str, Reading], tuple[Mapping[Key, Decimal], bool]]
+"""What the oracle says that a source's reading makes owed, and whether any of its rows were unsound."""
+Moved = Callable[[str, Reading], Whereabouts]
+"""By what a source's reading is counted."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Delivered:
     state: State
     quantity: Decimal
     counted: Decimal
-    extraction: int
+    reading: Reading
     sends: int
     sent_at: datetime | None
     reason: str
@@ -58,23 +63,23 @@ class Delivered:
 def key_text(key: Key) -> str:
     """Return a key as a story tells it."""
     region = f" {key.region}" if key.region else ""
-    return f"{key.source} {key.account}{region} {key.start:%m-%dT%H:%M}"
+    return f"{key.source} {key.owner}{region} {key.start:%m-%dT%H:%M}"
 
 
-def deliveries(ledger: Ledger, tokens: Iterable[str] | None = None) -> list[Delivered]:
+def deliveries(scene: Scene, ledger: Ledger, tokens: Iterable[str] | None = None) -> list[Delivered]:
     """Return all deliveries of a ledger, or those of the identities that some tokens belong to, by revision."""
     statement = select(delivery).order_by(delivery.c.identity, delivery.c.revision)
     if tokens is not None:
         some = select(delivery.c.identity).where(delivery.c.token.in_(list(tokens)))
         statement = statement.where(delivery.c.identity.in_(some))
     with ledger._engine.connect().execution_options(reading=True) as connection:  # noqa: SLF001 - read, and only read.
-        return [_delivered(row) for row in connection.execute(statement).mappings()]
+        return [_delivered(scene, row) for row in connection.execute(statement).mappings()]
 
 
-def _delivered(row: Mapping[Any, Any]) -> Delivered:
+def _delivered(scene: Scene, row: Mapping[Any, Any]) -> Delivered:
     # Every dimension of a simulated row has the same value.
     region = next(iter(json.loads(row["dimensions"] or "{}").values()), "")
-    key = Key(row["source"], row["account"], row["period_start"], region)
+    key = Key(row["source"], scene.owner(row["subscription"]), row["period_start"], region)
     quantity = Decimal(row["quantity"])
     return Delivered(
         token=row["token"],
@@ -84,7 +89,7 @@ def _delivered(row: Mapping[Any, Any]) -> Delivered:
         state=State(row["state"]),
         quantity=quantity,
         counted=Decimal(row["applied"]) if row["applied"] else quantity,
-        extraction=row["extraction"],
+        reading=Reading(row["extraction"], row["validation"]),
         sends=row["sends"],
         sent_at=row["sent_at"],
         reason=row["reason"],
@@ -133,27 +138,26 @@ class Watch(ABC):
 
 
 class TotalsWatch(Watch):
-    """I2: no request takes what was accepted and what is in the air above what its plan owed."""
+    """I2: no request takes what was accepted and what is in the air above what its plan owed.
+
+    Where accounts move: nothing goes that a person has to choose about, and no bill before its credit.
+    """
 
     def __init__(
-        self,
-        scene: Scene,
-        ledger: Ledger,
-        sandbox: DirectSandbox,
-        extracted: Callable[[str, int], tuple[Mapping[Key, Decimal], bool]],
-        fails: Fails,
+        self, scene: Scene, ledger: Ledger, sandbox: DirectSandbox, extracted: Extracted, moved: Moved, fails: Fails
     ) -> None:
         super().__init__(ledger, fails)
         self._scene = scene
         self._sandbox = sandbox
         self._extracted = extracted
+        self._moved = moved
 
     def request(self, flight: Flight, air: Sequence[Flight]) -> None:
         """Look at one request before it leaves, while others are in the air."""
         tokens = tokens_of(flight)
         there = {token for token, _ in records(self._sandbox, self._scene.site)}
         there |= {token for other in air for token in tokens_of(other)}
-        known = deliveries(self._ledger, tokens)
+        known = deliveries(self._scene, self._ledger, tokens)
         names = {one.token for one in known}
         for token in tokens:
             if token not in names:
@@ -168,7 +172,7 @@ class TotalsWatch(Watch):
             self._fails("I2 sent once", f"{flight.process} sends {one}, which is at the site or on its way there")
         others = [other for other in same if other.token != one.token and other.token in there]
         before = sum((other.counted if other.state is State.ACCEPTED else other.quantity for other in others), _ZERO)
-        all_owed, some_unsound = self._extracted(one.key.source, one.extraction)
+        all_owed, some_unsound = self._extracted(one.key.source, one.reading)
         owed = all_owed.get(one.key, _ZERO)
         after = before + one.quantity
         if (one.quantity > 0 and after > owed) or (one.quantity < 0 and after < owed):
@@ -176,6 +180,26 @@ class TotalsWatch(Watch):
             self._fails("I2 no more than owed", told)
         if one.quantity < 0 and some_unsound:
             self._fails("I2 quarantine withholds", f"{flight.process} sends {one}, with rows in quarantine")
+        if self._scene.moves:
+            self._look_at_moves(flight, one, all_owed, there)
+
+    def _look_at_moves(self, flight: Flight, one: Delivered, owed: Mapping[Key, Decimal], there: set[str]) -> None:
+        source, owner, start = one.key.source, one.key.owner, one.key.start
+        whereabouts = self._moved(source, one.reading)
+        if whereabouts.waits(source, owner, start):
+            self._fails("I2 undecided moves wait", f"{flight.process} sends {one}, about which nobody has chosen")
+        former = {replace(one.key, owner=name) for name in whereabouts.former(source, owner, start)}
+        if one.quantity < 0 or not former:
+            return
+        known = deliveries(self._scene, self._ledger)
+        for key in sorted(former):
+            # What is on its way there may arrive; only a credit that has arrived is one.
+            some = [other for other in known if other.key == key and other.token in there]
+            some = [other for other in some if other.state is State.ACCEPTED or other.quantity > 0]
+            billed = sum((other.counted for other in some), _ZERO)
+            if billed > owed.get(key, _ZERO):
+                told = f"{flight.process} sends {one}; {key_text(key)} has {billed:f}, owed {owed.get(key, _ZERO):f}"
+                self._fails("I2 the credit goes first", told)
 
 
 def tokens_of(flight: Flight) -> list[str]:
@@ -185,9 +209,9 @@ def tokens_of(flight: Flight) -> list[str]:
 
 @dataclass(frozen=True)
 class Line:
-    """The end of a history for one account: what is owed, billed and listed."""
+    """The end of a history for one subscription: what is owed, billed and listed."""
 
-    account: str
+    owner: str
     owed: Decimal
     billed: Decimal
     others: Decimal
@@ -204,7 +228,7 @@ class Line:
         doubts = f", in doubt {' '.join(f'{one:f}' for one in self.in_doubt)}" if self.in_doubt else ""
         others = f" (+ {self.others:f} of others)" if self.others else ""
         ours = self.billed - self.others
-        return f"{self.account:12} owed {self.owed:f}, billed {ours:f}{others}, listed {self.listed:f}{doubts}"
+        return f"{self.owner:12} owed {self.owed:f}, billed {ours:f}{others}, listed {self.listed:f}{doubts}"
 
 
 def judge(
@@ -212,14 +236,16 @@ def judge(
     ledger: Ledger,
     sandbox: DirectSandbox,
     owed: Mapping[Key, Decimal],
+    whereabouts: Whereabouts,
     others: Mapping[str, Decimal],
     now: datetime,
     fails: Fails,
 ) -> list[Line]:
     """Look at a quiet system; return the closing table."""
-    known = deliveries(ledger)
+    known = deliveries(scene, ledger)
     _nothing_under_way(scene, known, sandbox, now, fails)
     _keys_add_up(known, owed, fails)
+    _moves_are_listed(known, whereabouts, fails)
     _records_map(scene, known, sandbox, fails)
     return _sums(scene, known, sandbox, owed, others, fails)
 
@@ -281,6 +307,14 @@ def _keys_add_up(known: Sequence[Delivered], owed: Mapping[Key, Decimal], fails:
             fails("I1 per key", told)
 
 
+def _moves_are_listed(known: Sequence[Delivered], whereabouts: Whereabouts, fails: Fails) -> None:
+    """What a person has to choose about is listed as that, on both sides."""
+    for one in known:
+        waits = whereabouts.waits(one.key.source, one.key.owner, one.key.start)
+        if one.state is State.HELD and waits and not one.reason.startswith(MOVED):
+            fails("I1 moves are listed", f"{one} is held for another reason: {one.reason}")
+
+
 def _records_map(scene: Scene, known: Sequence[Delivered], sandbox: DirectSandbox, fails: Fails) -> None:
     """I6: each record with a token of ours is one accepted delivery with that quantity, and back."""
     by_token = {one.token: one for one in known}
@@ -315,27 +349,27 @@ def _sums(
 ) -> list[Line]:
     """I1 and I7 per subscription, by the site: what it billed and what is listed by name make what is owed."""
     lines = []
-    billed = billed_by_account(scene, sandbox)
-    for account in scene.billed_accounts:
-        mine = [one for one in known if one.key.account == account]
+    billed = billed_by_owner(scene, sandbox)
+    for owner in scene.owners:
+        mine = [one for one in known if one.key.owner == owner]
         blocked = {one.key for one in mine if one.state is State.IN_DOUBT}
-        owes = sum((quantity for key, quantity in owed.items() if key.account == account), _ZERO)
+        owes = sum((quantity for key, quantity in owed.items() if key.owner == owner), _ZERO)
         listed = sum((one.quantity for one in mine if one.state in OPEN and one.key not in blocked), _ZERO)
         # Beyond a doubt, nothing is listed yet: what a blocked key owes on top is told by every plan.
         for key in blocked:
             some = [one for one in mine if one.key == key and one.state in (State.ACCEPTED, State.IN_DOUBT)]
             listed += owed.get(key, _ZERO) - sum((one.counted for one in some), _ZERO)
         doubts = tuple(one.quantity for one in mine if one.state is State.IN_DOUBT)
-        line = Line(account, owes, billed.get(account, _ZERO), others.get(account, _ZERO), listed, doubts)
+        line = Line(owner, owes, billed.get(owner, _ZERO), others.get(owner, _ZERO), listed, doubts)
         lines.append(line)
         if not line.adds_up:
             fails("I1 billed and listed make what is owed", str(line))
     return lines
 
 
-def billed_by_account(scene: Scene, sandbox: DirectSandbox) -> dict[str, Decimal]:
-    """Return what the site billed for the simulated component, by the warehouse's account."""
-    numbers = scene.account_of
+def billed_by_owner(scene: Scene, sandbox: DirectSandbox) -> dict[str, Decimal]:
+    """Return what the site billed for the simulated component, by its name of the subscription."""
+    numbers = scene.owner_of
     found: dict[str, Decimal] = {}
     for row in sandbox.billed(scene.site):
         if row.component == scene.component and row.subscription in numbers:

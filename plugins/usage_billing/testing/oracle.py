@@ -3,7 +3,7 @@
 It knows rows, units and `Decimal`; neither pandas, nor the ledger, nor the periods of the package.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -13,22 +13,32 @@ from usage_billing.testing.warehouse import Row
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What usage is owed for: a source's account, in one usage period, with one value of its dimensions."""
+    """What usage is owed for: a source's subscription, in one usage period, with one value of its dimensions."""
 
     source: str
-    account: str
+    owner: str
     start: datetime
     region: str = ""
 
 
 def owed(
-    source: str, function: str, rows: Iterable[Row], units: Sequence[datetime], *, by_region: bool
+    source: str,
+    function: str,
+    rows: Iterable[Row],
+    units: Sequence[datetime],
+    owner: Callable[[str, datetime], str],
+    *,
+    by_region: bool,
 ) -> dict[Key, Decimal]:
-    """Return what sound rows make owed, by key; keys that are owed nothing may be absent."""
+    """Return what sound rows make owed, by key; keys that are owed nothing may be absent.
+
+    `owner` says of an account and a usage period whose bill it is on.
+    """
     groups: dict[Key, list[Row]] = {}
     for row in rows:
         if row.sound and row.account is not None:
-            key = Key(source, row.account, units[row.unit], row.region if by_region else "")
+            start = units[row.unit]
+            key = Key(source, owner(row.account, start), start, row.region if by_region else "")
             groups.setdefault(key, []).append(row)
     return {key: _measured(function, some) for key, some in groups.items()}
 

@@ -10,9 +10,9 @@ from usage_billing.sandbox.world import MaxioWorld
 from usage_billing.testing.scenes import Scene
 
 
-def use(scene: Scene, sandbox: DirectSandbox, account: str, quantity: int) -> int:
-    """Enter usage of the simulated component for an account, now; return the site's status."""
-    number = next(number for number, name in scene.account_of.items() if name == account)
+def use(scene: Scene, sandbox: DirectSandbox, owner: str, quantity: int) -> int:
+    """Enter usage of the simulated component for a subscription, now; return the site's status."""
+    number = next(number for number, name in scene.owner_of.items() if name == owner)
     url, body, keys = _request(scene, sandbox, number, quantity)
     headers = {
         "Authorization": f"Basic {b64encode(':'.join(keys).encode()).decode()}",

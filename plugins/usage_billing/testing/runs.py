@@ -28,6 +28,7 @@ from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.testing.clockwork import Process
 from usage_billing.testing.effects import Surroundings, WatchedLedger, means
+from usage_billing.testing.moving import Sightings, put_before
 from usage_billing.testing.network import Network
 from usage_billing.testing.scenes import Scene, with_batches
 from usage_billing.testing.warehouse import Row, Snapshot, Warehouse, WarehouseHook
@@ -59,6 +60,8 @@ class House(Protocol):
     archive: Archive
     warehouses: dict[str, Warehouse]
     snapshots: dict[tuple[str, int], Snapshot]
+    led: dict[str, str]
+    sightings: Sightings
 
     def fails(self, check: str, text: str) -> None:
         """Note that something happened that never may."""
@@ -208,8 +211,10 @@ class DagRun:
         events, began = run.tables["events"], ledger.now()
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
+        known = house.sightings.known_to(process)
         found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(run.number, found.digest, aside.rows, found.reasons, aside.manifest, began)
+        house.sightings.counts(source.name, reading, known)
         self._check_rows(run, events.rows, found.accepted.rows, found.quarantined.rows)
         site = destination.site
         totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder, moves)
@@ -334,7 +339,7 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
 def _destination(house: House, source: BillingSource, process: Process) -> Destination:
     found = house.scene.destination(source, house.network.sandbox, house.network.transport(process))
     found.archive = house.archive
-    return found
+    return put_before(found, house.led) if house.scene.moves else found
 
 
 def sweeping(house: House, source: BillingSource, *, resumes: bool) -> Callable[[Process], None]:

@@ -5,6 +5,7 @@ A user's own source makes a scene of its own: its component, stream or item stan
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
+from functools import cached_property
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -60,7 +61,8 @@ class Scene:
     """One site and the sources that are billed there.
 
     `units` are the edges of the usage periods that the history is about, `accounts` what the warehouse knows of: those
-    that the site bills, and after them those that it does not.
+    that the site bills, and those that it does not. `owners` are the site's own names of the subscriptions that it
+    bills. They are the same, unless accounts move: then a mapping leads from the ones to the others.
     """
 
     kind: str
@@ -69,6 +71,7 @@ class Scene:
     units: tuple[datetime, ...]
     billed_accounts: tuple[str, ...]
     other_accounts: tuple[str, ...]
+    owners: tuple[str, ...]
     component: str
     settings: Json
     switches: Json
@@ -96,10 +99,19 @@ class Scene:
         return self.world.site
 
     @property
-    def account_of(self) -> dict[str, str]:
-        """Return the warehouse's account by the number that the site has for its subscription or package."""
+    def moves(self) -> bool:
+        """Say whether a mapping leads accounts to subscriptions, and may lead them elsewhere."""
+        return self.owners != self.billed_accounts
+
+    @cached_property
+    def owner_of(self) -> dict[str, str]:
+        """Return the site's name of a subscription by the number that it has for it, or for its package."""
         first = 501 if isinstance(self.world, MaxioWorld) else 700
-        return {str(first + place): account for place, account in enumerate(self.billed_accounts)}
+        return {str(first + place): owner for place, owner in enumerate(self.owners)}
+
+    def owner(self, subscription: str) -> str:
+        """Return the site's name of a subscription as the ledger names it: by number, or by the kind of name and it."""
+        return subscription.partition(":")[2] or self.owner_of.get(subscription, subscription)
 
     @property
     def settle_after(self) -> timedelta:
@@ -177,8 +189,11 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     settings = sources[0].settings
     units = _units(chance, settings.period, settings.timezone, first_day)
     count = chance.number("scene/accounts", 2, 6)
+    # What a raw event says can be taken back by no call, so nothing of it moves.
+    moves = not _is_raw(sources[0]) and chance.odds("scene/moves", 0.25)
     draw = _maxio if kind.startswith("maxio") else _chargeover
-    world, billed, others, component = draw(chance, sources, units, count)
+    world, owners, others, component = draw(chance, sources, units, count + moves)
+    billed = tuple(f"at-{number}" for number in range(count)) if moves else owners
     shared: Json = {}
     if kind == "chargeover_usage":
         shared["negative_usage"] = chance.pick("scene/negative", ("allowed", "hold"))
@@ -186,7 +201,7 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     if kind == "maxio_events" and switches.get("preview_shows_unused") == "no":
         # There nothing is sent unless somebody vouches for it, which is what the site's people would do.
         sources = tuple(_with_keys(source, activation="assumed") for source in sources)
-    return Scene(kind, world, sources, units, billed, others, component, shared, switches)
+    return Scene(kind, world, sources, units, billed, others, owners, component, shared, switches)
 
 
 def _units(chance: Chance, period: str, zone: ZoneInfo, first: date) -> tuple[datetime, ...]:

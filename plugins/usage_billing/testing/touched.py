@@ -4,7 +4,7 @@ Looked at after each transaction that moves a watermark or shortens a list, by w
 its own rows: which arrived how, and which of them a reading had before it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -13,8 +13,7 @@ from usage_billing import arrivals
 from usage_billing.ledger import Ledger
 from usage_billing.records import Period, Reading, State
 from usage_billing.testing.events import Shelf
-from usage_billing.testing.invariants import OPEN, Fails, deliveries, key_text
-from usage_billing.testing.oracle import Key
+from usage_billing.testing.invariants import OPEN, Extracted, Fails, deliveries, key_text
 from usage_billing.testing.scenes import Scene
 from usage_billing.testing.warehouse import Snapshot, Warehouse
 
@@ -31,10 +30,11 @@ class TouchedWatch:
         ledger: Ledger,
         warehouses: Mapping[str, Warehouse],
         snapshots: Mapping[tuple[str, int], Snapshot],
-        extracted: Callable[[str, int], tuple[Mapping[Key, Decimal], bool]],
+        extracted: Extracted,
         shelf: Shelf | None,
         fails: Fails,
     ) -> None:
+        self._scene = scene
         self._sources = {source.name: source for source in scene.sources}
         self._starts = scene.units[:-1]
         self._ledger = ledger
@@ -93,8 +93,9 @@ class TouchedWatch:
                 self._fails("arrivals: settled before it leaves", f"{name} {start}, taken off by {reading}: {left}")
 
     def _totals(self, name: str, start: datetime, reading: Reading) -> list[str]:
-        owed, _ = self._extracted(name, reading.extraction)
-        some = [one for one in deliveries(self._ledger) if (one.key.source, one.key.start) == (name, start)]
+        owed, _ = self._extracted(name, reading)
+        everything = deliveries(self._scene, self._ledger)
+        some = [one for one in everything if (one.key.source, one.key.start) == (name, start)]
         told = [f"{one} is on its way" for one in some if one.state in _ON_ITS_WAY]
         for key in sorted({one.key for one in some} | {key for key in owed if key.start == start}):
             mine = [one for one in some if one.key == key]
