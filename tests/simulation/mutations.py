@@ -14,17 +14,17 @@ from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
-from sqlalchemy import update
+from sqlalchemy import select, update
 
-from usage_billing import arrivals, chunks, deliver, moves, plan, quantities, settle
+from usage_billing import approve, arrivals, chunks, deliver, moves, plan, quantities, settle
 from usage_billing import ledger as ledgers
 from usage_billing.destinations import maxio
 from usage_billing.destinations.chargeover import ChargeOverUsage
 from usage_billing.destinations.maxio import events
 from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger, queries
-from usage_billing.ledger.tables import delivery
-from usage_billing.records import Reading, Receipt, State
+from usage_billing.ledger.tables import approval, delivery
+from usage_billing.records import Approval, Decision, Reading, Receipt, State
 from usage_billing.testing.scenes import BY_ARRIVAL, RAW
 
 Mutation = Callable[[], AbstractContextManager[object]]
@@ -371,8 +371,39 @@ def undecided_move_sent() -> AbstractContextManager[object]:
     return patch.object(moves.Moves, "why_held", mutant)
 
 
+def delivered_unasked() -> AbstractContextManager[object]:
+    """A deliver goes whatever was said to its plan, also where that was rejected."""
+    return patch.object(approve.Approved, "check", lambda _self: None)
+
+
+def any_yes_counts() -> AbstractContextManager[object]:
+    """A yes to an older plan counts for every later one."""
+
+    def mutant(self: Ledger, name: str, *_which: object) -> Approval | None:
+        said = select(approval).where(approval.c.source == name, approval.c.decision == Decision.APPROVED)
+        with self._reading() as connection:
+            row = connection.execute(said.limit(1)).first()
+        if row is None:
+            return None
+        reading = Reading(row.extraction, row.validation)
+        return Approval(name, reading, row.digest, Decision(row.decision), row.decided_by, row.note, row.decided_at)
+
+    return patch.object(Ledger, "decision", mutant)
+
+
+def planned_again_unasked() -> AbstractContextManager[object]:
+    """What becomes possible in the middle of a delivery goes as well, though nobody was shown it."""
+    return patch.object(approve.Approved, "within", lambda _self, again: again)
+
+
+def turned_down_unlisted() -> AbstractContextManager[object]:
+    """What a person turned down is listed nowhere."""
+    return patch.object(approve, "_all_held", lambda frame, _reason: frame.iloc[:0])
+
+
 METERED, EVENTS, CHARGEOVER = "maxio_metered", "maxio_events", "chargeover_usage"
 ARRIVING = tuple(kind + BY_ARRIVAL for kind in (METERED, EVENTS, RAW, CHARGEOVER))
+EVERY = (METERED, EVENTS, RAW, CHARGEOVER, *ARRIVING)
 MOVING = tuple(kind + how for kind in (METERED, EVENTS, CHARGEOVER) for how in ("", BY_ARRIVAL))
 
 MUTATIONS: dict[Mutation, tuple[str, ...]] = {
@@ -404,5 +435,9 @@ MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     taken_off_whatever_is_left: ARRIVING,
     bill_before_its_credit: MOVING,
     undecided_move_sent: MOVING,
+    delivered_unasked: EVERY,
+    any_yes_counts: EVERY,
+    planned_again_unasked: EVERY,
+    turned_down_unlisted: EVERY,
 }
 """Each mutation, with the kinds of histories that can show it."""

@@ -30,6 +30,12 @@ FIRST = {
     "watermark_without_overlap": 30,
     "watermark_ahead_of_the_clock": 230,
     "taken_off_whatever_is_left": 43,
+    "bill_before_its_credit": 6,
+    "undecided_move_sent": 6,
+    "delivered_unasked": 8,
+    "any_yes_counts": 4,
+    "planned_again_unasked": 10,
+    "turned_down_unlisted": 8,
 }
 
 

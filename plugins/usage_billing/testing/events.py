@@ -24,6 +24,7 @@ from usage_billing.ledger.tables import delivery
 from usage_billing.records import State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.sources import BillingSource
+from usage_billing.testing.answers import Answers
 from usage_billing.testing.invariants import (
     OPEN,
     Fails,
@@ -160,11 +161,16 @@ class EventsWatch(Watch):
     """I2: nothing is sent that is there or on its way under another name, or that its plan's rows do not say."""
 
     def __init__(
-        self, scene: Scene, ledger: Ledger, sandbox: DirectSandbox, shelf: Shelf, rows: RowsOf, fails: Fails
+        self,
+        scene: Scene,
+        ledger: Ledger,
+        sandbox: DirectSandbox,
+        shelf: Shelf,
+        rows: RowsOf,
+        answers: Answers,
+        fails: Fails,
     ) -> None:
-        super().__init__(ledger, fails)
-        self._scene = scene
-        self._sandbox = sandbox
+        super().__init__(scene, ledger, sandbox, answers, fails)
         self._shelf = shelf
         self._rows = rows
 

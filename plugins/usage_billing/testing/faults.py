@@ -1,6 +1,6 @@
 """How hard a history is: which troubles it knows, and how often each strikes."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from usage_billing.testing.chance import Chance
 
@@ -29,6 +29,8 @@ class Faults:
     power_cut: float = 0.0
     rival: float = 0.0
     move: float = 0.0
+    quiet: bool = field(default=False, init=False)
+    """Whether nothing goes wrong any more."""
 
     @classmethod
     def drawn(cls, chance: Chance) -> "Faults":
@@ -57,5 +59,6 @@ class Faults:
 
     def stop(self) -> None:
         """From now on nothing goes wrong any more."""
-        for field in fields(self):
-            setattr(self, field.name, 0.0)
+        for trouble in fields(self):
+            setattr(self, trouble.name, 0.0)
+        self.quiet = True

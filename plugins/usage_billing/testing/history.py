@@ -19,10 +19,11 @@ from typing import Any
 from usage_billing.archive import Archive
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger import Ledger
-from usage_billing.records import DECIDED, Choice, Reading, State
+from usage_billing.records import DECIDED, Choice, Decision, Reading, State
 from usage_billing.sandbox import DirectSandbox
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
+from usage_billing.testing.answers import Answers
 from usage_billing.testing.chance import Chance
 from usage_billing.testing.clockwork import Clockwork, Process
 from usage_billing.testing.effects import Surroundings
@@ -33,7 +34,7 @@ from usage_billing.testing.moving import Sightings, Whereabouts
 from usage_billing.testing.network import Flight, Network
 from usage_billing.testing.oracle import Key, owed
 from usage_billing.testing.others import use
-from usage_billing.testing.runs import TASKS, Asked, DagRun, Sizes, sweeping
+from usage_billing.testing.runs import DELIVER, EXTRACT, PREPARE, Asked, DagRun, Sizes, sweeping
 from usage_billing.testing.scenes import Scene, drawn_scene
 from usage_billing.testing.story import Story
 from usage_billing.testing.touched import TouchedWatch
@@ -119,6 +120,7 @@ class History:
         self.shelf = Shelf(self.scene, self.ledger, archive) if self.scene.raw else None
         self.led = dict(zip(self.scene.billed_accounts, self.scene.owners, strict=False))
         self.sightings = Sightings(self.scene.owner)
+        self.answers = Answers()
         watch = self._watch()
         self.network = Network(
             self.sandbox,
@@ -154,11 +156,16 @@ class History:
 
     def _watch(self) -> Watch:
         if self.shelf is not None:
-            return EventsWatch(self.scene, self.ledger, self.sandbox, self.shelf, self.rows_of, self.fails)
-        return TotalsWatch(self.scene, self.ledger, self.sandbox, self.extracted, self.sightings.of, self.fails)
+            return EventsWatch(
+                self.scene, self.ledger, self.sandbox, self.shelf, self.rows_of, self.answers, self.fails
+            )
+        return TotalsWatch(
+            self.scene, self.ledger, self.sandbox, self.extracted, self.sightings.of, self.answers, self.fails
+        )
 
     def _noted(self, process: Process, what: str, args: Sequence[Any]) -> None:
         self.sightings.note(process, what, args)
+        self.answers.note(what, args)
         if self.scene.by_arrival and what in ("begin_extraction", "take_off"):
             self.touched.look(what, args)
 
@@ -243,8 +250,9 @@ class History:
         def ended(run: DagRun) -> None:
             if clears[0] and self.chance.strikes(f"clear:{number}"):
                 clears[0] -= 1
-                task = self.chance.pick(f"clear/from:{number}", (TASKS[0], TASKS[0], "deliver"))
-                task = task if run.reference is not None and "proposals" in run.reference.tables else TASKS[0]
+                asks = (PREPARE, DELIVER) if source.settings.approval else ()
+                task = self.chance.pick(f"clear/from:{number}", (EXTRACT, EXTRACT, DELIVER, *asks))
+                task = task if run.reference is not None and "proposals" in run.reference.tables else EXTRACT
                 self.around.tell("a person", f"clears {run.asked.name} from {task}")
                 run.begin(task, self.chance.seconds(f"clear/at:{number}", 1, 4000))
 
@@ -308,17 +316,36 @@ class History:
         """Let a person go through what is held, and release some of it."""
         for name in sorted(self.warehouses):
             items = self.ledger.open_items(name, None)
-            for token in items["token"][items["state"] == State.HELD]:
-                if self.chance.odds(f"release:{number}:{token}", 0.6):
-                    self._let_go(token)
+            for row in items[items["state"] == State.HELD].to_dict("records"):
+                if self.chance.odds(f"release:{number}:{row['token']}", 0.6):
+                    self._let_go(row["token"], row["identity"], Decimal(row["quantity"]))
 
-    def _let_go(self, token: str) -> None:
+    def _let_go(self, token: str, identity: str, quantity: Decimal) -> None:
         try:
             self.ledger.decide(token, State.HELD, f"{DECIDED}a day by a person")
         except Misconfigured as no:
             self.around.tell("a person", f"may not release {token[:8]}", str(no)[:160])
         else:
+            self.answers.releases(identity, quantity)
             self.around.tell("a person", f"releases {token[:8]}")
+
+    @property
+    def says_no_at_last(self) -> bool:
+        """Say whether every question is answered by no once all is quiet, so that all that is left is listed."""
+        return self.scene.asks and self.chance.strikes("no at last", 0.3)
+
+    def answer(self, name: str) -> tuple[Decision | None, float]:
+        """Return what becomes of a question, and after how many seconds: soon, or while others run.
+
+        None is no answer at all: somebody skips the task, in the hope that it goes on without. Once all is quiet the
+        same is said to every question, at once.
+        """
+        chance = self.chance
+        if self.faults.quiet:
+            return (Decision.REJECTED if self.says_no_at_last else Decision.APPROVED), 1.0
+        said = chance.pick(f"answer:{name}", (*[Decision.APPROVED] * 4, Decision.REJECTED, Decision.TIMED_OUT, None))
+        soon = chance.odds(f"answer/soon:{name}", 0.6)
+        return said, chance.seconds(f"answer/after:{name}", 1, 60 if soon else 4000)
 
     def _others_use(self, number: int) -> None:
         owner = self.chance.pick(f"others/account:{number}", self.scene.owners)
@@ -379,7 +406,7 @@ class History:
         self._pass(self.scene.settle_after + timedelta(minutes=62))
         for run in self.runs:
             if not run.done:
-                run.begin(next((task for task in TASKS if run.states.get(task) == "failed"), TASKS[0]))
+                run.begin(run.failed_at)
         self.rest()
         if self.chance.odds("mended", 0.5):
             for warehouse in self.warehouses.values():
@@ -423,13 +450,21 @@ class History:
             # Nor does any row arrive when an account moves, or when somebody decides about that.
             if self.scene.by_arrival and (self.scene.moves or self.warehouses[source.name].vanished):
                 self._run_at_last(Asked(f"rescan{number}:{source.name}", source, 0, last, tries=1, rescan=True))
-            if self.scene.by_arrival:
+            # What nobody wants to go has to be asked about again, so its period stays on the list.
+            if self.scene.by_arrival and not self.says_no_at_last:
                 self.touched.at_rest(source.name)
 
     def _run_at_last(self, asked: Asked) -> None:
         run = DagRun(self, asked)
         run.begin()
         self.rest()
+        for _ in range(_ROUNDS if asked.source.settings.approval else 0):
+            if run.done or not run.errors[-1].startswith("NeedsDecision"):
+                break
+            # Something became possible that nobody was shown: that is for a new plan.
+            run.errors.clear()
+            run.begin(PREPARE)
+            self.rest()
         if not run.done and not self._doubts_may_stay(run):
             self.fails("a quiet run ends well", f"{asked.name}: {'; '.join(run.errors)}")
 

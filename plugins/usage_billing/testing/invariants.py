@@ -17,12 +17,13 @@ from hashlib import sha256
 from itertools import combinations
 from typing import Any
 
-from sqlalchemy import and_, select
+from sqlalchemy import Connection, and_, select
 
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import compared_period, delivery
 from usage_billing.records import MOVED, PERSON_DECIDES, Reading, State
 from usage_billing.sandbox import DirectSandbox
+from usage_billing.testing.answers import Answers
 from usage_billing.testing.clockwork import Process
 from usage_billing.testing.moving import Whereabouts
 from usage_billing.testing.network import Flight
@@ -110,8 +111,11 @@ def records(sandbox: DirectSandbox, site: str) -> list[tuple[str, Decimal]]:
 class Watch(ABC):
     """What is looked at while a history goes on: each request that writes, and each claim."""
 
-    def __init__(self, ledger: Ledger, fails: Fails) -> None:
+    def __init__(self, scene: Scene, ledger: Ledger, sandbox: DirectSandbox, answers: Answers, fails: Fails) -> None:
+        self._scene = scene
         self._ledger = ledger
+        self._sandbox = sandbox
+        self._answers = answers
         self._fails = fails
 
     @abstractmethod
@@ -119,7 +123,10 @@ class Watch(ABC):
         """Look at one request before it leaves, while others are in the air."""
 
     def claim(self, process: Process, tokens: frozenset[str]) -> None:
-        """Look at a claim: the newest extraction that was compared for a usage period has the say about it."""
+        """Look at a claim: the newest extraction that was compared for a usage period has the say about it.
+
+        Of a source that asks, nothing is claimed for the first time that nobody wanted to go.
+        """
         outdated = (
             select(delivery.c.token)
             .join(
@@ -135,6 +142,15 @@ class Watch(ABC):
         with self._ledger._engine.connect().execution_options(reading=True) as connection:  # noqa: SLF001
             for token in connection.execute(outdated).scalars():
                 self._fails("newest extraction wins", f"{process.name} claims {token[:8]} of an older extraction")
+            if self._scene.asks:
+                self._look_for_a_yes(process, connection, tokens)
+
+    def _look_for_a_yes(self, process: Process, connection: Connection, tokens: frozenset[str]) -> None:
+        columns = delivery.c.token, delivery.c.identity, delivery.c.quantity
+        first = select(*columns).where(delivery.c.token.in_(sorted(tokens)), delivery.c.sends == 1)
+        for token, identity, quantity in connection.execute(first):
+            if not self._answers.cover(token, identity, Decimal(quantity)):
+                self._fails("I2 approved", f"{process.name} claims {token[:8]} of {quantity}, to which nobody said yes")
 
 
 class TotalsWatch(Watch):
@@ -144,11 +160,16 @@ class TotalsWatch(Watch):
     """
 
     def __init__(
-        self, scene: Scene, ledger: Ledger, sandbox: DirectSandbox, extracted: Extracted, moved: Moved, fails: Fails
+        self,
+        scene: Scene,
+        ledger: Ledger,
+        sandbox: DirectSandbox,
+        extracted: Extracted,
+        moved: Moved,
+        answers: Answers,
+        fails: Fails,
     ) -> None:
-        super().__init__(ledger, fails)
-        self._scene = scene
-        self._sandbox = sandbox
+        super().__init__(scene, ledger, sandbox, answers, fails)
         self._extracted = extracted
         self._moved = moved
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import OperationalError
 
 from usage_billing import arrivals
 from usage_billing.aggregate import aggregate
+from usage_billing.approve import Approved, turn_down
 from usage_billing.archive import Archive
 from usage_billing.chunks import plan_events
 from usage_billing.deliver import Manners, deliver, resume
@@ -20,12 +21,14 @@ from usage_billing.errors import InDoubt, NeedsDecision, Stale, UsageBillingErro
 from usage_billing.ledger import Ledger
 from usage_billing.moves import placed
 from usage_billing.plan import plan
+from usage_billing.preview import digest_of
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Comparison, Period, Plan, Reading, Run, State, Tally, joined
+from usage_billing.records import Comparison, Decision, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.release import reissue
 from usage_billing.settle import sweep
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
+from usage_billing.testing.answers import Answers
 from usage_billing.testing.clockwork import Process
 from usage_billing.testing.effects import Surroundings, WatchedLedger, means
 from usage_billing.testing.moving import Sightings, put_before
@@ -34,7 +37,7 @@ from usage_billing.testing.scenes import Scene, with_batches
 from usage_billing.testing.warehouse import Row, Snapshot, Warehouse, WarehouseHook
 from usage_billing.validate import validate
 
-TASKS = ("extract", "prepare", "deliver", "reconcile")
+EXTRACT, PREPARE, APPROVE, DELIVER, RECONCILE = "extract", "prepare", "approve", "deliver", "reconcile"
 _TRIES = 3
 Sizes = Literal["drawn", "small", "large"]
 """How batches and chunks are sized: by chance for each task, all small, or all large."""
@@ -46,6 +49,14 @@ _EXPECTED = (UsageBillingError, OperationalError)
 
 class Skipped(Exception):
     """There is nothing for this run to do."""
+
+
+class Waits(Exception):
+    """The task waits for what a person says to a plan, named by its digest; no process runs meanwhile."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"asks about {digest[:8]}")
+        self.digest = digest
 
 
 class House(Protocol):
@@ -62,6 +73,11 @@ class House(Protocol):
     snapshots: dict[tuple[str, int], Snapshot]
     led: dict[str, str]
     sightings: Sightings
+    answers: Answers
+
+    def answer(self, name: str) -> tuple[Decision | None, float]:
+        """Return what becomes of a question, and after how many seconds; None where the task is skipped by hand."""
+        ...
 
     def fails(self, check: str, text: str) -> None:
         """Note that something happened that never may."""
@@ -97,13 +113,24 @@ class DagRun:
     attempts: int = 0
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Return the run's tasks in their order."""
+        asks = self.asked.source.settings.approval
+        return (EXTRACT, PREPARE, APPROVE, DELIVER, RECONCILE) if asks else (EXTRACT, PREPARE, DELIVER, RECONCILE)
+
+    @property
     def done(self) -> bool:
         """Say whether every task has ended well, or there was nothing to do."""
-        return all(self.states.get(task) in ("success", "skipped") for task in TASKS)
+        return all(self.states.get(task) in ("success", "skipped") for task in self.tasks)
 
-    def begin(self, task: str = TASKS[0], seconds: float = 0.0) -> None:
+    @property
+    def failed_at(self) -> str:
+        """Return the task that failed, or the first one."""
+        return next((task for task in self.tasks if self.states.get(task) == "failed"), EXTRACT)
+
+    def begin(self, task: str = EXTRACT, seconds: float = 0.0) -> None:
         """Run a task and all after it, as if somebody had pressed Clear there."""
-        for later in TASKS[TASKS.index(task) :]:
+        for later in self.tasks[self.tasks.index(task) :]:
             self.states.pop(later, None)
         self._try(task, 1, seconds)
 
@@ -112,7 +139,7 @@ class DagRun:
         name = f"{self.asked.name}.{task}.{self.attempts}"
         house, handed = self.house, self.reference
         body = getattr(self, f"_{task}")
-        exposure = 1.0 if task == "deliver" else 0.3
+        exposure = 1.0 if task == DELIVER else 0.3
         process = Process(name, lambda process: body(process, handed), exposure)
         lost = [False]
 
@@ -145,11 +172,14 @@ class DagRun:
         if state == "success":
             self.reference = process.result or self.reference
             self.states[task] = state
-            if task != TASKS[-1]:
-                self._try(TASKS[TASKS.index(task) + 1], 1, chance.seconds(f"next:{name}", 0.5, 5))
+            if task != self.tasks[-1]:
+                self._try(self.tasks[self.tasks.index(task) + 1], 1, chance.seconds(f"next:{name}", 0.5, 5))
                 return
+        elif state == "waits":
+            self._wait_for_a_person(number, process)
+            return
         elif state == "skipped":
-            self.states.update(dict.fromkeys(TASKS, "skipped"))
+            self.states.update(dict.fromkeys(self.tasks, "skipped"))
         elif number < self.asked.tries:
             # A killed worker is noticed late, by its missing heartbeat; a failure at once.
             longest = 400.0 if process.dead else 60.0
@@ -158,6 +188,24 @@ class DagRun:
         else:
             self.states[task] = "failed"
         self.asked.ended(self)
+
+    def _wait_for_a_person(self, number: int, asked: Process) -> None:
+        """Let the task go on once somebody has answered, or nobody has for too long, in a process of its own."""
+        house, run, digest = self.house, self.reference, cast("Waits", asked.error).digest
+        decision, seconds = house.answer(asked.name)
+        if decision is None:
+            house.around.tell("a person", f"skips {asked.name} by hand")
+            self.states[APPROVE] = "success"
+            self._try(DELIVER, 1, seconds)
+            return
+
+        def answered(process: Process) -> Run:
+            house.answers.says((run.source, run.reading, digest), decision)
+            house.around.tell("a person", f"answers {asked.name}: {decision}")
+            return self._answered(process, run, digest, decision)
+
+        process = Process(f"{asked.name}.answer", answered, 0.3)
+        house.around.begin(process, seconds, lambda process: self._ended(APPROVE, number, process))
 
     def _without_power(self) -> float:
         back = self.house.around.power_back_at
@@ -169,6 +217,9 @@ class DagRun:
         if error is None:
             self.house.around.tell(process, "ends", "success")
             return "success"
+        if isinstance(error, Waits):
+            self.house.around.tell(process, "waits", str(error))
+            return "waits"
         if isinstance(error, Stale | Skipped):
             self.house.around.tell(process, "ends", f"skipped: {error}")
             return "skipped"
@@ -223,13 +274,48 @@ class DagRun:
         planned = self._plan(run, destination, ledger)
         return run.with_table("proposals", planned.proposals)
 
+    def _approve(self, process: Process, run: Run) -> Run:
+        destination, ledger = self._registered(process, self._sized(process))
+        return self._go_on_or_ask(run, self._plan(run, destination, ledger), ledger)
+
+    def _go_on_or_ask(self, run: Run, planned: Plan, ledger: Ledger) -> Run:
+        digest, going = digest_of(planned.proposals, self.house.staging)
+        decided = ledger.decision(run.source, run.reading, digest) if going else None
+        if going and (decided is None or decided.decision is not Decision.APPROVED):
+            shown = self.house.staging.read(planned.proposals)
+            self.house.answers.shows((run.source, run.reading, digest), shown)
+            raise Waits(digest)
+        return run.with_table("proposals", planned.proposals)
+
+    def _answered(self, process: Process, run: Run, shown: str, decision: Decision) -> Run:
+        """Take an answer to what `shown`, a digest, stands for."""
+        destination, ledger = self._registered(process, self._sized(process))
+        staging = self.house.staging
+        if decision is not Decision.APPROVED:
+            decided = ledger.record_decision(run.source, run.reading, shown, decision, "a person")
+            planned = self._plan(run, destination, ledger)
+            turn_down(planned, lambda: self._plan(run, destination, ledger), decided, destination, ledger, staging)
+            raise Skipped(str(decision))
+        planned = self._plan(run, destination, ledger)
+        if digest_of(planned.proposals, staging)[0] == shown:
+            ledger.record_decision(run.source, run.reading, shown, decision, "a person")
+        return self._go_on_or_ask(run, planned, ledger)
+
     def _deliver(self, process: Process, run: Run) -> Run:
         house, source = self.house, self._sized(process)
         destination, ledger = self._registered(process, source)
         periods = source.periods_of(run.spans)
+        approved = Approved(source.name, run.reading, run.tables["proposals"], ledger, house.staging)
+        if source.settings.approval:
+            approved.check()
+
+        def again() -> Plan:
+            planned = self._plan(run, destination, ledger)
+            return approved.within(planned) if source.settings.approval else planned
+
         deliver(
             Plan(proposals=run.tables["proposals"], tally=Tally(blocked=1)),
-            lambda: self._plan(run, destination, ledger),
+            again,
             run.reading,
             periods,
             destination,

@@ -88,6 +88,11 @@ class Scene:
         return self.sources[0].settings.incremental == "arrival"
 
     @property
+    def asks(self) -> bool:
+        """Say whether a person is asked before anything goes."""
+        return self.sources[0].settings.approval
+
+    @property
     def told(self) -> str:
         """The kind of the history, as the closing line counts it."""
         kind = RAW if self.raw else self.kind
@@ -241,6 +246,7 @@ def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource
         "dimensions": chance.pick("source/dimensions", ((), (), ("region",))),
         "max_withdraw_share": 1.0,
         "quarantine": {"max_share": 1.0},
+        "approval": chance.odds("source/approval", 0.25),
     }
     if drawn.endswith(BY_ARRIVAL):
         values |= _by_arrival(chance, columns)

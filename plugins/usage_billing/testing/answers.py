@@ -1,0 +1,56 @@
+"""What people were shown of a plan and what they said to it: of a source that asks, nothing else may go.
+
+A yes covers what was shown with the question, delivery by delivery, once the ledger has taken it; a no about the same
+takes it back. What a person releases by name needs no question.
+"""
+
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+from usage_billing.records import Decision, Reading, State
+
+Question = tuple[str, Reading, str]
+"""A source, the reading that was planned, and the digest under which its plan was shown."""
+
+
+class Answers:
+    """All questions of a history, and how they were answered."""
+
+    def __init__(self) -> None:
+        self._shown: dict[Question, dict[str, Decimal]] = {}
+        self._said: dict[Question, Decision] = {}
+        self._approved: dict[str, Decimal] = {}
+        self._released: set[tuple[str, Decimal]] = set()
+
+    def shows(self, question: Question, proposals: Iterable[pa.Table]) -> None:
+        """Note what would go of a plan that a person is asked about."""
+        rows = [row for part in proposals for row in part.select(["token", "state", "quantity"]).to_pylist()]
+        self._shown[question] = {
+            row["token"]: Decimal(row["quantity"]) for row in rows if row["state"] == State.RESERVED
+        }
+
+    def says(self, question: Question, decision: Decision) -> None:
+        """Note what a person said, or that nobody said anything in time."""
+        self._said[question] = decision
+
+    def note(self, what: str, args: Sequence[Any]) -> None:
+        """Note one call of the ledger that came about."""
+        if what != "record_decision":
+            return
+        name, reading, digest, decision = args[:4]
+        shown = self._shown.get((name, reading, digest), {})
+        for token in shown:
+            self._approved.pop(token, None)
+        if decision is Decision.APPROVED and self._said.get((name, reading, digest)) is Decision.APPROVED:
+            self._approved |= shown
+
+    def releases(self, identity: str, quantity: Decimal) -> None:
+        """Note that a person let a held delivery go."""
+        self._released.add((identity, quantity))
+
+    def cover(self, token: str, identity: str, quantity: Decimal) -> bool:
+        """Say whether a person wants a delivery to go as it is."""
+        return self._approved.get(token) == quantity or (identity, quantity) in self._released
