@@ -24,7 +24,9 @@ from usage_billing.destinations.maxio import events
 from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import approval, delivery
-from usage_billing.records import Approval, Decision, Reading, Receipt, State
+from usage_billing.periods import Calendar
+from usage_billing.records import EVER, Approval, Decision, Period, Reading, Receipt, State
+from usage_billing.sources import BillingSource, DestinationSettings
 from usage_billing.testing.scenes import BY_ARRIVAL, RAW
 
 Mutation = Callable[[], AbstractContextManager[object]]
@@ -401,6 +403,24 @@ def turned_down_unlisted() -> AbstractContextManager[object]:
     return patch.object(approve, "_all_held", lambda frame, _reason: frame.iloc[:0])
 
 
+def before_billed_as_today() -> AbstractContextManager[object]:
+    """Usage of before a change of the definition goes where the definition of today says."""
+
+    def mutant(self: DestinationSettings, _edition: object, _connection: str) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    return patch.object(DestinationSettings, "as_of", mutant)
+
+
+def lookback_across_the_change() -> AbstractContextManager[object]:
+    """A run looks back over the day on which the definition changed, by the periods of today."""
+
+    def mutant(self: BillingSource) -> Calendar:
+        return Calendar(self.settings.period, self.settings.timezone, Period(EVER.start, self.span.end))
+
+    return patch.object(BillingSource, "calendar", property(mutant))
+
+
 METERED, EVENTS, CHARGEOVER = "maxio_metered", "maxio_events", "chargeover_usage"
 ARRIVING = tuple(kind + BY_ARRIVAL for kind in (METERED, EVENTS, RAW, CHARGEOVER))
 EVERY = (METERED, EVENTS, RAW, CHARGEOVER, *ARRIVING)
@@ -439,5 +459,7 @@ MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     any_yes_counts: EVERY,
     planned_again_unasked: EVERY,
     turned_down_unlisted: EVERY,
+    before_billed_as_today: (METERED, EVENTS, CHARGEOVER),
+    lookback_across_the_change: (METERED, EVENTS, CHARGEOVER),
 }
 """Each mutation, with the kinds of histories that can show it."""

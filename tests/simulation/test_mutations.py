@@ -36,6 +36,8 @@ FIRST = {
     "any_yes_counts": 4,
     "planned_again_unasked": 10,
     "turned_down_unlisted": 8,
+    "before_billed_as_today": 1,
+    "lookback_across_the_change": 24,
 }
 
 

@@ -34,7 +34,7 @@ from usage_billing.testing.moving import Sightings, Whereabouts
 from usage_billing.testing.network import Flight, Network
 from usage_billing.testing.oracle import Key, owed
 from usage_billing.testing.others import use
-from usage_billing.testing.runs import DELIVER, EXTRACT, PREPARE, Asked, DagRun, Sizes, sweeping
+from usage_billing.testing.runs import DELIVER, EXTRACT, PREPARE, Asked, DagRun, Sizes, registered, sweeping
 from usage_billing.testing.scenes import Scene, drawn_scene
 from usage_billing.testing.story import Story
 from usage_billing.testing.touched import TouchedWatch
@@ -119,8 +119,9 @@ class History:
         self.archive = Archive(archive)
         self.shelf = Shelf(self.scene, self.ledger, archive) if self.scene.raw else None
         self.led = dict(zip(self.scene.billed_accounts, self.scene.owners, strict=False))
-        self.sightings = Sightings(self.scene.owner)
+        self.sightings = Sightings(self.scene.owner, self._definition, self.scene.changes_at)
         self.answers = Answers()
+        self.defined = {source.name: source for source in self.scene.sources}
         watch = self._watch()
         self.network = Network(
             self.sandbox,
@@ -218,8 +219,8 @@ class History:
         for number in self._some("release", 0, 3):
             moment = chance.seconds(f"release/at:{number}", 0, span + 3 * unit)
             self.around.clockwork.after(moment, partial(self._release, number))
-        if self.scene.moves:
-            self._arrange_moves(gathering, span + 2 * unit)
+        self._arrange_moves(gathering, span + 2 * unit)
+        self._arrange_redefinition(gathering)
         self.rest()
         if chance.strikes("silence", 0.1):
             # Longer than any site remembers a token.
@@ -245,6 +246,8 @@ class History:
             moment = gathering + wave + chance.seconds(f"run/soon:{number}", 0, 30)
         else:
             moment = ends + chance.seconds(f"run/at:{number}", 1, (gathering - ends) + 3600)
+        if self.scene.redefined:
+            first, last, moment = self._of_one_definition(number, first, last, moment, gathering)
         clears = [chance.number(f"run/clears:{number}", 0, 1)]
 
         def ended(run: DagRun) -> None:
@@ -278,9 +281,51 @@ class History:
         change = partial(self.warehouses[source.name].change, f"change:{number}", tell)
         self.around.clockwork.after(moment, change)
 
+    def _definition(self, source: str, edition: int) -> int:
+        """Return the number of a definition by that of its edition; nothing ever replaces the first one."""
+        return int(self.ledger.editions(source)[0].number != edition)
+
+    def _redefined_after(self, gathering: float) -> float:
+        """Return after how many seconds the sources are defined otherwise: in advance, or long after the day."""
+        edge = (self.scene.units[self.scene.edge] - self.scene.units[0]).total_seconds()
+        if self.chance.odds("change/in advance", 0.4):
+            return self.chance.seconds("change/at", 0, edge)
+        return gathering + self.chance.pick("change/wave", (-600, 0, 90, _SECOND_WAVE))
+
+    def _arrange_redefinition(self, gathering: float) -> None:
+        if self.scene.redefined:
+            self.around.clockwork.after(self._redefined_after(gathering), self._redefine)
+
+    def _of_one_definition(
+        self, number: int, first: int, last: int, moment: float, gathering: float
+    ) -> tuple[int, int, float]:
+        """Return the units of a run as far as one definition bills them, and when it begins.
+
+        As long as the later one is not known, the earlier one has its own edges and no end.
+        """
+        redefined = self._redefined_after(gathering)
+        known = self.scene.last_before_the_change
+        if moment < redefined and known >= 0:
+            return min(first, known), min(last, known), moment
+        later = self.chance.odds(f"run/later:{number}", 0.5)
+        return *self.scene.within(first, last, prefers_later=later), max(moment, redefined + 1)
+
+    def _redefine(self) -> None:
+        """Let a person change the files of all sources, once a dry run has told the ledger how they were before."""
+        for source in self.scene.sources:
+            registered(self, source, self.ledger)
+        self.defined = {source.name: source for source in self.scene.redefined}
+        (*_, source) = self.scene.redefined
+        since = self.scene.units[self.scene.edge]
+        self.around.tell(
+            "a person", f"defines {', '.join(self.defined)} anew", f"from {since} on: {source.definition()}"
+        )
+
     def _arrange_moves(self, gathering: float, latest: float) -> None:
         """Let accounts lead elsewhere, mostly between two waves of runs, and let a person decide about it, or not."""
         chance = self.chance
+        if not self.scene.moves:
+            return
         for number in self._some("move", 1, 3, self.faults.move):
             near = chance.odds(f"move/near:{number}", 0.7)
             soon = gathering + chance.seconds(f"move/soon:{number}", 20, _SECOND_WAVE)
@@ -427,16 +472,23 @@ class History:
     def _leave_something(self) -> None:
         """Where nothing is left of all that a run reads, a person is asked; and no one answers here."""
         for warehouse in self.warehouses.values():
-            read = warehouse.rows.values()
-            last = len(self.scene.units) - 2 if self.scene.by_arrival else 0
-            if not any(row.sound for row in read if not self.scene.by_arrival or row.unit == last):
-                warehouse.add("the last one", last)
+            for first, last in self._runs_at_last():
+                read = [row for row in warehouse.rows.values() if first <= row.unit <= last]
+                if not any(row.sound for row in read):
+                    warehouse.add(f"the last one:{first}", first)
+
+    def _runs_at_last(self) -> tuple[tuple[int, int], ...]:
+        """Return the first and the last unit of each run that compares once more, when all is quiet.
+
+        Where sources go by arrival it is the last unit: all others have to stand on the list.
+        """
+        last = len(self.scene.units) - 2
+        return ((last, last),) if self.scene.by_arrival else self.scene.parts
 
     def _sweep_and_run(self, number: int) -> None:
         """Sweep, and run every period once more over the final rows.
 
-        Where sources go by arrival it is the last period that is run: all others have to stand on the list. What
-        vanished without a trace is for a rescan to find.
+        Where sources go by arrival, what vanished without a trace is for a rescan to find.
         """
         last = len(self.scene.units) - 2
         for source in self.scene.sources:
@@ -445,8 +497,9 @@ class History:
             self.rest()
             if sweep.error is not None:
                 self.fails("a quiet sweep ends well", f"{type(sweep.error).__name__}: {sweep.error}")
-            first = last if self.scene.by_arrival else 0
-            self._run_at_last(Asked(f"last{number}:{source.name}", source, first, last, tries=1))
+            for first, end in self.chance.shuffled(f"parts:{number}", self._runs_at_last()):
+                name = f"last{number}:{source.name}" + (f":{first}" if self.scene.redefined else "")
+                self._run_at_last(Asked(name, source, first, end, tries=1))
             # Nor does any row arrive when an account moves, or when somebody decides about that.
             if self.scene.by_arrival and (self.scene.moves or self.warehouses[source.name].vanished):
                 self._run_at_last(Asked(f"rescan{number}:{source.name}", source, 0, last, tries=1, rescan=True))
@@ -515,9 +568,10 @@ class History:
 
     def _look_whether_moves_were_seen(self, name: str) -> None:
         """Look whether what usage is billed by is what the mapping says."""
-        used = {str(row.account) for row in self.warehouses[name].rows.values() if row.sound}
-        for account in sorted(used) if self.scene.moves else ():
-            leads, seen = self.led[account], self.sightings.now.last(name, account)
+        rows = self.warehouses[name].rows.values()
+        used = {(str(row.account), self.scene.units[row.unit]) for row in rows if row.sound}
+        for account, start in sorted(used) if self.scene.moves else ():
+            leads, seen = self.led[account], self.sightings.now.last(name, account, start)
             if seen != leads:
                 self.fails("I1 moves are seen", f"{name}: {account} leads to {leads}, and was last seen at {seen}")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from sqlalchemy import Connection, and_, select
@@ -28,7 +28,7 @@ from usage_billing.testing.clockwork import Process
 from usage_billing.testing.moving import Whereabouts
 from usage_billing.testing.network import Flight
 from usage_billing.testing.oracle import Key
-from usage_billing.testing.scenes import Scene
+from usage_billing.testing.scenes import OTHER_POINT, Scene
 
 _TOKEN = re.compile(rb"[0-9a-f]{64}")
 _ZERO = Decimal(0)
@@ -230,7 +230,7 @@ def tokens_of(flight: Flight) -> list[str]:
 
 @dataclass(frozen=True)
 class Line:
-    """The end of a history for one subscription: what is owed, billed and listed."""
+    """The end of a history for one subscription and component: what is owed, billed and listed."""
 
     owner: str
     owed: Decimal
@@ -268,6 +268,7 @@ def judge(
     _keys_add_up(known, owed, fails)
     _moves_are_listed(known, whereabouts, fails)
     _records_map(scene, known, sandbox, fails)
+    _prices_hold(scene, known, sandbox, fails)
     return _sums(scene, known, sandbox, owed, others, fails)
 
 
@@ -360,6 +361,21 @@ def _records_map(scene: Scene, known: Sequence[Delivered], sandbox: DirectSandbo
             fails("I6 accepted is there", f"{one} is not at the site")
 
 
+def _prices_hold(scene: Scene, known: Sequence[Delivered], sandbox: DirectSandbox, fails: Fails) -> None:
+    """I6: each usage has the price point that was defined for its own period.
+
+    Where it names none, no document tells whether the default applies or the one that was named last.
+    """
+    number, name = OTHER_POINT
+    locked_in = scene.switches.get("omitted_price_point") == "locked_in"
+    by_token = {one.token: one for one in known}
+    for record in sandbox.records(scene.site) if scene.kind == "maxio_metered" and scene.redefined else ():
+        one = by_token.get(str(record["memo"]).partition(" ")[0])
+        named = scene.price_point_at(one.key.start) if one else None
+        if one and (named or not locked_in) and (named == name) != (record["price_point_id"] == number):
+            fails("I6 prices", f"{one} is billed at price point {record['price_point_id']}")
+
+
 def _sums(
     scene: Scene,
     known: Sequence[Delivered],
@@ -370,29 +386,35 @@ def _sums(
 ) -> list[Line]:
     """I1 and I7 per subscription, by the site: what it billed and what is listed by name make what is owed."""
     lines = []
-    billed = billed_by_owner(scene, sandbox)
-    for owner in scene.owners:
-        mine = [one for one in known if one.key.owner == owner]
+    for component, owner in product(scene.components, scene.owners):
+        billed = billed_by_owner(scene, sandbox, component)
+
+        def is_here(key: Key, component: str = component, owner: str = owner) -> bool:
+            return key.owner == owner and scene.component_at(key.start) == component
+
+        mine = [one for one in known if is_here(one.key)]
         blocked = {one.key for one in mine if one.state is State.IN_DOUBT}
-        owes = sum((quantity for key, quantity in owed.items() if key.owner == owner), _ZERO)
+        owes = sum((quantity for key, quantity in owed.items() if is_here(key)), _ZERO)
         listed = sum((one.quantity for one in mine if one.state in OPEN and one.key not in blocked), _ZERO)
         # Beyond a doubt, nothing is listed yet: what a blocked key owes on top is told by every plan.
         for key in blocked:
             some = [one for one in mine if one.key == key and one.state in (State.ACCEPTED, State.IN_DOUBT)]
             listed += owed.get(key, _ZERO) - sum((one.counted for one in some), _ZERO)
         doubts = tuple(one.quantity for one in mine if one.state is State.IN_DOUBT)
-        line = Line(owner, owes, billed.get(owner, _ZERO), others.get(owner, _ZERO), listed, doubts)
+        of_others = others.get(owner, _ZERO) if component == scene.component else _ZERO
+        name = owner if len(scene.components) == 1 else f"{owner} {component}"
+        line = Line(name, owes, billed.get(owner, _ZERO), of_others, listed, doubts)
         lines.append(line)
         if not line.adds_up:
             fails("I1 billed and listed make what is owed", str(line))
     return lines
 
 
-def billed_by_owner(scene: Scene, sandbox: DirectSandbox) -> dict[str, Decimal]:
-    """Return what the site billed for the simulated component, by its name of the subscription."""
+def billed_by_owner(scene: Scene, sandbox: DirectSandbox, component: str = "") -> dict[str, Decimal]:
+    """Return what the site billed for a component, or the first one, by its name of the subscription."""
     numbers = scene.owner_of
     found: dict[str, Decimal] = {}
     for row in sandbox.billed(scene.site):
-        if row.component == scene.component and row.subscription in numbers:
+        if row.component == (component or scene.component) and row.subscription in numbers:
             found[numbers[row.subscription]] = row.billed
     return found

@@ -46,10 +46,18 @@ class Belonging:
     undecided: bool = False
 
 
-class Whereabouts:
-    """The places of all accounts as somebody knew them at one moment; a later moment has one of its own."""
+Known = Mapping[tuple[str, int, str], tuple[Place, ...]]
+"""The places of accounts, in their order, by source, number of its definition, and account."""
 
-    def __init__(self, places: Mapping[tuple[str, str], tuple[Place, ...]] | None = None) -> None:
+
+class Whereabouts:
+    """The places of all accounts as somebody knew them at one moment; a later moment has one of its own.
+
+    Under another definition of its source an account is another matter; `edge` is when the second one begins, if any.
+    """
+
+    def __init__(self, edge: datetime | None = None, places: Known | None = None) -> None:
+        self._edge = edge
         self._places = places or {}
 
     def of(self, source: str, account: str, start: datetime) -> Belonging:
@@ -58,7 +66,7 @@ class Whereabouts:
         It stays where the account led then, unless a later move takes it along. One that is undecided would take it
         along too, if it is chosen; until then both sides wait, and nothing of it was billed there.
         """
-        places = self._places.get((source, account)) or (Place(account),)
+        places = self._places.get((source, self._definition(start), account)) or (Place(account),)
         led = max(number for number, place in enumerate(places) if place.since is None or place.since <= start)
         taken = [place for place in places[led + 1 :] if place.choice != Choice.FROM_NOW]
         at = [places[led], *taken][-1]
@@ -76,32 +84,41 @@ class Whereabouts:
         return frozenset().union(*(one.former for one in ours))
 
     def _all(self, source: str, start: datetime) -> list[Belonging]:
-        return [self.of(name, account, start) for name, account in self._places if name == source]
+        which = source, self._definition(start)
+        return [self.of(source, account, start) for *known, account in self._places if tuple(known) == which]
 
-    def last(self, source: str, account: str) -> str | None:
-        """Return where an account was last seen to lead, None if it never was seen."""
-        places = self._places.get((source, account))
+    def _definition(self, start: datetime) -> int:
+        return int(self._edge is not None and start >= self._edge)
+
+    def last(self, source: str, account: str, start: datetime) -> str | None:
+        """Return where an account was last seen to lead, for usage of any period by the same definition as one."""
+        places = self._places.get((source, self._definition(start), account))
         return places[-1].owner if places else None
 
     def undecided(self, source: str) -> list[str]:
         """Return the accounts about a move of which nothing was chosen."""
         known = self._places.items()
-        return [who for (name, who), places in known if name == source and any(map(_is_open, places))]
+        found = [who for (name, _, who), places in known if name == source and any(map(_is_open, places))]
+        return list(dict.fromkeys(found))
 
-    def seen(self, source: str, account: str, owner: str, since: datetime | None) -> "Whereabouts":
+    def seen(self, source: str, definition: int, account: str, owner: str, since: datetime | None) -> "Whereabouts":
         """Return what is known once an account was seen to lead to `owner`, for usage from `since` on."""
-        places = self._places.get((source, account), ())
+        key = source, definition, account
+        places = self._places.get(key, ())
         if places and places[-1].owner == owner:
             return self
         place = Place(owner, since if places else None)
-        return Whereabouts({**self._places, (source, account): (*places, place)})
+        return Whereabouts(self._edge, {**self._places, key: (*places, place)})
 
     def chosen(self, source: str, account: str, choice: Choice) -> "Whereabouts":
         """Return what is known once a person has chosen about all that is open of an account."""
-        places = (
-            replace(place, choice=choice) if _is_open(place) else place for place in self._places[source, account]
-        )
-        return Whereabouts({**self._places, (source, account): tuple(places)})
+
+        def decided(name: str, who: str, places: tuple[Place, ...]) -> tuple[Place, ...]:
+            ours = (name, who) == (source, account)
+            return tuple(replace(each, choice=choice) if ours and _is_open(each) else each for each in places)
+
+        known = {key: decided(key[0], key[2], places) for key, places in self._places.items()}
+        return Whereabouts(self._edge, known)
 
 
 def _is_open(place: Place) -> bool:
@@ -111,9 +128,13 @@ def _is_open(place: Place) -> bool:
 class Sightings:
     """What the runs of a history have seen of where accounts lead, and by what each reading was counted."""
 
-    def __init__(self, owner: Callable[[str], str]) -> None:
-        self.now = Whereabouts()
+    def __init__(
+        self, owner: Callable[[str], str], definition: Callable[[str, int], int], edge: datetime | None
+    ) -> None:
+        """Take what tells a subscription's name by what the ledger calls it, and which definition an edition is."""
+        self.now = Whereabouts(edge)
         self._owner = owner
+        self._definition = definition
         self._compared: dict[str, datetime] = {}
         self._known_to: dict[Process, Whereabouts] = {}
         self._counted_by: dict[tuple[str, Reading], Whereabouts] = {}
@@ -125,9 +146,10 @@ class Sightings:
             ends = [period.end for period in periods]
             self._compared[name] = max([*ends, self._compared.get(name, ends[0])])
         elif what == "place":
-            name, _, targets = args[:3]
+            name, edition, targets = args[:3]
+            which, until = self._definition(name, edition), self._compared.get(name)
             for account, subscription in zip(targets["account"], targets["subscription"], strict=True):
-                self.now = self.now.seen(name, account, self._owner(subscription), self._compared.get(name))
+                self.now = self.now.seen(name, which, account, self._owner(subscription), until)
         elif what == "placements":
             self._known_to[process] = self.now
 

@@ -16,17 +16,18 @@ from usage_billing.approve import Approved, turn_down
 from usage_billing.archive import Archive
 from usage_billing.chunks import plan_events
 from usage_billing.deliver import Manners, deliver, resume
+from usage_billing.destinations import destination_settings
 from usage_billing.destinations.base import Destination
-from usage_billing.errors import InDoubt, NeedsDecision, Stale, UsageBillingError
+from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Stale, UsageBillingError
 from usage_billing.ledger import Ledger
 from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.preview import digest_of
 from usage_billing.reconcile import reconcile
-from usage_billing.records import Comparison, Decision, Period, Plan, Reading, Run, State, Tally, joined
+from usage_billing.records import Comparison, Decision, Edition, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.release import reissue
 from usage_billing.settle import sweep
-from usage_billing.sources import BillingSource
+from usage_billing.sources import BillingSource, as_of
 from usage_billing.staging import Staging
 from usage_billing.testing.answers import Answers
 from usage_billing.testing.clockwork import Process
@@ -74,6 +75,8 @@ class House(Protocol):
     led: dict[str, str]
     sightings: Sightings
     answers: Answers
+    defined: dict[str, BillingSource]
+    """Each source as its file defines it right now."""
 
     def answer(self, name: str) -> tuple[Decision | None, float]:
         """Return what becomes of a question, and after how many seconds; None where the task is skipped by hand."""
@@ -235,8 +238,9 @@ class DagRun:
     # --- tasks -------------------------------------------------------------------------------------------------------
 
     def _extract(self, process: Process, _handed: object) -> Run:
-        house, source = self.house, self._sized(process)
-        _, ledger = self._registered(process, source)
+        house = self.house
+        destination, ledger = self._registered(process)
+        source = destination.source
         interval = Period(house.scene.units[self.asked.first], house.scene.units[self.asked.last + 1])
         own = source.recent_periods(interval.end) if self.asked.rescan else source.periods(interval)
         self._check_own(own)
@@ -248,16 +252,18 @@ class DagRun:
             raise Skipped("no usage period is due")
         periods = taken.periods
         if not taken.events.rows:
-            ledger.begin_comparison(source.name, Reading(taken.number), periods)
+            ledger.begin_comparison(source.name, Reading(taken.number), periods, source.edition)
             if not taken.deleted:
                 _skip_or_ask(ledger, source, Reading(taken.number), periods)
         tables = {"events": taken.events}
-        return Run(source.name, taken.number, interval, taken.folder, tables, spans=joined(periods))
+        spans, edition = joined(periods), source.edition
+        return Run(source.name, taken.number, interval, taken.folder, tables, spans=spans, edition=edition)
 
     def _prepare(self, process: Process, run: Run) -> Run:
         """Validate, aggregate and plan; the stages between write nothing but staging."""
-        house, source = self.house, self._sized(process)
-        destination, ledger = self._registered(process, source)
+        house = self.house
+        destination, ledger = self._registered(process, run)
+        source = destination.source
         periods = source.periods_of(run.spans)
         events, began = run.tables["events"], ledger.now()
         found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
@@ -275,7 +281,7 @@ class DagRun:
         return run.with_table("proposals", planned.proposals)
 
     def _approve(self, process: Process, run: Run) -> Run:
-        destination, ledger = self._registered(process, self._sized(process))
+        destination, ledger = self._registered(process, run)
         return self._go_on_or_ask(run, self._plan(run, destination, ledger), ledger)
 
     def _go_on_or_ask(self, run: Run, planned: Plan, ledger: Ledger) -> Run:
@@ -289,7 +295,7 @@ class DagRun:
 
     def _answered(self, process: Process, run: Run, shown: str, decision: Decision) -> Run:
         """Take an answer to what `shown`, a digest, stands for."""
-        destination, ledger = self._registered(process, self._sized(process))
+        destination, ledger = self._registered(process, run)
         staging = self.house.staging
         if decision is not Decision.APPROVED:
             decided = ledger.record_decision(run.source, run.reading, shown, decision, "a person")
@@ -302,8 +308,9 @@ class DagRun:
         return self._go_on_or_ask(run, planned, ledger)
 
     def _deliver(self, process: Process, run: Run) -> Run:
-        house, source = self.house, self._sized(process)
-        destination, ledger = self._registered(process, source)
+        house = self.house
+        destination, ledger = self._registered(process, run)
+        source = destination.source
         periods = source.periods_of(run.spans)
         approved = Approved(source.name, run.reading, run.tables["proposals"], ledger, house.staging)
         if source.settings.approval:
@@ -335,32 +342,41 @@ class DagRun:
         return run
 
     def _reconcile(self, process: Process, run: Run) -> Run:
-        source = self.asked.source
         if not self.house.around.chance.odds(f"reconciles:{process.name}", 0.2):
             return run
-        destination, ledger = self._registered(process, source)
+        destination, ledger = self._registered(process, run)
         wait = means(self.house.ledger, process, self.house.around).stop.wait
-        found = reconcile(destination, ledger, source.periods_of(run.spans), wait=wait)
+        found = reconcile(destination, ledger, destination.source.periods_of(run.spans), wait=wait)
         if not found.ties_out:
             self.house.around.tell(process, "ties out", f"not: {'; '.join(found.examples)}")
         return run
 
     # --- what tasks share --------------------------------------------------------------------------------------------
 
-    def _registered(self, process: Process, source: BillingSource) -> tuple[Destination, Ledger]:
-        house = self.house
-        destination = _destination(house, source, process)
+    def _registered(self, process: Process, run: Run | None = None) -> tuple[Destination, Ledger]:
+        """Return the destination of the definition by which this run's units are billed, as of today, and the ledger.
+
+        Raises:
+            Misconfigured: it has changed since the run read its rows.
+        """
+        house, today = self.house, self._sized(process)
+        ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
+        known = registered(house, today, ledger)
+        start = house.scene.units[self.asked.first]
+        edition = next(one for one in known if one.span.start <= start < one.span.end)
+        if run is not None and run.edition != edition.number:
+            raise Misconfigured("the definition was changed since the rows were read: clear the run from extract on")
+        destination = _destination(house, defined_by(today, edition, known[-1]), process)
         chunk = house.around.chance.pick(f"chunk:{process.name}", _CHUNKS[house.sizes])
         if destination.chunk_size > 1:
             destination.chunk_size = chunk
         destination.events_to_chunk = chunk
-        ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
-        ledger.register(source.name, destination.site, source.definition())
         return destination, ledger
 
     def _sized(self, process: Process) -> BillingSource:
         return with_batches(
-            self.asked.source, self.house.around.chance.pick(f"rows:{process.name}", (2, 1000, 1000, 1000, 1000, 1000))
+            self.house.defined[self.asked.source.name],
+            self.house.around.chance.pick(f"rows:{process.name}", (2, 1000, 1000, 1000, 1000, 1000)),
         )
 
     def _plan(self, run: Run, destination: Destination, ledger: Ledger) -> Plan:
@@ -380,7 +396,8 @@ class DagRun:
 
     def _check_own(self, periods: Sequence[Period]) -> None:
         edges, asked = self.house.scene.units, self.asked
-        first = 0 if asked.rescan else max(asked.first - asked.source.settings.lookback, 0)
+        (edge,) = (start for start, end in self.house.scene.parts if start <= asked.first <= end)
+        first = edge if asked.rescan else max(asked.first - asked.source.settings.lookback, edge)
         units = range(first, asked.last + 1)
         ours = [(edges[unit], edges[unit + 1]) for unit in units]
         theirs = [(period.start, period.end) for period in periods if period.start >= edges[0]]
@@ -422,6 +439,19 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted, tables["moves"])
 
 
+def registered(house: House, today: BillingSource, ledger: Ledger) -> tuple[Edition, ...]:
+    """Return the editions of a source, once the ledger has taken in how it is defined today."""
+    whole = today.destination.model_dump(mode="json")
+    return ledger.register(today.name, house.scene.site, today.definition(), whole, today.since)
+
+
+def defined_by(today: BillingSource, edition: Edition, latest: Edition) -> BillingSource:
+    """Return a source as one of its editions, of which the `latest` is how it is defined today."""
+    if edition == latest:
+        return replace(today, span=edition.span, edition=edition.number)
+    return as_of(today, edition, today.destination.connection, destination_settings)
+
+
 def _destination(house: House, source: BillingSource, process: Process) -> Destination:
     found = house.scene.destination(source, house.network.sandbox, house.network.transport(process))
     found.archive = house.archive
@@ -432,11 +462,14 @@ def sweeping(house: House, source: BillingSource, *, resumes: bool) -> Callable[
     """Return what a sweep's process does: settle every doubt that can be settled, and perhaps send what stands."""
 
     def body(process: Process) -> None:
-        destination = _destination(house, source, process)
         ledger = cast("Ledger", WatchedLedger(house.ledger, process, house.around))
-        sweep(destination, ledger)
-        if resumes:
-            reissue(destination, ledger)
-            resume(destination, ledger, Manners(threads=1), means(house.ledger, process, house.around))
+        today = house.defined[source.name]
+        known = registered(house, today, ledger)
+        for edition in known:
+            destination = _destination(house, defined_by(today, edition, known[-1]), process)
+            sweep(destination, ledger)
+            if resumes:
+                reissue(destination, ledger)
+                resume(destination, ledger, Manners(threads=1), means(house.ledger, process, house.around))
 
     return body

@@ -36,6 +36,14 @@ _KEYS = ("simulated-public-key", "simulated-private-key")
 _FIRST_DAYS = (date(2026, 10, 1), date(2026, 10, 23), date(2026, 3, 26), date(2026, 11, 1))
 _ZONES = ("UTC", "Europe/Berlin", "America/New_York")
 _LONGEST_UNITS = 4
+OTHER_POINT = 719, "handle:other"
+"""The price point that a changed definition names; nothing of before is billed at it."""
+_ANOTHER: dict[str, Json] = {
+    "maxio_metered": {"component": "handle:another", "price_point": None},
+    "maxio_events": {"component": "handle:another", "stream": "another"},
+    "chargeover_usage": {"item": "another"},
+}
+"""What is billed to another component or item."""
 _LAST_FIRST = 28
 _AFTERWARDS = timedelta(days=45)
 """No history goes on for longer after its last usage period."""
@@ -62,7 +70,8 @@ class Scene:
 
     `units` are the edges of the usage periods that the history is about, `accounts` what the warehouse knows of: those
     that the site bills, and those that it does not. `owners` are the site's own names of the subscriptions that it
-    bills. They are the same, unless accounts move: then a mapping leads from the ones to the others.
+    bills. They are the same, unless accounts move: then a mapping leads from the ones to the others. `redefined` are
+    the sources as a person defines them for units from number `edge` on; none where nobody changes a definition.
     """
 
     kind: str
@@ -75,6 +84,8 @@ class Scene:
     component: str
     settings: Json
     switches: Json
+    redefined: tuple[BillingSource, ...] = ()
+    edge: int = 0
     _born: Json = field(default_factory=dict, compare=False)
 
     @property
@@ -91,6 +102,46 @@ class Scene:
     def asks(self) -> bool:
         """Say whether a person is asked before anything goes."""
         return self.sources[0].settings.approval
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Return the first and the last unit of each definition: a run compares units of one."""
+        last = len(self.units) - 2
+        return ((0, self.edge - 1), (self.edge, last)) if self.redefined else ((0, last),)
+
+    @property
+    def last_before_the_change(self) -> int:
+        """Return the last unit that the earlier definition has while nobody knows of the later one; -1 for none."""
+        zones = {source.settings.timezone for source in (*self.sources, *self.redefined)}
+        return self.edge - len(zones)  # Another zone cuts the last one off.
+
+    def within(self, first: int, last: int, *, prefers_later: bool) -> tuple[int, int]:
+        """Return the units of a run as far as they are of one definition."""
+        parts = [(max(first, start), min(last, end)) for start, end in self.parts]
+        return [part for part in parts if part[0] <= part[1]][-1 if prefers_later else 0]
+
+    @property
+    def changes_at(self) -> datetime | None:
+        """Return from when on usage is billed by another definition, None for never."""
+        return self.units[self.edge] if self.redefined else None
+
+    def component_at(self, start: datetime) -> str:
+        """Return the component or item to which usage of the unit that begins at `start` is billed."""
+        return _component(self.redefined[0]) if self._is_later(start) else self.component
+
+    def price_point_at(self, start: datetime) -> str | None:
+        """Return the price point that usage of the unit that begins at `start` names, None for none."""
+        (source, *_) = self.redefined if self._is_later(start) else self.sources
+        named: str | None = getattr(source.destination, "price_point", None)
+        return named
+
+    def _is_later(self, start: datetime) -> bool:
+        return bool(self.redefined) and start >= self.units[self.edge]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Return all components or items that anything is billed to."""
+        return tuple(dict.fromkeys(self.component_at(start) for start in self.units[:-1]))
 
     @property
     def told(self) -> str:
@@ -192,12 +243,17 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     first_day = own.settings.bill_from if own else chance.pick("scene/day", _FIRST_DAYS)
     sources = (own,) if own else _sources(chance, drawn, first_day)
     settings = sources[0].settings
-    units = _units(chance, settings.period, settings.timezone, first_day)
+    # Raw events and sources that go by arrival keep theirs.
+    changes = not own and drawn == kind and chance.odds("scene/changes", 0.3)
+    if changes:
+        sources, redefined, units, edge = _with_a_change(chance, sources, first_day)
+    else:
+        redefined, units, edge = (), _units(chance, settings.period, settings.timezone, first_day), 0
     count = chance.number("scene/accounts", 2, 6)
     # What a raw event says can be taken back by no call, so nothing of it moves.
     moves = not _is_raw(sources[0]) and chance.odds("scene/moves", 0.25)
     draw = _maxio if kind.startswith("maxio") else _chargeover
-    world, owners, others, component = draw(chance, sources, units, count + moves)
+    world, owners, others, component = draw(chance, (*sources, *redefined), units, count + moves)
     billed = tuple(f"at-{number}" for number in range(count)) if moves else owners
     shared: Json = {}
     if kind == "chargeover_usage":
@@ -205,25 +261,73 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     switches = _switches(chance, CHARGEOVER if kind == "chargeover_usage" else MAXIO)
     if kind == "maxio_events" and switches.get("preview_shows_unused") == "no":
         # There nothing is sent unless somebody vouches for it, which is what the site's people would do.
-        sources = tuple(_with_keys(source, activation="assumed") for source in sources)
-    return Scene(kind, world, sources, units, billed, others, owners, component, shared, switches)
+        sources, redefined = (
+            tuple(_with_keys(source, activation="assumed") for source in some) for some in (sources, redefined)
+        )
+    return Scene(kind, world, sources, units, billed, others, owners, component, shared, switches, redefined, edge)
+
+
+def _with_a_change(
+    chance: Chance, sources: tuple[BillingSource, ...], first_day: date
+) -> tuple[tuple[BillingSource, ...], tuple[BillingSource, ...], tuple[datetime, ...], int]:
+    """Draw a change of the definition: the sources before it and after it, and the units of both with their edge.
+
+    The later definition begins at a midnight of its own zone, where the earlier one ends, wherever its own edges are.
+    """
+    what = chance.pick("change/what", ("period", "zone", "component", "price point"))
+    day = first_day + timedelta(days=3)
+    before, after = sources[0].settings, sources[0].settings
+    keys: Json = {}
+    if what == "period":
+        kinds = ("day", "hour") if before.period == "hour" else ("hour", "day")
+        after = before.model_copy(update={"period": kinds[0]})
+    elif what == "zone":
+        zones = [zone for zone in _ZONES if zone != before.timezone.key]
+        sources = tuple(_with_settings(source, period="day") for source in sources)
+        before = sources[0].settings
+        after = before.model_copy(update={"timezone": ZoneInfo(chance.pick("change/zone", zones))})
+    elif what == "price point" and sources[0].destination.name == "maxio_metered":
+        keys = {"price_point": OTHER_POINT[1]}
+    else:
+        keys = _ANOTHER[sources[0].destination.name]
+    edge = _midnight(day, after.timezone)
+    starts = _starts(chance.number("change/units before", 1, 3), before.period, before.timezone, day, edge)
+    ends = _ends(chance.number("change/units after", 1, 2), after.period, after.timezone, day, edge)
+    named = {"period": after.period, "timezone": after.timezone, "effective_from": day}
+    redefined = tuple(_with_keys(_with_settings(source, **named), **keys) for source in sources)
+    return sources, redefined, (*starts, edge, *ends), len(starts)
+
+
+def _starts(count: int, period: str, zone: ZoneInfo, day: date, edge: datetime) -> list[datetime]:
+    """Return when the last `count` units before `edge` begin; the last of them may be short."""
+    if period == "hour":
+        return [edge - timedelta(hours=step) for step in range(count, 0, -1)]
+    midnights = [_midnight(day - timedelta(days=step), zone) for step in range(3, -2, -1)]
+    return [moment for moment in midnights if moment < edge][-count:]
+
+
+def _ends(count: int, period: str, zone: ZoneInfo, day: date, edge: datetime) -> list[datetime]:
+    """Return when the first `count` units after `edge`, the start of `day`, end."""
+    if period == "hour":
+        return [edge + timedelta(hours=step) for step in range(1, count + 1)]
+    return [_midnight(day + timedelta(days=step), zone) for step in range(1, count + 1)]
+
+
+def _midnight(day: date, zone: ZoneInfo) -> datetime:
+    return datetime(day.year, day.month, day.day, tzinfo=zone).astimezone(UTC)
 
 
 def _units(chance: Chance, period: str, zone: ZoneInfo, first: date) -> tuple[datetime, ...]:
     """Return the edges of a few usage periods from `first` on, reckoned without the package's own arithmetic."""
     count = chance.number("scene/units", 2, _LONGEST_UNITS)
-
-    def midnight(day: date) -> datetime:
-        return datetime(day.year, day.month, day.day, tzinfo=zone).astimezone(UTC)
-
     if period == "hour":
-        start = midnight(first) + timedelta(hours=chance.number("scene/hour", 0, 23))
+        start = _midnight(first, zone) + timedelta(hours=chance.number("scene/hour", 0, 23))
         return tuple(start + timedelta(hours=step) for step in range(count + 1))
     if period == "month":
         months = [first.year * 12 + first.month - 1 + step for step in range(count + 1)]
-        return tuple(midnight(date(month // 12, month % 12 + 1, 1)) for month in months)
+        return tuple(_midnight(date(month // 12, month % 12 + 1, 1), zone) for month in months)
     step = 7 if period == "week" else 1
-    return tuple(midnight(first + timedelta(days=step * number)) for number in range(count + 1))
+    return tuple(_midnight(first + timedelta(days=step * number), zone) for number in range(count + 1))
 
 
 def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource, ...]:
@@ -340,7 +444,14 @@ def _maxio(
     elif destination.price_point:
         kind, _, point = destination.price_point.rpartition(":")
         component["price_points"][0] |= {"handle": point} if kind else {"id": int(point)}
-    activated = [component["handle"]] if streams else []
+    components = [component]
+    if _component(sources[-1]) == "another":
+        components.append(_another_component(component))
+        streams += [stream | {"handle": "another"} for stream in streams]
+    elif getattr(sources[-1].destination, "price_point", None) == OTHER_POINT[1]:
+        other_point = {"id": OTHER_POINT[0], "handle": "other", "name": "Other", "unit_price": "0.25"}
+        component["price_points"].append(other_point)
+    activated = [each["handle"] for each in components] if streams else []
     live = [{"id": 501 + n, "reference": f"acct-{n}", "family": "plan", "activated": activated} for n in range(count)]
     billing = _billing(chance, units, 4)
     # A trial becomes a paid subscription when its period ends, and nobody else in a history begins to be billed.
@@ -356,7 +467,7 @@ def _maxio(
             "limits": {"in_process": None},
             "product_families": [{"id": 410, "handle": "plan", "name": "Plan", "product": product}],
             "streams": streams,
-            "components": [component],
+            "components": components,
             "subscriptions": [*live, other],
             **billing,
         }
@@ -367,11 +478,24 @@ def _maxio(
     return world, billed, others, str(component["handle"])
 
 
+def _another_component(component: Json) -> Json:
+    """Return a second component like the one, which takes the events of a second stream, if it takes any."""
+    points = [point | {"id": point["id"] + 10} for point in component["price_points"]]
+    found = component | {"id": component["id"] + 10, "handle": "another", "name": "Another", "price_points": points}
+    if "stream" in component:
+        found |= {"stream": "another", "metric": component["metric"] | {"id": component["metric"]["id"] + 10}}
+    return found
+
+
 def _chargeover(
     chance: Chance, sources: tuple[BillingSource, ...], units: tuple[datetime, ...], count: int
 ) -> tuple[ChargeOverWorld, tuple[str, ...], tuple[str, ...], str]:
     destination: Any = sources[0].destination
-    item = {"item_id": 13, "external_key": destination.item, "name": "Usage", "units": "unit", "metered": True}
+    keys = list(dict.fromkeys(map(_component, sources)))
+    items = [
+        {"item_id": 13 + n, "external_key": key, "name": "Usage", "units": "unit", "metered": True}
+        for n, key in enumerate(keys)
+    ]
     customers = [{"customer_id": 10 + n, "external_key": f"cust-{n}", "company": f"C {n}"} for n in range(count + 1)]
     packages = [
         {
@@ -379,7 +503,7 @@ def _chargeover(
             "external_key": f"pkg-{n}",
             "customer": f"cust-{n}",
             "state": "active" if n < count else "cancelled",
-            "lines": [{"id": 850 + n, "item": destination.item}],
+            "lines": [{"id": 850 + 100 * place + n, "item": key} for place, key in enumerate(keys)],
         }
         for n in range(count + 1)
     ]
@@ -388,7 +512,7 @@ def _chargeover(
             "site": "chargeover:simulated",
             "public_key": _KEYS[0],
             "private_key": _KEYS[1],
-            "items": [item],
+            "items": items,
             "customers": customers,
             "packages": packages,
             # The sandbox's account bills by the month, and says so.
@@ -427,6 +551,16 @@ def simulated(own: BillingSource) -> BillingSource:
     limits = own.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 10_000})
     settings = own.settings.model_copy(update={"max_withdraw_share": 1.0, "quarantine": limits})
     return replace(own, settings=settings, sql=USAGE_SQL, arrivals_sql=ARRIVALS_SQL, expectations=())
+
+
+def _component(source: BillingSource) -> str:
+    destination: Any = source.destination
+    named: str = getattr(destination, "component", "") or destination.item
+    return named.removeprefix("handle:")
+
+
+def _with_settings(source: BillingSource, **keys: object) -> BillingSource:
+    return replace(source, settings=source.settings.model_copy(update=keys))
 
 
 def _with_keys(source: BillingSource, **keys: object) -> BillingSource:
