@@ -33,7 +33,7 @@ from usage_billing.testing.invariants import Line, TotalsWatch, Watch, billed_by
 from usage_billing.testing.moving import Sightings, Whereabouts
 from usage_billing.testing.network import Flight, Network
 from usage_billing.testing.oracle import Key, owed
-from usage_billing.testing.others import use
+from usage_billing.testing.others import rename, use
 from usage_billing.testing.runs import DELIVER, EXTRACT, PREPARE, Asked, DagRun, Sizes, registered, sweeping
 from usage_billing.testing.scenes import Scene, drawn_scene
 from usage_billing.testing.story import Story
@@ -43,6 +43,8 @@ from usage_billing.testing.warehouse import Row, Snapshot, Warehouse
 _ROUNDS = 5
 _SECOND_WAVE = 1200
 _MOST_EFFECTS = 20_000
+_BELIEVED = timedelta(minutes=11)
+"""How long an account is believed to lead where it was found, and a little more."""
 
 
 class EndlessStory(Exception):
@@ -121,6 +123,7 @@ class History:
         self.led = dict(zip(self.scene.billed_accounts, self.scene.owners, strict=False))
         self.sightings = Sightings(self.scene.owner, self._definition, self.scene.changes_at)
         self.answers = Answers()
+        self._looked_up = start
         self.defined = {source.name: source for source in self.scene.sources}
         watch = self._watch()
         self.network = Network(
@@ -166,6 +169,8 @@ class History:
 
     def _noted(self, process: Process, what: str, args: Sequence[Any]) -> None:
         self.sightings.note(process, what, args)
+        if what == "record_validation":
+            self._looked_up = self.around.clockwork.now
         self.answers.note(what, args)
         if self.scene.by_arrival and what in ("begin_extraction", "take_off"):
             self.touched.look(what, args)
@@ -339,12 +344,39 @@ class History:
 
     def _move(self, number: int) -> None:
         """Let an account lead to another subscription: one of nobody, or that of another account, or back home."""
+        if self.scene.renames and not self._may_be_renamed:
+            self.around.clockwork.after(700, partial(self._move, number))
+            return
         account = self.chance.pick(f"move/account:{number}", self.scene.billed_accounts)
         others = [owner for owner in self.scene.owners if owner != self.led[account]]
         home = self.scene.owners[self.scene.billed_accounts.index(account)]
         likely = [owner for owner in others if owner in (home, self.scene.owners[-1])]
-        self.led[account] = self.chance.pick(f"move/to:{number}", others + 2 * likely)
-        self.around.tell("the mapping", f"leads {account} to {self.led[account]}")
+        to = self.chance.pick(f"move/to:{number}", others + 2 * likely)
+        if self.scene.renames:
+            self._give_name(account, to)
+        self.led[account] = to
+        self.around.tell("the mapping", f"leads {account} to {to}")
+
+    @property
+    def _may_be_renamed(self) -> bool:
+        """Say whether nobody is about to use a name that was looked up, for as long as that is believed.
+
+        An event that is under way under a name is for whoever has it when it arrives: that is a limit, not a fault.
+        """
+        at_work = [process for process in self.around.alive if not (process.ended or process.dead)]
+        return not (at_work or self.network.air) and self.around.clockwork.now - self._looked_up > _BELIEVED
+
+    def _give_name(self, account: str, owner: str) -> None:
+        """Give the reference of an account to another subscription; two that have one each change places."""
+        left = self.led[account]
+        self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
+        rename(self.scene, self.sandbox, left, f"formerly-{left}")
+        for other, its in self.led.items():
+            if its == owner:
+                rename(self.scene, self.sandbox, owner, f"formerly-{owner}")
+                rename(self.scene, self.sandbox, left, other)
+                self.led[other] = left
+        rename(self.scene, self.sandbox, owner, account)
 
     def _choose(self, name: str, share: float = 1.0) -> None:
         """Let a person go through the moves that were seen and are undecided, and choose about some."""

@@ -294,7 +294,9 @@ def _may_stay(scene: Scene, one: Delivered, there: AbstractSet[str], now: dateti
         return one.sends > 1 and one.token not in there and one.reason.startswith(PERSON_DECIDES)
     if scene.kind != "maxio_events" or one.sent_at is None:
         return False
-    return now - one.sent_at > timedelta(days=30) or one.key.start < open_from(scene, now)
+    # Its name leads to another subscription by now, which a replay would bill.
+    elsewhere = scene.renames and "leads to subscription" in one.reason
+    return elsewhere or now - one.sent_at > timedelta(days=30) or one.key.start < open_from(scene, now)
 
 
 def open_from(scene: Scene, now: datetime) -> datetime:

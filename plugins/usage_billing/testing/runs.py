@@ -455,7 +455,7 @@ def defined_by(today: BillingSource, edition: Edition, latest: Edition) -> Billi
 def _destination(house: House, source: BillingSource, process: Process) -> Destination:
     found = house.scene.destination(source, house.network.sandbox, house.network.transport(process))
     found.archive = house.archive
-    return put_before(found, house.led) if house.scene.moves else found
+    return put_before(found, house.led) if house.scene.moves and not house.scene.renames else found
 
 
 def sweeping(house: House, source: BillingSource, *, resumes: bool) -> Callable[[Process], None]:

@@ -86,6 +86,7 @@ class Scene:
     switches: Json
     redefined: tuple[BillingSource, ...] = ()
     edge: int = 0
+    renames: bool = False
     _born: Json = field(default_factory=dict, compare=False)
 
     @property
@@ -156,7 +157,7 @@ class Scene:
 
     @property
     def moves(self) -> bool:
-        """Say whether a mapping leads accounts to subscriptions, and may lead them elsewhere."""
+        """Say whether accounts may be led to other subscriptions: by a mapping, or because the site renames them."""
         return self.owners != self.billed_accounts
 
     @cached_property
@@ -254,7 +255,11 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
     moves = not _is_raw(sources[0]) and chance.odds("scene/moves", 0.25)
     draw = _maxio if kind.startswith("maxio") else _chargeover
     world, owners, others, component = draw(chance, (*sources, *redefined), units, count + moves)
+    renames = moves and kind == "maxio_events" and not owners[0].isdigit() and chance.odds("scene/renames", 0.6)
     billed = tuple(f"at-{number}" for number in range(count)) if moves else owners
+    if renames:
+        # An account is a reference, which is given to another subscription: so these have names of their own.
+        billed, owners = owners[:count], tuple(f"own-{number}" for number in range(count + 1))
     shared: Json = {}
     if kind == "chargeover_usage":
         shared["negative_usage"] = chance.pick("scene/negative", ("allowed", "hold"))
@@ -264,7 +269,9 @@ def drawn_scene(chance: Chance, own: BillingSource | None = None) -> Scene:
         sources, redefined = (
             tuple(_with_keys(source, activation="assumed") for source in some) for some in (sources, redefined)
         )
-    return Scene(kind, world, sources, units, billed, others, owners, component, shared, switches, redefined, edge)
+    return Scene(
+        kind, world, sources, units, billed, others, owners, component, shared, switches, redefined, edge, renames
+    )
 
 
 def _with_a_change(
