@@ -17,7 +17,7 @@ FIRST = {
     "doubts_settled_at_once": 10,
     "lease_forgotten": 20,
     "events_sent_again_after_a_month": 11,
-    "conflict_taken_for_success": 24,
+    "conflict_taken_for_success": 350,
     "abandoned_taken_for_nothing": 13,
     "plan_blind_for_doubts": 3,
     "vanished_keys_forgotten": 1,
