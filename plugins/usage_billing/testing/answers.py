@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from usage_billing.records import Decision, Reading, State
+from usage_billing.records import FOLLOWS, Decision, Reading, State
 
 Question = tuple[str, Reading, str]
 """A source, the reading that was planned, and the digest under which its plan was shown."""
@@ -26,11 +26,15 @@ class Answers:
         self._released: set[tuple[str, Decimal]] = set()
 
     def shows(self, question: Question, proposals: Iterable[pa.Table]) -> None:
-        """Note what would go of a plan that a person is asked about."""
-        rows = [row for part in proposals for row in part.select(["token", "state", "quantity"]).to_pylist()]
-        self._shown[question] = {
-            row["token"]: Decimal(row["quantity"]) for row in rows if row["state"] == State.RESERVED
-        }
+        """Note what would go of a plan that a person is asked about, and what goes once a credit was taken.
+
+        That one has no token of its own yet, and is known by its identity.
+        """
+        names = ["token", "identity", "state", "quantity", "reason"]
+        rows = [row for part in proposals for row in part.select(names).to_pylist()]
+        going = {row["token"]: row for row in rows if row["state"] == State.RESERVED}
+        going |= {row["identity"]: row for row in rows if row["reason"].startswith(FOLLOWS)}
+        self._shown[question] = {name: Decimal(row["quantity"]) for name, row in going.items()}
 
     def says(self, question: Question, decision: Decision) -> None:
         """Note what a person said, or that nobody said anything in time."""
@@ -42,8 +46,8 @@ class Answers:
             return
         name, reading, digest, decision = args[:4]
         shown = self._shown.get((name, reading, digest), {})
-        for token in shown:
-            self._approved.pop(token, None)
+        for one in shown:
+            self._approved.pop(one, None)
         if decision is Decision.APPROVED and self._said.get((name, reading, digest)) is Decision.APPROVED:
             self._approved |= shown
 
@@ -53,4 +57,5 @@ class Answers:
 
     def cover(self, token: str, identity: str, quantity: Decimal) -> bool:
         """Say whether a person wants a delivery to go as it is."""
-        return self._approved.get(token) == quantity or (identity, quantity) in self._released
+        shown = self._approved.get(token), self._approved.get(identity)
+        return quantity in shown or (identity, quantity) in self._released
