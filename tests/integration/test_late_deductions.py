@@ -21,7 +21,7 @@ OTHER = replace(
     ONE,
     settings=ONE.settings.model_copy(update={"name": "platform_jobs", "shares_component_with": ("platform_events",)}),
 )
-DAY, LATER = a_day(ONE, 30), november(ONE)
+DAY, LATER, NEXT = a_day(ONE, 30), november(ONE), a_day(ONE, 33)
 
 
 @pytest.fixture(params=[("as_computed", 0), ("zero", 0), ("as_computed", 3600), ("zero", 3600)])
@@ -85,3 +85,64 @@ def test_two_sources_of_one_component_take_no_more_than_there_is(house: Held) ->
 
     assert billed(house, ONE) == Decimal(22)
     assert (listed(house, ONE), listed(house, OTHER)) == ([], [("held", "-10")])
+
+
+def test_a_correction_of_the_open_period_takes_no_more_than_a_late_deduction_left(house: Held) -> None:
+    """October's ten are gone and were taken from November's; then November's are gone too, and wait by name."""
+    house.run(ONE, DAY, rows(DAY, "10"))
+    renewed(house)
+    house.run(ONE, DAY, rows(DAY, "0"))
+    assert billed(house, ONE) == Decimal(12)
+
+    house.run(ONE, LATER, rows(LATER, "0"))
+
+    assert house.listed(ONE, LATER) == [("held", "-12")]
+    assert "a deduction waits: the open billing period counts too little" in house.open_items(ONE, LATER)["reason"][0]
+    house.run(ONE, NEXT, rows(NEXT, "11"))
+    house.sandbox.move_clock(advance_seconds=7200)
+    assert billed(house, ONE) == Decimal(23)
+    house.run(ONE, LATER, rows(LATER, "0"))
+    assert billed(house, ONE) == Decimal(11)
+    assert house.listed(ONE, LATER) == []
+    house.sandbox.move_clock(advance_seconds=7200)
+    assert house.reconcile(ONE, LATER).ties_out
+
+
+def test_a_correction_that_was_planned_before_a_late_deduction_went_is_judged_by_what_that_left(house: Held) -> None:
+    """It would have found room when it was planned; another run took that since."""
+    house.run(ONE, DAY, rows(DAY, "10"))
+    renewed(house)
+    comparison, folder = house.totals(ONE, LATER, rows(LATER, "0"))
+    first = house.plan(ONE, comparison, folder)
+    house.run(ONE, DAY, rows(DAY, "0"))
+    assert billed(house, ONE) == Decimal(12)
+
+    house.deliver(ONE, comparison, folder, first=first)
+
+    assert billed(house, ONE) == Decimal(12)
+    assert house.listed(ONE, LATER) == [("held", "-12")]
+
+
+def test_a_late_deduction_leaves_what_the_open_period_is_about_to_take_back_itself(house: Held) -> None:
+    """The correction is written down, and its worker sends it without another look: the late one waits."""
+    house.run(ONE, DAY, rows(DAY, "10"))
+    renewed(house)
+    comparison, folder = house.totals(ONE, LATER, rows(LATER, "0"))
+    plan = house.plan(ONE, comparison, folder)
+    site = house.destination(ONE).site
+    for part in house.staging.read(plan.proposals):
+        house.ledger.reserve(ONE.name, site, comparison.reading, part.to_pandas())
+    house.run(ONE, DAY, rows(DAY, "0"))
+    assert (billed(house, ONE), listed(house, ONE)) == (Decimal(22), [("held", "-10")])
+    house.deliver(ONE, comparison, folder, first=plan)
+    assert (billed(house, ONE), house.listed(ONE, LATER)) == (Decimal(10), [])
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_corrections_of_a_period_that_nothing_late_was_taken_from_ask_nothing_more(house: Held, again: int) -> None:
+    """They go in one request, as ever: what was billed of a usage period is there to be taken back."""
+    renewed(house)
+    before = house.writing_requests(ONE)
+    house.run(ONE, LATER, rows(LATER, "5" if again == 1 else "0"))
+    assert house.writing_requests(ONE) == before + 1
+    assert billed(house, ONE) == Decimal(5 if again == 1 else 0)

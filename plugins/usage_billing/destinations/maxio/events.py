@@ -36,6 +36,8 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 _SHARE_AFTER_REFUSAL = 10
 _MOST_IN_VAIN = 200
 """How many replays in a row may be refused before the stream is taken to want nothing at all."""
+_TAKES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.ACCEPTED)
+"""Where a deduction stands that has taken something from a billing period, or may."""
 _TOO_LITTLE = "a deduction waits: the open billing period counts too little, and a sum below 0 may be lost"
 _NAMED = 20
 """How many refused events of a chunk are named."""
@@ -159,28 +161,40 @@ class MaxioEvents(MaxioDestination):
         """Let all go whole, but what takes away from an open billing period what was counted in a closed one.
 
         No document says that a sum below 0 is billed, so the site's own count of the open period has to take it whole.
+        Where one was taken, less is left for deductions of the period's own usage too: they are judged by the count.
         """
         why = self.hold_reason(proposals)
-        late_minus = closed(proposals) & negative(proposals["quantity"]) & (why == "").to_numpy()
+        minus = negative(proposals["quantity"]) & (why == "").to_numpy()
+        late = minus & closed(proposals)
+        lessened = set(proposals.loc[late, "subscription"])
+        own = proposals.loc[minus & ~late].drop_duplicates("subscription")
+        for number, start in zip(own["subscription"], own["open_from"], strict=True):
+            if self._was_lessened(number, start):
+                lessened.add(number)
         room: dict[str, Decimal] = {}
-        for place in map(int, np.flatnonzero(late_minus)):
+        kept: dict[str, Decimal] = {}
+        for place in map(int, np.flatnonzero(minus & proposals["subscription"].isin(lessened).to_numpy())):
             number, less = str(proposals["subscription"].iloc[place]), -Decimal(proposals["quantity"].iloc[place])
+            start = proposals["open_from"].iloc[place]
             if number not in room:
-                room[number] = self._room(number, proposals["open_from"].iloc[place])
-            if less > room[number]:
-                why.iloc[place] = f"{_TOO_LITTLE}: it counts {room[number]}"
+                room[number] = self._room(number, start)
+            if late[place] and number not in kept:
+                kept[number] = self._about_to_leave(number, start)
+            left = room[number] - (kept[number] if late[place] else 0)
+            if less > left:
+                why.iloc[place] = f"{_TOO_LITTLE}: it counts {left}"
             else:
                 room[number] -= less
         return proposals["quantity"], why
 
-    def _room(self, number: str, start: datetime) -> Decimal:
-        """Return how much may be taken from what a subscription is billed for the billing period that began then.
+    def _room(self, number: str, moment: datetime) -> Decimal:
+        """Return how much may be taken from what a subscription is billed for the billing period of that moment.
 
         Neither more than the site counts nor more than this ledger has accepted for it: the site's count may lag behind
         a deduction of a moment ago. What takes something back and may have landed is gone from it already.
         """
         component = str(self._component["id"])
-        here = [total for total in self.totals([number]) if total.period.start == start]
+        here = [total for total in self.totals([number]) if total.period.start <= moment < total.period.end]
         there = sum((total.quantity for total in here), Decimal(0))
         if self.book is None or not here:
             return there
@@ -200,22 +214,56 @@ class MaxioEvents(MaxioDestination):
             if not body or period.start <= self.counted_at(body) < period.end
         ]
 
+    def _was_lessened(self, number: str, moment: datetime) -> bool:
+        """Say whether a late deduction was taken, or is to be, from the billing period of that moment."""
+        if self.book is None:
+            return False
+        at = Period(moment, moment + timedelta(microseconds=1))
+        rows = self.book.accepted_at(self.site, [number], str(self._component["id"]), at, _TAKES)
+        less = rows[(rows["body"] != "") & rows["quantity"].str.startswith("-")]
+        return any(
+            start < self.counted_at(body) <= moment
+            for start, body in zip(less["period_start"], less["body"], strict=True)
+        )
+
     def lock(self, delivery: Delivery) -> str:
-        """Send what takes away from a billing period that it is not of one after the other, from all sources."""
+        """Send what takes away from a billing period that it is not of one after the other, from all sources.
+
+        And what takes away from its own, where such a one has taken from it.
+        """
         if self.stream or delivery.quantity > 0 or delivery.period is None:
             return ""
-        late = delivery.period.end <= self.counted_at(delivery.body)
-        return f"floor:{self.site}:{delivery.subscription}:{self._component['id']}" if late else ""
+        at = self.counted_at(delivery.body)
+        if not self._is_late(delivery) and not self._was_lessened(delivery.subscription, at):
+            return ""
+        return f"floor:{self.site}:{delivery.subscription}:{self._component['id']}"
+
+    def _is_late(self, delivery: Delivery) -> bool:
+        return delivery.period is not None and delivery.period.end <= self.counted_at(delivery.body)
 
     def _too_little(self, deliveries: Sequence[Delivery]) -> dict[str, str]:
-        """Return, by token, that the billing period into which a late deduction goes does not take it whole."""
+        """Return, by token, that the billing period into which a deduction goes does not take it whole."""
         found = {}
         for one in deliveries:
             if self.lock(one):
-                room = self._room(one.subscription, self.counted_at(one.body))
+                at = self.counted_at(one.body)
+                room = self._room(one.subscription, at)
+                room -= self._about_to_leave(one.subscription, at) if self._is_late(one) else 0
                 if -one.quantity > room:
                     found[one.token] = f"{_TOO_LITTLE}: it counts {room}"
         return found
+
+    def _about_to_leave(self, number: str, start: datetime) -> Decimal:
+        """Return what is ready to be taken back of the usage of the billing period that began then.
+
+        It was judged before a late deduction was, and goes without another look.
+        """
+        if self.book is None:
+            return Decimal(0)
+        period = Period(start, _NEVER)
+        rows = self.book.accepted_at(self.site, [number], str(self._component["id"]), period, (State.RESERVED,))
+        own = rows[(rows["period_start"] >= start) & rows["quantity"].str.startswith("-")]
+        return -sum(map(Decimal, own["quantity"]), Decimal(0))
 
     def encode(self, proposals: pd.DataFrame) -> pd.Series:
         """Return each proposal as one event, its dimensions as properties."""
