@@ -15,7 +15,11 @@ from usage_billing.records import Choice, Period, Target
 from usage_billing.sources import BillingSource
 
 WHOSE = {"api_calls": "acct-{:04d}", "platform_events": "orbit-{:02d}", "voip_minutes": "tel-{:03d}"}
-KEYS = {"orbit": ("sandbox-orbit-key", "x")}
+KEYS = {
+    "acme": ("sandbox-acme-key", "x"),
+    "orbit": ("sandbox-orbit-key", "x"),
+    "telco": ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000"),
+}
 
 
 class MovingHouse(Held):

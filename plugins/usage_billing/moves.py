@@ -189,8 +189,9 @@ class Moves:
         moves = self.undecided
         until = pd.DatetimeIndex(moves["end"]).strftime("%Y-%m-%dT%H:%MZ")
         who = f"{MOVED}account " + moves["account"].map(repr) + " leads to subscription " + moves["subscription_to"]
-        what = " by now, and what it used before " + until + " was billed to subscription " + moves["subscription_from"]
-        return who + what + f": `usage-billing ledger move {self._name} " + moves["account"].map(quote) + "` decides"
+        what = " by now, and what it used before " + until + " is its or that of " + moves["subscription_from"]
+        decides = f", where it led before: `usage-billing ledger move {self._name} " + moves["account"].map(quote)
+        return who + what + decides + "` decides"
 
     def _unseen(self, later: "Moves") -> pd.DataFrame:
         rows = later.placements

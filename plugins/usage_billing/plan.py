@@ -6,6 +6,8 @@ Both sides are sorted by identity and walked range by range: memory holds one ra
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,7 @@ from usage_billing.records import (
     Staged,
     State,
     Tally,
+    Target,
 )
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
@@ -56,6 +59,7 @@ _COLUMNS = [
     "released",
     "body",
 ]
+_UNBILLED = "; the next run of its period sends it if that is mended, else bill it by hand, and write it off"
 _EVERYTHING_ABOVE = "g"
 """Sorts after every identity, which is hexadecimal."""
 
@@ -71,8 +75,8 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     """
     source = destination.source
     destination.book = ledger
-    targets = _targets(comparison.targets, staging)
-    components = targets.index.get_level_values("component")
+    today = _Today(_targets(comparison.targets, staging), cache(destination.standing))
+    components = today.targets.index.get_level_values("component")
     shared = source.settings.shares_component_with
     ledger.feed(source.name, destination.site, comparison.reading, components, shared)
     stale = ledger.begin_comparison(source.name, comparison.reading, comparison.periods, source.edition)
@@ -90,7 +94,7 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
     def parts() -> Iterator[pa.Table]:
         nonlocal tally
         for fresh in compared():
-            proposals, found = _propose(fresh, comparison, destination, targets, moving)
+            proposals, found = _propose(fresh, comparison, destination, today, moving)
             tally += found
             yield pa.Table.from_pandas(proposals, preserve_index=False, schema=_SCHEMA)
 
@@ -161,6 +165,14 @@ def _targets(targets: Staged, staging: Staging) -> pd.DataFrame:
     return known
 
 
+@dataclass(frozen=True)
+class _Today:
+    """Where the accounts of a run lead today, and how any other subscription stands, which is asked for once."""
+
+    targets: pd.DataFrame
+    standing: Callable[[str], Target]
+
+
 def _compare(totals: pa.Table, standing: pd.DataFrame, decimals: int) -> pd.DataFrame:
     """Return one row per identity of either side: what is owed, what is settled, and which revision is last."""
     owed = totals.drop_columns(["quantity", "open_from"]).to_pandas()
@@ -215,7 +227,7 @@ def _filled(scaled: pd.Series) -> pd.Series:
 
 
 def _propose(
-    compared: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame, moving: _Moving
+    compared: pd.DataFrame, comparison: Comparison, destination: Destination, today: _Today, moving: _Moving
 ) -> tuple[pd.DataFrame, Tally]:
     difference, state, reason = compared["difference"], compared["state"], compared["reason"].astype(str)
     reading = comparison.reading
@@ -244,7 +256,7 @@ def _propose(
     chosen = compared.assign(replaceable=replaceable, judged_again=judged_again, released=let_go)
     chosen = moving.marked(chosen[proposed].reset_index(drop=True))
     follows = int(chosen["follows"].sum())
-    written = _written_out(chosen, comparison, destination, targets)
+    written = _written_out(chosen, comparison, destination, today)
     still_held = chosen["judged_again"] & (written["state"] == chosen["state"])
     confirmed = written.assign(**chosen[["token", "revision"]], supersedes=chosen["token"])[still_held]
     chosen, written = chosen[~still_held], written[~still_held]
@@ -277,14 +289,12 @@ def _propose(
     return proposals, tally
 
 
-def _written_out(
-    chosen: pd.DataFrame, comparison: Comparison, destination: Destination, targets: pd.DataFrame
-) -> pd.DataFrame:
+def _written_out(chosen: pd.DataFrame, comparison: Comparison, destination: Destination, today: _Today) -> pd.DataFrame:
     """Return chosen identities as the ledger will keep them: token, state, reason and the exact request.
 
     Column `partial` says of which only a part goes now.
     """
-    today = targets.reindex(pd.MultiIndex.from_frame(chosen[["subscription", "component"]]))
+    led = today.targets.reindex(pd.MultiIndex.from_frame(chosen[["subscription", "component"]]))
     revisions = chosen["revision"] + 1
     rows = chosen.assign(
         revision=revisions,
@@ -293,18 +303,20 @@ def _written_out(
         supersedes=chosen["token"].where(chosen["replaceable"], ""),
         quantity=quantities.to_text(chosen["difference"], destination.source.settings.meter.decimals),
         # Where the account was resolved today, today's address; a vanished key keeps the one that it was sent to.
-        address=pd.Series(today["address"].to_numpy(), index=chosen.index).fillna(chosen["address"]),
+        address=pd.Series(led["address"].to_numpy(), index=chosen.index).fillna(chosen["address"]),
         **{
-            name: pd.to_datetime(pd.Series(today[name].array, index=chosen.index), utc=True)
+            name: pd.to_datetime(pd.Series(led[name].array, index=chosen.index), utc=True)
             for name in ("open_from", "open_until")
         },
     )
-    rows = destination.look_up(rows)
+    rows = destination.look_up(rows, today.standing)
+    unbilled = (rows["unbilled"] + _UNBILLED).where((rows["unbilled"] != "") & (chosen["difference"] > 0), "")
+    waits = rows["moving"].where(rows["moving"] != "", unbilled)
     # What waits for something else is no balance that a deduction may count on, and takes none from others.
-    judged, free = rows["moving"] == "", rows[rows["moving"] == ""]
-    parts, why = destination.judge(free)
+    judged = waits == ""
+    parts, why = destination.judge(rows[judged])
     goes, reason = (column.astype(object).reindex(rows.index) for column in (parts, why))
-    goes, reason = goes.where(judged, rows["quantity"]), reason.where(judged, rows["moving"])
+    goes, reason = goes.where(judged, rows["quantity"]), reason.where(judged, waits)
     # Whatever else speaks against it: a person may overrule the rest.
     withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined) & judged
     reason = reason.mask(withheld, WITHHELD)

@@ -4,8 +4,9 @@ The verdict is the sandbox's count for each subscription, and the order of its b
 """
 
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -14,13 +15,13 @@ import pytest
 import requests
 
 from late import AFTER_THE_RENEWAL, lenient, november
-from moving import MovingHouse, WorkerDied, named, usage
-from stories import SITES, Event, a_day, a_house, shipped
+from moving import KEYS, MovingHouse, WorkerDied, named, usage
+from stories import SITES, Event, a_day, a_house, shipped, small_batches
 from usage_billing.cli import main
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.plan import plan
 from usage_billing.preview import preview
-from usage_billing.records import Choice, State
+from usage_billing.records import Choice, Period, State
 from usage_billing.sources import BillingSource
 
 SOURCE = shipped("api_calls")
@@ -215,6 +216,121 @@ def test_late_usage_of_before_that_a_person_releases_goes_to_the_former_subscrip
     assert house.sweep(source).accepted == 1
     assert house.sums(source) == {1: 107, 2: 30}
     nothing_more_is_sent(house, source, {5: {1: 107}})
+
+
+def ended(house: MovingHouse, source: BillingSource, number: int) -> None:
+    """Cancel a subscription, at a site that takes usage of such a one and never bills it."""
+    if source.name == "voip_minutes":
+        house.sandbox.switch(SITES[source.name], usage_on_bad_line="accept")
+        url = f"{house.sandbox.chargeover_url('telco')}/api/v3/package/{712 + number}/_action/cancel"
+        assert requests.post(url, auth=KEYS["telco"], timeout=5).status_code in range(200, 300)
+        return
+    subdomain, first = {"api_calls": ("acme", 50100000), "platform_events": ("orbit", 50200000)}[source.name]
+    house.sandbox.switch(SITES[source.name], usage_on_ended_subscription="accept")
+    url = f"{house.sandbox.maxio_url(subdomain)}/subscriptions/{first + number}.json"
+    assert requests.delete(url, auth=KEYS[subdomain], timeout=5).status_code == 200
+
+
+@pytest.mark.parametrize("late_usage", ["", "hold"])
+@pytest.mark.parametrize("name", ["api_calls", "voip_minutes", "platform_events"])
+def test_late_usage_of_a_former_subscription_that_has_ended_is_held_by_name(
+    house: MovingHouse, name: str, late_usage: str
+) -> None:
+    """The site would take it and bill it to nobody; what is said of it tells that, and what to do."""
+    source = lenient(name, **({"late_usage": late_usage} if late_usage else {}))
+    day = a_day(source, 5)
+    bill(house, source, 5, {1: 100})
+    if name == "platform_events":
+        house.rename((1, "orbit-old"), (2, "orbit-two"), (2, "orbit-01"))
+    else:
+        house.lead(source, 1, to=2)
+    bill(house, source, 6, {1: 60})
+    house.choose(source, 1, Choice.FROM_NOW)
+    ended(house, source, 1)
+    before, sums = house.writing_requests(source), house.sums(source)
+    for _ in range(2):
+        bill(house, source, 5, {1: 130})
+        assert (house.writing_requests(source), house.sums(source)) == (before, sums)
+        ((state, quantity),) = house.waits(source, day).values()
+        assert (state, quantity) == ("held", "30")
+    reason = house.open_items(source, day)["reason"].item()
+    assert re.search(r"is cancell?ed: .* would not (bill its usage|be billed)", reason)
+    assert reason.endswith("bill it by hand, and write it off")
+    assert house.reconcile(source, day).ties_out
+    house.release(source, day)
+    assert house.sweep(source).accepted == 0
+    assert house.writing_requests(source) == before
+
+
+def test_a_former_subscription_that_is_asked_about_is_asked_about_once_for_each_plan(house: MovingHouse) -> None:
+    """However many days and batches it has usage in."""
+    source = small_batches(SOURCE, 1)
+    days, (last,) = range(5, 10), {10}
+    for day in days:
+        bill(house, source, day, {1: 100})
+    house.lead(source, 1, to=2)
+    bill(house, source, last, {1: 1})
+    house.choose(source, 1, Choice.FROM_NOW)
+    ended(house, source, 1)
+
+    def asked(days: Sequence[int], quantity: int) -> int:
+        whole = Period(a_day(source, days[0]).start, a_day(source, days[-1]).end)
+        rows = [row for day in days for row in usage(source, a_day(source, day), {1: quantity})]
+        comparison, folder = house.totals(source, whole, rows)
+        house.sandbox.reset_requests()
+        assert house.plan(source, comparison, folder).tally.held == len(days) * (quantity != 100)
+        return int(house.sandbox.requests(SITES[source.name])["reading"])
+
+    nothing = asked(days, 100)
+    assert asked(days[:1], 130) == asked(days, 130) > nothing
+
+
+def test_late_usage_reaches_a_former_subscription_that_has_lost_its_reference(house: MovingHouse) -> None:
+    """A metered usage goes by the subscription's number, and needs no name of it."""
+    url = f"{house.sandbox.maxio_url('acme')}/subscriptions/{FIRST}.json"
+    moved(house)
+    bill(house, SOURCE, 6, {1: 30})
+    house.choose(SOURCE, 1, Choice.FROM_NOW)
+    body = {"subscription": {"reference": ""}}
+    assert requests.put(url, json=body, auth=KEYS["acme"], timeout=5).status_code == 200
+    bill(house, SOURCE, 5, {1: 108})
+    assert (house.waits(SOURCE, a_day(SOURCE, 5)), house.sums(SOURCE)) == ({}, {1: 108, 2: 30})
+
+
+def test_late_usage_of_a_former_subscription_whose_period_has_closed_tells_so_on_its_bill(house: MovingHouse) -> None:
+    """No account leads there, so its open period is asked for: the memo names the day that it is for."""
+    source = lenient("api_calls", memo="calls")
+    moved(house, source)
+    bill(house, source, 6, {1: 30})
+    house.choose(source, 1, Choice.FROM_NOW)
+    house.sandbox.move_clock(AFTER_THE_RENEWAL)
+    bill(house, source, 5, {1: 108})
+    assert house.sums(source) == {1: 108, 2: 30}
+    assert house.sandbox.records(SITES[source.name])[-1]["memo"].endswith(" 2026-10-05 calls")
+
+
+@pytest.mark.parametrize(("choice", "sums"), [(Choice.FROM_NOW, {2: 30, 3: 3}), (Choice.MOVE, {2: 90, 3: 3})], ids=str)
+def test_what_was_quarantined_while_a_subscription_had_ended_is_listed_or_billed_after_the_choice(
+    house: MovingHouse, choice: Choice, sums: dict[int, int]
+) -> None:
+    """The old contract ended on the fifth and the new one began on the seventh: the sixth was never billed anywhere."""
+    source = lenient("api_calls")
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0, "max_rows": 100})
+    source = replace(source, settings=source.settings.model_copy(update={"quarantine": limits}))
+    bill(house, source, 5, {1: 100, 3: 1})
+    ended(house, source, 1)
+    bill(house, source, 6, {1: 60, 3: 1})
+    house.lead(source, 1, to=2)
+    bill(house, source, 7, {1: 30, 3: 1})
+    bill(house, source, 6, {1: 60, 3: 1})
+    day = a_day(source, 6)
+    assert "was billed to" not in house.open_items(source, day)["reason"].item()
+    house.choose(source, 1, choice)
+    bill(house, source, 6, {1: 60, 3: 1})
+    assert house.sums(source) == sums
+    held = {FIRST: ("held", "60")} if choice == Choice.FROM_NOW else {}
+    assert house.waits(source, day) == held
+    nothing_more_is_sent(house, source, {6: {1: 60, 3: 1}, 7: {1: 30, 3: 1}})
 
 
 # --- moved ------------------------------------------------------------------------------------------------------------
@@ -412,9 +528,8 @@ def test_chargeover_moves_where_the_account_takes_negative_usage_and_waits_where
 def test_a_line_that_an_upgrade_replaces_is_no_move(house: MovingHouse) -> None:
     """The same package has another line by now: nothing is held, and a correction goes there."""
     bill(house, VOIP, 5, {1: 100})
-    keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
     url = f"{house.sandbox.chargeover_url('telco')}/api/v3/package/713/_action/upgrade"
-    assert requests.post(url, json=UPGRADE, auth=keys, timeout=5).status_code == 200
+    assert requests.post(url, json=UPGRADE, auth=KEYS["telco"], timeout=5).status_code == 200
     bill(house, VOIP, 5, {1: 104})
     assert (house.waits(VOIP, a_day(VOIP, 5)), house.ledger.placements(VOIP.name).empty) == ({}, True)
     assert house.ledger.accepted(VOIP.name, a_day(VOIP, 5))["quantity"].tolist() == ["100", "4"]

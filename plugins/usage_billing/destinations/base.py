@@ -176,19 +176,23 @@ class Destination(ABC):
             Misconfigured, NotApplied: as `resolve`.
         """
 
-    def look_up(self, proposals: pd.DataFrame) -> pd.DataFrame:
+    def look_up(self, proposals: pd.DataFrame, standing: Callable[[str], Target] | None = None) -> pd.DataFrame:
         """Return proposals with today's address and open billing period also where no usage of the run told them.
 
-        Where a key vanished nobody named its subscription; if the site bills that no more, ``open_from`` stays NaT.
+        Where a key vanished, or its account leads elsewhere by now, nobody named its subscription. If the site bills
+        that no more, ``open_from`` stays NaT, and ``unbilled`` says why, empty for all others. Whoever looks up in
+        parts hands in what remembers `standing`: each subscription is then asked about once.
 
         Raises:
             Misconfigured, NotApplied: the site could not be asked.
         """
-        unknown = proposals["open_from"].isna()
+        proposals = proposals.assign(unbilled=pd.Series("", index=proposals.index, dtype=object))
+        unknown = self._untold(proposals)
         if not unknown.any():
             return proposals
         names = proposals.loc[unknown, "subscription"]
-        today = {name: self.standing(name) for name in sorted(set(names))}
+        today = {name: (standing or self.standing)(name) for name in sorted(set(names))}
+        proposals.loc[unknown, "unbilled"] = [today[name].unknown for name in names]
         found = [None if today[name].unknown else today[name] for name in names]
         columns = {
             "address": [None if one is None else one.address_text for one in found],
@@ -199,6 +203,10 @@ class Destination(ABC):
         for edge in ("open_from", "open_until"):
             looked_up[edge] = pd.to_datetime(looked_up[edge], utc=True)
         return proposals.assign(**{name: looked_up[name].fillna(proposals[name]) for name in columns})
+
+    def _untold(self, proposals: pd.DataFrame) -> np.ndarray:
+        """Say of each proposal whether the site has to be asked how its subscription stands."""
+        return (proposals["open_from"].isna() & (proposals["quantity"] != "0")).to_numpy(dtype=bool)
 
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
         """Return how much of each proposal may go now (plain decimal text), and why it is held, or an empty text.

@@ -49,6 +49,8 @@ class MaxioDestination(Destination):
     connection_type = "maxio"
     kind: str
     """Maxio's name for the kind of component that takes this usage."""
+    reached_by_number: ClassVar[bool] = False
+    """Whether requests name a subscription by its number, whatever accounts are."""
 
     client: MaxioSite
     settings: Any
@@ -67,9 +69,10 @@ class MaxioDestination(Destination):
         return self._found(accounts, lambda *_: "")
 
     def standing(self, subscription: str) -> Target:
-        """Return the subscription with this number; where accounts are references, by the one that it has today."""
+        """Return the subscription with this number; where requests name references, by the one that it has today."""
         component, found = self._component, self._subscription(int(subscription))
-        account = subscription if self._by_id() else str((found or {}).get("reference") or "")
+        by_number = self._by_id() or self.reached_by_number
+        account = subscription if by_number else str((found or {}).get("reference") or "")
         if found is not None and not account:
             return Target(account, unknown=f"subscription {subscription} has no reference, and nothing else reaches it")
         return self._target(account or subscription, found, component, self._unusable)

@@ -70,6 +70,7 @@ class MaxioMetered(MaxioDestination):
     why_late = "its billing period is closed: it has no date, and would land on the invoice of the open one"
     settings_model = MaxioMeteredSettings
     kind = "metered_component"
+    reached_by_number = True
     chunk_size = 1
     # The 60-minute token is a belt only: whether usages honour it is not documented, and its 409 tells no outcome.
     replay_window = timedelta(0)
@@ -77,8 +78,14 @@ class MaxioMetered(MaxioDestination):
     def _found(self, accounts: Sequence[str], why_not: Callable[[str, Json, Json], str]) -> list[Target]:
         # A usage has no date: it lands in whatever period is open, so the end of one closes nothing, unless the source
         # wants it to.
-        found = super()._found(accounts, why_not)
-        return [replace(target, open_until=None) for target in found] if self._bills_late else found
+        return [self._dated(target) for target in super()._found(accounts, why_not)]
+
+    def standing(self, subscription: str) -> Target:
+        """Return the subscription with this number, which is all that a usage needs of it."""
+        return self._dated(super().standing(subscription))
+
+    def _dated(self, target: Target) -> Target:
+        return replace(target, open_until=None) if self._bills_late else target
 
     @property
     def _bills_late(self) -> bool:
@@ -116,9 +123,10 @@ class MaxioMetered(MaxioDestination):
                 goes[place] = f"{-part:f}"
         return pd.Series(goes, proposals.index, object), pd.Series(why, proposals.index, object)
 
-    def look_up(self, proposals: pd.DataFrame) -> pd.DataFrame:
-        """Ask only where it matters: usage that may land in any billing period needs none."""
-        return proposals if self._bills_late else super().look_up(proposals)
+    def _untold(self, proposals: pd.DataFrame) -> np.ndarray:
+        # Of a deduction that may land in any billing period `judge` asks all there is to ask.
+        unknown = super()._untold(proposals)
+        return unknown & ~negative(proposals["quantity"]) if self._bills_late else unknown
 
     def lock(self, delivery: Delivery) -> str:
         """Send the deductions of one balance one after the other, whichever source they come from."""
