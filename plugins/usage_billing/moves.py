@@ -113,20 +113,28 @@ class Moves:
 
         A place is in force from its `since` on; for usage of before that, too, unless a person chose `from_now`.
         Columns: account, step (the number of the place that it led to then), counted (of the place that counts), start,
-        end, the place with its address, back (whether that is not the place of today), undecided.
+        end, the place with its address, back (whether that is not the place of today), undecided
+        (whether it would be another one if a person chose `from_now`).
         """
         rows = self.placements
         step = rows.groupby("account").cumcount()
+
+        def counted_at(which: pd.Series) -> pd.Series:
+            last = step[which].groupby(rows["account"]).max()
+            return step.clip(lower=rows["account"].map(last).fillna(0)).astype("int64")
+
         start = pd.to_datetime(rows["since"], utc=True).fillna(_BEGINNING)
         end = start.groupby(rows["account"]).shift(-1).fillna(_END)
-        last = step[rows["decision"] != Choice.FROM_NOW].groupby(rows["account"]).max()
-        counted = np.maximum(step, rows["account"].map(last).fillna(0)).astype("int64")
-        spans = rows[["account"]].assign(step=step, counted=counted, start=start, end=end)
+        counted = counted_at(rows["decision"] != Choice.FROM_NOW)
+        otherwise = counted_at(rows["decision"] == Choice.MOVE)
+        first, places = rows.index - step, rows[PLACE].to_numpy()
+        undecided = (places[first + counted] != places[first + otherwise]).any(axis=1)
+        spans = rows[["account"]].assign(step=step, counted=counted, start=start, end=end, undecided=undecided)
         at = spans[start < end].merge(self._steps.rename(columns={"step": "counted"}), on=["account", "counted"])
         today = self._steps.drop_duplicates("account", keep="last")
         at = at.merge(today[["account", *PLACE]], on="account", suffixes=("", "_today"))
         back = _places(at, "").ne(_places(at, "_today")).any(axis="columns")
-        return at.assign(back=back, undecided=(at["decision"] == "") & (at["counted"] > at["step"]))
+        return at.assign(back=back)
 
     @cached_property
     def _steps(self) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from moving import KEYS, MovingHouse, WorkerDied, named, usage
 from stories import SITES, Event, a_day, a_house, shipped, small_batches
 from usage_billing.cli import main
 from usage_billing.errors import Misconfigured, NeedsDecision
+from usage_billing.moves import Moves
 from usage_billing.plan import plan
 from usage_billing.preview import preview
 from usage_billing.records import Choice, Period, State
@@ -592,6 +593,24 @@ def test_raw_events_stay_where_they_were_counted_and_new_ones_reach_the_new_subs
         if choice:
             house.choose(source, 1, choice)
     assert house.sums(source) == {1: 100, 2: 30}
+
+
+def test_raw_events_of_an_account_that_was_led_back_before_anything_was_billed_elsewhere_are_sent(
+    house: MovingHouse,
+) -> None:
+    """The name was another's for an hour: it belongs where it did with either choice, and nobody is asked for one."""
+    source = raw()
+    day, another = a_day(source, 5), a_day(source, 6)
+    bill(house, source, 5, {1: 100})
+    house.rename((1, "orbit-old"), (2, "orbit-01"))
+    house.totals(source, another, usage(source, another, {1: 60}))
+    house.rename((2, "orbit-02"), (1, "orbit-01"))
+    late = Event("late", "orbit-01", "5", day.start, ("eu", "premium"))
+    house.run(source, day, [*usage(source, day, {1: 100}), late])
+    assert Moves(source.name, house.ledger.placements(source.name)).undecided.empty
+    assert (house.listed(source, day), house.sums(source)) == ([], {1: 105})
+    bill(house, source, 6, {1: 60})
+    assert house.sums(source) == {1: 165}
 
 
 # --- by hand, and side by side ----------------------------------------------------------------------------------------
