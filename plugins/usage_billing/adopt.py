@@ -554,8 +554,9 @@ class _Counting:
 
     def _held_by_adoption(self, forgotten: pd.DataFrame) -> pd.DataFrame:
         """Return what an earlier adoption held, of all sources, and is not judged again now."""
-        parts = [self._ledger.open_items(name, None) for name in self._ledger.sources()]
-        rows = pd.concat(parts, ignore_index=True)
+        # A look on an empty ledger finds no source in it, not even this one.
+        names = {self._destination.source.name, *self._ledger.sources()}
+        rows = pd.concat([self._ledger.open_items(name, None) for name in sorted(names)], ignore_index=True)
         rows = rows[(rows["state"] == State.HELD) & rows["reason"].str.startswith(ADOPTED)]
         here = (rows["site"] == self._destination.site) & ~rows["identity"].isin(forgotten["identity"])
         return rows[here]
