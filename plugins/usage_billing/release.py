@@ -13,7 +13,8 @@ from typing import Any
 
 import pandas as pd
 
-from usage_billing.destinations.base import Destination
+from usage_billing.destinations.base import Destination, shuffled
+from usage_billing.errors import NotApplied
 from usage_billing.ledger import Ledger
 from usage_billing.moves import PLACE, Moves
 from usage_billing.records import POLICY, Delivery, Period, Target, Window
@@ -21,6 +22,8 @@ from usage_billing.uniqueness import uniqueness_token
 
 log = logging.getLogger(__name__)
 
+_MISSES = 3
+"""How many subscriptions in a row may be asked about in vain before no more are."""
 _IN_PART = "no part of what was released goes alone, and the balance takes only a part of it"
 
 
@@ -30,7 +33,8 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     Whoever sends what is reserved sends these; two that do this at once write each of them once.
 
     Raises:
-        Misconfigured, NotApplied: the site could not be asked; nothing was changed.
+        Misconfigured: the site could not be asked; nothing was changed.
+        NotApplied: it could not be asked about some subscriptions, which stay as they are; all others were seen to.
     """
     name = destination.source.name
     destination.book = ledger
@@ -39,12 +43,43 @@ def reissue(destination: Destination, ledger: Ledger, window: Window | None = No
     held = held[~held["released"].str.startswith(POLICY) | (held["released"] == policy_of(destination))]
     if held.empty:
         return 0
-    rows, why = _as_of_today(
-        held, destination, Moves(name, ledger.placements(name, destination.source.edition)), ledger.now()
-    )
+    moves = Moves(name, ledger.placements(name, destination.source.edition))
+    try:
+        return _reissued(held, destination, moves, ledger)
+    except NotApplied as fault:
+        if fault.throttled or len(set(held["subscription"])) == 1:
+            raise
+        log.warning("what was released is looked at subscription by subscription: %s", fault)
+        return _one_by_one(held, destination, moves, ledger)
+
+
+def _one_by_one(held: pd.DataFrame, destination: Destination, moves: Moves, ledger: Ledger) -> int:
+    """Do the same for each subscription alone, so that one which cannot be read keeps no other waiting.
+
+    Raises:
+        NotApplied: the last fault, at the end; or where several in a row say that it is the site which is not well.
+    """
+    now, written, in_vain, last = ledger.now(), 0, 0, None
+    # Another order each time, lest the same few keep the others from their turn for ever.
+    for subscription in sorted(set(held["subscription"]), key=lambda name: shuffled(name, now)):
+        try:
+            written += _reissued(held[held["subscription"] == subscription], destination, moves, ledger)
+            in_vain = 0
+        except NotApplied as fault:
+            log.warning("what was released of subscription %s waits: %s", subscription, fault)
+            last, in_vain = fault, in_vain + 1
+            if in_vain == _MISSES:
+                break
+    if last is not None:
+        raise last
+    return written
+
+
+def _reissued(held: pd.DataFrame, destination: Destination, moves: Moves, ledger: Ledger) -> int:
+    rows, why = _as_of_today(held, destination, moves, ledger.now())
     can_go = why == ""
     ledger.explain_released(dict(zip(rows["supersedes"][~can_go], why[~can_go], strict=True)))
-    written = ledger.reissue(name, destination.site, rows[can_go].reset_index(drop=True))
+    written = ledger.reissue(destination.source.name, destination.site, rows[can_go].reset_index(drop=True))
     log.info("released: %d go now, %d wait", written, int((~can_go).sum()))
     return written
 

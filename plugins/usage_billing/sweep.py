@@ -16,6 +16,7 @@ from typing import Any
 from airflow.sdk import BaseOperator, Context
 
 from usage_billing.deliver import Delivered, Manners, resume
+from usage_billing.destinations.base import Destination
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, UsageBillingError
 from usage_billing.installation import (
     billing_source,
@@ -110,11 +111,20 @@ class SweepOperator(BaseOperator):
         destination = destination_in(source, edition, latest)
         with marked(book, staging(), source.name):
             swept = sweep(destination, book, self._stop.is_set)
-            reissue(destination, book)
+            fault = self._reissue(destination, book) or swept.fault
             sent = resume(destination, book, _MANNERS, Means(stop=self._stop))
         self._tell(source.title, swept, sent)
-        if swept.fault is not None:
-            raise swept.fault
+        if fault is not None:
+            raise fault
+
+    def _reissue(self, destination: Destination, book: Ledger) -> UsageBillingError | None:
+        """Write down what was released; return what kept some of it waiting, which keeps nothing else from going."""
+        try:
+            reissue(destination, book)
+        except UsageBillingError as fault:
+            self.log.warning("what was released of %s waits: %s", destination.source.title, fault)
+            return fault
+        return None
 
     def _tell(self, name: str, swept: Swept, sent: Delivered) -> None:
         self.log.info(

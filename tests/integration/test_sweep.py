@@ -14,6 +14,7 @@ from airflow.sdk import DAG, BaseNotifier
 from sqlalchemy import create_engine, select, update
 
 from stories import CHECKOUT, HASTY, SITES, Event, House, a_day, a_house, shipped
+from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied
 from usage_billing.hooks import MaxioHook
 from usage_billing.ledger import Ledger, marker
@@ -181,6 +182,32 @@ def test_a_sweep_bills_what_a_person_released(house: SweptHouse) -> None:
     sweep("platform_events")
     counts = house.sandbox.requests(SITES[source.name])
     assert (counts["reading"], counts["writing"]) == (0, 0)
+
+
+def test_a_released_customer_who_cannot_be_looked_up_keeps_no_other_waiting(
+    house: SweptHouse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site answers for two of three: these are billed, the third stays held, and the task ends with its fault."""
+    source = shipped("platform_events")
+    house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    house.run(source, a_day(source, 30), usage(source, 30))
+    tokens = house.ledger.open_items(source.name, None)["token"].tolist()
+    house.ledger.decide(tokens, State.HELD, "decided by somebody: bill it")
+    look = MaxioSite.subscription_by_reference
+
+    def odd(site: MaxioSite, reference: str) -> dict[str, Any] | None:
+        if reference == "orbit-02":
+            raise NotApplied("HTTP 500: for this one")
+        return look(site, reference)
+
+    with monkeypatch.context() as trouble:
+        trouble.setattr(MaxioSite, "subscription_by_reference", odd)
+        with pytest.raises(NotApplied, match="for this one"):
+            sweep("platform_events")
+    assert house.billed(source) == {"orbit-01": Decimal(7), "orbit-03": Decimal(3)}
+    assert house.ledger.open_items(source.name, None)["state"].tolist() == ["held"]
+    sweep("platform_events")
+    assert house.billed(source) == expected(source)
 
 
 def test_a_doubt_of_any_period_is_swept_and_what_a_newer_reading_replaced_is_not_sent(house: SweptHouse) -> None:
