@@ -22,7 +22,7 @@ FIRST = {
     "plan_blind_for_doubts": 3,
     "vanished_keys_forgotten": 1,
     "quarantine_withdraws": 15,
-    "claim_without_comparison": 24,
+    "claim_without_comparison": 234,
     "float_arithmetic": 3,
     "floor_forgotten": 21,
     "stale_plans_send": 14,
