@@ -56,6 +56,7 @@ def assert_kept(outcome: Outcome) -> None:
     assert not outcome.violations, f"\n{outcome}"
 
 
+@pytest.mark.timeout(1500)  # A machine with other things to do plays them slowly, and no less rightly.
 def test_billed_and_listed_make_what_is_owed() -> None:
     """Drawn histories keep every invariant on a SQLite ledger; a story is told of each that does not."""
     stories: list[str] = []

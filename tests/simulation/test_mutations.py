@@ -11,6 +11,8 @@ from usage_billing.testing import SqliteLedgers, simulate, workshop
 from usage_billing.testing.chance import Chance
 from usage_billing.testing.scenes import drawn_kind
 
+pytestmark = pytest.mark.timeout(900)
+
 SEEDS = 12
 """How many seeds a fault may go unnoticed; the first one is chosen so that few are needed."""
 FIRST = {
