@@ -1,6 +1,5 @@
 """What the stories of late usage are told with: a renewal, people who decide, and sources with other policies."""
 
-import threading
 from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -8,12 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from stories import GENTLE, Event, House, shipped
-from usage_billing.deliver import Delivered, resume
+from stories import Event, House, shipped
 from usage_billing.records import Period, State
-from usage_billing.release import reissue
 from usage_billing.sources import BillingSource
-from usage_billing.workers import Means
 
 ACCOUNTS = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 AFTER_THE_RENEWAL = "2026-11-02T12:00:00Z"
@@ -45,12 +41,6 @@ class Held(House):
         held = self.open_items(source, day)
         tokens = held["token"][held["state"] == State.HELD].tolist()
         self.ledger.decide(tokens, State.HELD, "decided on a day by somebody: the customer agreed")
-
-    def sweep(self, source: BillingSource) -> Delivered:
-        """Send what was released, as a sweep does."""
-        destination = self.destination(source)
-        reissue(destination, self.ledger)
-        return resume(destination, self.ledger, GENTLE, Means(stop=threading.Event()))
 
 
 def used(source: BillingSource, day: Period, quantity: str, account: str = "") -> list[Event]:

@@ -64,6 +64,11 @@ class LivingHouse(House):
         with marked(self.ledger, self.staging, source.name, comparison.reading.extraction):
             return super().deliver(source, comparison, folder, **more)
 
+    def sweep(self, source: BillingSource) -> Delivered:
+        """Sweep as the task does: between two marks."""
+        with marked(self.ledger, self.staging, source.name):
+            return super().sweep(source)
+
     def adopt(
         self,
         source: BillingSource,

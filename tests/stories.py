@@ -13,7 +13,7 @@ import pyarrow as pa
 from usage_billing.aggregate import aggregate
 from usage_billing.archive import Archive
 from usage_billing.chunks import plan_events
-from usage_billing.deliver import Delivered, Manners, deliver
+from usage_billing.deliver import Delivered, Manners, deliver, resume
 from usage_billing.destinations import destination_class, destination_settings
 from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
@@ -25,6 +25,7 @@ from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.reconcile import Reconciliation, reconcile
 from usage_billing.records import EVER, Comparison, Period, Plan, Reading
+from usage_billing.release import reissue
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, load_source
 from usage_billing.staging import Staging
@@ -206,6 +207,12 @@ class House:
         """Run all stages but the last for one interval."""
         comparison, folder = self.totals(source, interval, events)
         return self.deliver(source, comparison, folder, manners=manners)
+
+    def sweep(self, source: BillingSource) -> Delivered:
+        """Send what was released, as a sweep does."""
+        destination = self.destination(source)
+        reissue(destination, self.ledger)
+        return resume(destination, self.ledger, GENTLE, Means(stop=threading.Event()))
 
     def reconcile(self, source: BillingSource, interval: Period) -> Reconciliation:
         """Tie out one interval."""

@@ -5,6 +5,7 @@ asking, wherever it runs; and a delivery that nobody approved is listed by name 
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 
 import pandas as pd
 import pyarrow as pa
@@ -30,7 +31,11 @@ class Approved:
         self._proposals = proposals
         self._ledger = ledger
         self._staging = staging
-        self._asked = False
+
+    @cached_property
+    def _plan(self) -> tuple[str, int]:
+        """The digest of what the plan sends, and how many deliveries that is."""
+        return digest_of(self._proposals, self._staging)
 
     def check(self) -> None:
         """Make sure that they were approved; what sends nothing needs no approval.
@@ -39,8 +44,7 @@ class Approved:
             NeedsDecision: nobody approved them, or they were rejected; nothing was sent.
         """
         self._check_earlier()
-        digest, going = digest_of(self._proposals, self._staging)
-        self._asked = going > 0
+        digest, going = self._plan
         if not going:
             return
         last = self._ledger.decision(self._source, self._reading, digest)
@@ -81,13 +85,13 @@ class Approved:
         return again
 
     def _unknown(self, part: pa.Table) -> set[str]:
-        unknown = going_of(part)
+        unknown, (_, going) = going_of(part), self._plan
         parts: Iterator[pa.Table] = self._staging.read(self._proposals)
         for approved in parts:
             if not unknown:
                 break
             # Where nothing was to go nobody was asked, and nobody has seen what follows either.
-            shown = {*going_of(approved), *(following_of(approved) if self._asked else ())}
+            shown = {*going_of(approved), *(following_of(approved) if going else ())}
             unknown = {line: waiting for line, waiting in unknown.items() if not shown & {line, waiting}}
         return set(unknown)
 

@@ -219,8 +219,13 @@ def touched(source: BillingSource, warehouse: Hook, ledger: Ledger) -> list[Peri
     Raises:
         Misconfigured: the query does not return what ``source.yaml`` says it does.
     """
-    found = {*ledger.touched(source.name), *_look(source, warehouse, ledger).periods}
-    return _owed(sorted(period for period in found if period.end <= ledger.now()), source)
+    return _owed(_closed(source, _look(source, warehouse, ledger), ledger, ledger.now()), source)
+
+
+def _closed(source: BillingSource, arrived: Arrived, ledger: Ledger, moment: datetime) -> list[Period]:
+    """Return what is listed, and what arrived now, of which nothing is left to come by then; oldest first."""
+    listed = sorted({*ledger.touched(source.name), *arrived.periods})
+    return [period for period in listed if period.end <= moment]
 
 
 def _owed(periods: Iterable[Period], source: BillingSource) -> list[Period]:
@@ -237,9 +242,7 @@ def _due(
 
     Those of another edition stay listed, for a run of its own.
     """
-    closed_by = min(interval.end, ledger.now())
-    listed = sorted({*ledger.touched(source.name), *arrived.periods})
-    closed = [period for period in listed if period.end <= closed_by]
+    closed = _closed(source, arrived, ledger, min(interval.end, ledger.now()))
     others = [period for period in closed if overlap(period, source.span) is None]
     closed = _owed(closed, source)
     if others:

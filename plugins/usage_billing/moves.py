@@ -245,9 +245,10 @@ class Moves:
         """Yield `targets` as they were before the last move, before the one before that, and so on to the first."""
         rows = self.placements
         back = rows.groupby("account").cumcount(ascending=False)
+        today = targets.to_pandas().set_index("account")
         for steps in range(1, int(back.max()) + 1 if len(rows) else 0):
             led = rows[back == steps].set_index("account")[[*PLACE, "address"]]
-            frame = targets.to_pandas().set_index("account")
+            frame = today.copy()
             frame.update(led)
             # When the billing period of a former subscription began, nobody has asked.
             frame.loc[frame.index.isin(led.index), "open_from"] = pd.NaT

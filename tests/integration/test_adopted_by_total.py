@@ -13,10 +13,9 @@ import pytest
 
 from late import lenient, november
 from living import LivingHouse
-from stories import SITES, WORLDS, Event, a_day
+from stories import SITES, Event, a_day, a_house
 from usage_billing.ledger import ADOPTED
 from usage_billing.records import Period, State
-from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -33,10 +32,9 @@ DAYS = {day: a_day(SOURCE, day) for day in (5, 6, 7)}
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[LivingHouse]:
     """A sandbox, a ledger that can be lost, and staging."""
-    with Sandbox(WORLDS) as sandbox:
-        opened = LivingHouse(sandbox, tmp_path)
-        yield opened
-        opened.ledger.close()
+    with a_house(tmp_path, LivingHouse) as found:
+        assert isinstance(found, LivingHouse)
+        yield found
 
 
 def rows(day: Period, first: str = "", second: str = "") -> list[Event]:

@@ -24,21 +24,18 @@ from fsspec.implementations.memory import MemoryFileSystem
 from sqlalchemy import create_engine, text
 
 from living import LivingHouse
-from stories import GENTLE, SITES, WORLDS, Event, a_day, shipped
+from stories import GENTLE, SITES, WORLDS, Event, a_day, a_house, shipped
 from usage_billing.adopt import REVISIONS_AHEAD, periods_of, span_of
 from usage_billing.cli import main
-from usage_billing.deliver import resume
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Ledger, marker
-from usage_billing.ledger.marker import confirm, marked
+from usage_billing.ledger.marker import confirm
 from usage_billing.records import Comparison, Delivery, Period, State
-from usage_billing.release import reissue
 from usage_billing.sandbox import Sandbox
 from usage_billing.sandbox.clock import to_micros
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.uniqueness import uniqueness_token
-from usage_billing.workers import Means
 
 pytestmark = pytest.mark.filterwarnings("default")  # Airflow warns about itself in a dozen places.
 
@@ -54,10 +51,9 @@ LISTED = ("api_calls", "voip_minutes")
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[LivingHouse]:
     """A sandbox, a ledger that can be lost, and staging."""
-    with Sandbox(WORLDS) as sandbox:
-        house = LivingHouse(sandbox, tmp_path)
-        yield house
-        house.ledger.close()
+    with a_house(tmp_path, LivingHouse) as found:
+        assert isinstance(found, LivingHouse)
+        yield found
 
 
 @pytest.fixture(params=sorted(ACCOUNTS))
@@ -601,14 +597,14 @@ def test_what_the_copy_still_had_to_send_of_an_older_day_is_not_sent_again(house
         house.deliver(source, comparison, folder, manners=replace(GENTLE, patience=timedelta(0)))
     house.sandbox.clear_faults()
     copy = house.backup()
-    swept(house, source)
+    house.sweep(source)
     house.run(source, a_day(source, 19), [event(source, 1, 19, "3")])
     before = house.billed(source)
     house.restore(copy)
     found = house.adopt(source, [18, 19], [event(source, 1, 19, "3")])
     assert (found.entered, found.settled, found.complete) == (1, 1, True)
     house.sandbox.move_clock(advance_seconds=7200)  # The site's own token is forgotten by then.
-    swept(house, source)
+    house.sweep(source)
     assert house.billed(source) == before
 
 
@@ -623,7 +619,7 @@ def test_what_was_released_since_the_copy_is_not_released_again(house: LivingHou
     copy = house.backup()
     (token,) = house.ledger.open_items(source.name, a_day(source, 5))["token"]
     house.ledger.decide(token, State.HELD, "decided on a day by vera: the customer agreed")
-    swept(house, source)
+    house.sweep(source)
     house.run(source, a_day(source, 19), [event(source, 1, 19, "4")])
     before = house.billed(source)
     house.restore(copy)
@@ -631,16 +627,8 @@ def test_what_was_released_since_the_copy_is_not_released_again(house: LivingHou
     rows = [row[1:] for row in house.delivery_rows()]
     assert rows == [(0, "superseded", "3"), (1, "accepted", "3"), (0, "held", "4"), (1, "accepted", "4")][: len(rows)]
     house.run(source, a_day(source, 5), a_week(source)[5][:1])
-    swept(house, source)
+    house.sweep(source)
     assert house.billed(source) == before
-
-
-def swept(house: LivingHouse, source: BillingSource) -> None:
-    """Send what needs no run, as a sweep does."""
-    destination = house.destination(source)
-    with marked(house.ledger, house.staging, source.name):
-        reissue(destination, house.ledger)
-        resume(destination, house.ledger, GENTLE, Means(stop=threading.Event()))
 
 
 def test_a_record_that_is_there_twice_is_told_and_ends_no_adoption(house: LivingHouse) -> None:

@@ -86,45 +86,48 @@ def test_an_account_that_moved_after_the_loss_is_found_where_it_was_billed(
     assert choose_and_run(house, listed, choice, days) == sums
 
 
+MOVED_ON_THE_SIXTH = {5: {1: 100}, 6: {1: 60}, 7: {1: 30}}
+"""What the first account used each day; after the sixth it leads to the second subscription."""
+
+
+def lose_a_move(house: LostHouse, source: BillingSource) -> tuple[list[Event], list[Event]]:
+    """Bill the days, then bring back the ledger as it was after the fifth; return what was used on the two others."""
+    bill(house, source, 5, MOVED_ON_THE_SIXTH[5])
+    copy = house.backup()
+    sixth = bill(house, source, 6, MOVED_ON_THE_SIXTH[6])
+    house.lead(source, 1, to=2)
+    seventh = bill(house, source, 7, MOVED_ON_THE_SIXTH[7])
+    assert house.sums(source) == {1: 160, 2: 30}
+    house.restore(copy)
+    return sixth, seventh
+
+
 @pytest.mark.parametrize(("choice", "sums"), [(Choice.FROM_NOW, {1: 190}), (Choice.MOVE, {1: 0, 2: 190})], ids=str)
 def test_an_account_that_moved_inside_the_lost_span_is_found_on_both_sides(
     house: LostHouse, listed: BillingSource, choice: Choice, sums: dict[int, int]
 ) -> None:
     """The sixth day lies at the former subscription and the seventh at the new one; both are entered as they lie."""
-    days = {5: {1: 100}, 6: {1: 60}, 7: {1: 30}}
-    bill(house, listed, 5, days[5])
-    copy = house.backup()
-    events = bill(house, listed, 6, days[6])
-    house.lead(listed, 1, to=2)
-    events += bill(house, listed, 7, days[7])
-    assert house.sums(listed) == {1: 160, 2: 30}
-    house.restore(copy)
-    found = house.adopt(listed, [6, 7], events)
+    sixth, seventh = lose_a_move(house, listed)
+    found = house.adopt(listed, [6, 7], [*sixth, *seventh])
     assert (found.entered, found.complete) == (2, True)
     before = house.writing_requests(listed)
-    for day, quantities in days.items():
+    for day, quantities in MOVED_ON_THE_SIXTH.items():
         bill(house, listed, day, quantities)
     assert house.writing_requests(listed) == before
     wanted = {who: quantity for who, quantity in sums.items() if quantity}
-    assert choose_and_run(house, listed, choice, days) == wanted
+    assert choose_and_run(house, listed, choice, MOVED_ON_THE_SIXTH) == wanted
 
 
 def test_the_days_before_a_move_can_be_adopted_first_and_the_others_stay_where_they_are(
     house: LostHouse, listed: BillingSource
 ) -> None:
     """Two spans tell the ledger since when the account leads elsewhere: only what lies before is to decide."""
-    days = {5: {1: 100}, 6: {1: 60}, 7: {1: 30}}
-    bill(house, listed, 5, days[5])
-    copy = house.backup()
-    sixth = bill(house, listed, 6, days[6])
-    house.lead(listed, 1, to=2)
-    seventh = bill(house, listed, 7, days[7])
-    house.restore(copy)
+    sixth, seventh = lose_a_move(house, listed)
     for day, events in ((6, sixth), (7, seventh)):
         # All usages of a Maxio subscription are listed, also of the other day.
         assert house.adopt(listed, [day, day], events, leave_unmatched=True).entered == 1
     before = house.writing_requests(listed)
-    assert choose_and_run(house, listed, Choice.FROM_NOW, days) == {1: 160, 2: 30}
+    assert choose_and_run(house, listed, Choice.FROM_NOW, MOVED_ON_THE_SIXTH) == {1: 160, 2: 30}
     assert house.writing_requests(listed) == before
 
 
@@ -222,8 +225,7 @@ def test_events_of_an_account_that_moved_after_the_loss_are_held_on_both_sides(h
 
 def test_raw_events_of_an_account_that_moved_after_the_loss_are_told_and_not_replayed(house: LostHouse) -> None:
     """Under its new subscription they would be counted a second time."""
-    settings = EVENTS.destination.model_copy(update={"mode": "events"})
-    source = type(EVENTS)(EVENTS.settings, settings, EVENTS.sql, EVENTS.expectations)
+    source = lenient("platform_events", mode="events")
     house.at(datetime(2026, 10, 20, 12, tzinfo=UTC))
     days = {5: {1: 100}, 6: {1: 60, 3: 5}}
     bill(house, source, 5, days[5])

@@ -16,7 +16,7 @@ import pytest
 from late import AFTER_THE_RENEWAL, Held, billed, lenient, november, used
 from living import LivingHouse
 from moving import MovingHouse, usage
-from stories import GENTLE, SITES, WORLDS, Event, House, a_day, a_house, shipped
+from stories import GENTLE, SITES, Event, House, a_day, a_house, shipped
 from usage_billing.adopt import Adoption
 from usage_billing.approve import Approved, turn_down
 from usage_billing.deliver import Delivered, deliver
@@ -24,7 +24,6 @@ from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.preview import digest_of, going_of, preview
 from usage_billing.records import PASSES, UNAPPROVED, Approval, Choice, Comparison, Decision, Period, Plan, State, Tally
 from usage_billing.release import policy_of, reissue
-from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource
 from usage_billing.workers import Means
 
@@ -44,11 +43,10 @@ def house(tmp_path: Path) -> Iterator[Held]:
 @pytest.fixture
 def living(tmp_path: Path) -> Iterator[LivingHouse]:
     """A house whose ledger can be lost; two records may bear one key there, so nothing but adopt keeps them apart."""
-    with Sandbox(WORLDS) as sandbox:
-        sandbox.switch("chargeover:telco", duplicate_external_key="accept")
-        opened = LivingHouse(sandbox, tmp_path)
-        yield opened
-        opened.ledger.close()
+    with a_house(tmp_path, LivingHouse) as found:
+        assert isinstance(found, LivingHouse)
+        found.sandbox.switch("chargeover:telco", duplicate_external_key="accept")
+        yield found
 
 
 def asking(name: str, **changes: str) -> BillingSource:
