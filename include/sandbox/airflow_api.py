@@ -12,8 +12,10 @@ import requests
 TIMEOUT_SECONDS = 20
 ATTEMPTS = 4
 PAUSE_SECONDS = 2
-CONFLICT_PAUSES = (2, 5, 10, 20, 30)
-"""Seconds until an order that met an open backfill is tried again."""
+ORDER_PAUSES = (2, 5, 10, 20, 30)
+"""Seconds until an order that met an open backfill, or a lock, is tried again."""
+_NOT_OPEN = frozenset({requests.codes.not_found, requests.codes.conflict})
+_NOT_ORDERED = frozenset({requests.codes.conflict, requests.codes.service_unavailable})
 ENDED = frozenset({"success", "failed"})
 
 
@@ -106,7 +108,12 @@ class AirflowApi:
         """Close backfills of an earlier demo: Airflow takes one open backfill per DAG, and notices its end late."""
         for backfill in self._get("/backfills", dag_id=dag_id, limit=100)["backfills"]:
             if backfill["completed_at"] is None:
-                self._ask("PUT", f"/backfills/{backfill['id']}/cancel")
+                try:
+                    self._ask("PUT", f"/backfills/{backfill['id']}/cancel")
+                except requests.HTTPError as refused:
+                    # It ended meanwhile, or was an order that Airflow undid: it stands in nobody's way.
+                    if refused.response.status_code not in _NOT_OPEN:
+                        raise
 
     def backfill(
         self,
@@ -120,7 +127,8 @@ class AirflowApi:
     ) -> None:
         """Order a backfill as the form in Airflow's UI does: runs with a logical date from `first` to `last`, included.
 
-        Airflow takes one open backfill per DAG and notices late that one has ended, so a conflict is asked about again.
+        Airflow takes one open backfill per DAG and notices late that one has ended, and it undoes an order that met a
+        lock of its database: after a 409 and a 503 the same is ordered again.
         """
         order = {
             "dag_id": dag_id,
@@ -131,12 +139,12 @@ class AirflowApi:
             "run_backwards": backwards,
             "max_active_runs": max_active_runs,
         }
-        for pause in (*CONFLICT_PAUSES, None):
+        for pause in (*ORDER_PAUSES, None):
             self.forget_open_backfills(dag_id)
             try:
                 self._ask("POST", "/backfills", json=order)
             except requests.HTTPError as refused:
-                if pause is None or refused.response.status_code != requests.codes.conflict:
+                if pause is None or refused.response.status_code not in _NOT_ORDERED:
                     raise
                 time.sleep(pause)
             else:
