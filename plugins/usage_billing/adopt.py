@@ -22,11 +22,21 @@ import pandas as pd
 from croniter import croniter
 
 from usage_billing.destinations.base import Destination
-from usage_billing.errors import Misconfigured, NotApplied
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 from usage_billing.ledger import ADOPTED, Ledger
 from usage_billing.moves import Moves
 from usage_billing.periods import local_midnight
-from usage_billing.records import Comparison, Delivery, Period, Receipt, SiteRecord, SiteTotal, Staged, State
+from usage_billing.records import (
+    NOBODY_CAN_TELL,
+    Comparison,
+    Delivery,
+    Period,
+    Receipt,
+    SiteRecord,
+    SiteTotal,
+    Staged,
+    State,
+)
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 from usage_billing.sums import sums_here, under_way
@@ -51,14 +61,17 @@ class Adoption:
 
     `entered` were unknown here, `settled` were open here and are there, `known` are settled on both sides. `held` are
     totals of which nobody can tell whether the site has them, `replayable` those that an ordinary run sends without
-    harm, until `replay_until` even where the site has them. `unmatched` (of the site's records) and `different` are
-    told by name, and so are `twins`, records that bear the token of another one: the tie-out goes on naming them unless
-    a person has decided. `moved` are the accounts of which a person has to say where their usage belongs.
+    harm, until `replay_until` even where the site has them. `doubted` of all are deductions that the site has taken and
+    does not show how much of them counted: a person ends these doubts. `unmatched` (of the site's records) and
+    `different` are told by name, and so are `twins`, records that bear the token of another one: the tie-out goes on
+    naming them unless a person has decided. `moved` are the accounts of which a person has to say where their usage
+    belongs.
     """
 
     entered: int = 0
     settled: int = 0
     known: int = 0
+    doubted: int = 0
     held: int = 0
     replayable: int = 0
     replay_until: datetime | None = None
@@ -150,32 +163,60 @@ def adopt(
         ledger.doubt_abandoned(name)
     if ledger.in_the_air(name):
         raise NotApplied(f"deliveries of {name!r} are being sent: adopt again when the deliver task has ended")
-    moves = Moves.staged(name, comparison.moves, staging)
+    moves, astray = Moves.staged(name, comparison.moves, staging), _astray(comparison, destination, ledger, staging)
     if destination.records(_places(moves.placements.iloc[:0], comparison.window)) is None:
         parts = _as_billed(comparison.totals, former[:1], moves, staging)
         standing = ledger.standing(name, comparison.periods)
-        return _by_total(comparison, parts, moves, destination, ledger, standing, reason, dry_run=dry_run)
+        return _by_total(comparison, parts, moves, astray, destination, ledger, standing, reason, dry_run=dry_run)
     reach = _reach(comparison, destination.source, ledger)
     standing = ledger.standing(name, reach)
     work = _Matching(reach, destination, ledger, standing)
     work.look_at(moves.placements)
     for totals in (comparison.totals, *former):
         for part in staging.read(totals):
-            work.match(part.drop_columns(["events", "open_from"]).to_pandas())
+            work.match(part.drop_columns(["events"]).to_pandas())
     work.match(_forgotten_by_the_warehouse(standing, work.seen))
     found = work.found()
-    if not dry_run and (work.settled or not found.empty):
+    if not dry_run and (work.answers or not found.empty):
         _overtake(comparison, ledger, destination.source)
-        ledger.adopt(name, destination.site, comparison.reading, found, work.settled, reason)
+        ledger.adopt(name, destination.site, comparison.reading, found, work.answers, reason)
+    proven = sum(isinstance(answer, Receipt) for answer in work.answers.values())
     return Adoption(
         entered=len(found),
-        settled=len(work.settled),
+        settled=proven,
         known=work.known,
-        unmatched=tuple(sorted(work.unmatched())),
+        doubted=int((found["doubt"] != "").sum()) + len(work.answers) - proven,
+        unmatched=(*sorted(work.unmatched()), *(f"account {one}: {why}; {_BACK}" for one, why in astray.items())),
         different=tuple(sorted(work.different)),
         twins=tuple(sorted(work.twins)),
         moved=_accounts(moves.undecided),
     )
+
+
+_BACK = "let it lead there, adopt, and let it go then; or, if nothing of the span was billed there, go on without it"
+
+
+def _astray(comparison: Comparison, destination: Destination, ledger: Ledger, staging: Staging) -> Mapping[str, str]:
+    """Return the accounts of which nobody knows where they led when usage of the span was billed, and why.
+
+    They were never seen under this edition of the source. Under one before it they led to another subscription, and
+    when they left it the ledger does not know.
+    """
+    source = destination.source
+    parts: list[pd.DataFrame] = [
+        part.select(["account", "subscription"]).to_pandas() for part in staging.read(comparison.targets)
+    ]
+    today = pd.concat(parts, ignore_index=True)
+    before = ledger.led_before(source.name, source.edition, destination.site, today["account"].tolist())
+    both = today.merge(before, on="account", suffixes=("", "_was"))
+    left = both[both["subscription"] != both["subscription_was"]].sort_values("account")
+    return {
+        row[
+            "account"
+        ]: f"the account led to subscription {row['subscription_was']} by the definition before, and leads "
+        f"to {row['subscription']} by now"
+        for row in _records(left)
+    }
 
 
 def _reach(comparison: Comparison, source: BillingSource, ledger: Ledger) -> Period:
@@ -211,20 +252,39 @@ class _Held:
 
 @dataclass
 class _Entry:
-    """A delivery that the site is proven to hold: what the ledger keeps of it."""
+    """A delivery that the site holds: what the ledger keeps of it; a doubt where nothing shows how much of it counted.
+
+    `row` has the columns of totals.
+    """
 
     row: Mapping[str, Any]
     revision: int
+    token: str
     quantity: Decimal
-    receipt: Receipt
+    answer: Receipt | InDoubt
     open_until: datetime | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """Return the columns in which the ledger keeps it, but for the body, and ``doubt``, empty for what counted."""
+        answer = self.answer
+        receipt, doubt = (answer, "") if isinstance(answer, Receipt) else (Receipt(self.token, ""), str(answer))
+        return {
+            **{name: self.row[name] for name in (*_ATTRIBUTES, "open_from")},
+            "token": self.token,
+            "revision": self.revision,
+            "quantity": _plain(self.quantity),
+            "record_id": receipt.record_id,
+            "applied": "" if receipt.applied is None else _plain(receipt.applied),
+            "doubt": doubt,
+            "open_until": self.open_until,
+        }
 
 
 class _Matching:
     """The site's records that this ledger does not know, matched with the names that usage totals can have."""
 
     def __init__(self, reach: Period, destination: Destination, ledger: Ledger, standing: pd.DataFrame) -> None:
-        self.settled: dict[str, Receipt] = {}
+        self.answers: dict[str, Receipt | InDoubt] = {}
         self.different: list[str] = []
         self.twins: list[str] = []
         self.known = 0
@@ -256,23 +316,15 @@ class _Matching:
 
     def found(self) -> pd.DataFrame:
         """Return what is to be entered, in the columns of the ledger."""
-        rows = [
-            {
-                **{name: entry.row[name] for name in _ATTRIBUTES},
-                "token": entry.receipt.token,
-                "revision": entry.revision,
-                "quantity": _plain(entry.quantity),
-                "body": "{}",  # What was sent is not known here, and nothing is sent with it.
-                "record_id": entry.receipt.record_id,
-                "applied": "" if entry.receipt.applied is None else _plain(entry.receipt.applied),
-                "open_until": entry.open_until,
-            }
-            for entry in sorted(self._entries, key=lambda entry: (entry.row["identity"], entry.revision))
-        ]
-        columns = [*_ATTRIBUTES, "token", "revision", "quantity", "body", "record_id", "applied", "open_until"]
-        frame = pd.DataFrame(rows, columns=columns)
-        times = ("period_start", "period_end", "open_until")
-        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
+        entries = sorted(self._entries, key=lambda entry: (entry.row["identity"], entry.revision))
+        columns = [*_ATTRIBUTES, *"open_from token revision quantity record_id applied doubt open_until".split()]
+        frame = pd.DataFrame([entry.kept() for entry in entries], columns=columns)
+        times = ("period_start", "period_end", "open_from", "open_until")
+        frame = frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
+        # What was sent is not known here. A doubt may be sent again, if a person says that the site has none of it.
+        doubts = frame[frame["doubt"] != ""]
+        bodies = self._destination.encode(doubts).reindex(frame.index) if len(doubts) else "{}"
+        return frame.assign(body=bodies).fillna({"body": "{}"}).drop(columns="open_from")
 
     def look_at(self, rows: pd.DataFrame) -> None:
         """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
@@ -301,8 +353,11 @@ class _Matching:
                 self.known += 1
             elif row["state"] not in _OPEN:
                 self.different.append(f"{held.named()}: {row['state']} here")
-            elif (receipt := self._proof(held, Decimal(row["quantity"]))) is not None:
-                self.settled[row["token"]] = receipt
+            else:
+                answer = self._proof(held, Decimal(row["quantity"]))
+                # The site goes on being asked about what is in doubt already.
+                if isinstance(answer, Receipt) or (answer and row["state"] != State.IN_DOUBT):
+                    self.answers[row["token"]] = answer
 
     def _take(self, token: str) -> _Held:
         return self._unknown.pop(token) if token in self._unknown else self._elsewhere.pop(token)
@@ -321,18 +376,19 @@ class _Matching:
         quantity, decimals = held.record.quantity, self._destination.source.settings.meter.decimals
         if quantity == 0 or len(_plain(quantity).partition(".")[2]) > decimals:
             self.different.append(f"{held.named()}: no quantity of {decimals} decimal places")
-        elif (receipt := self._proof(held, quantity)) is not None:
+        elif (answer := self._proof(held, quantity)) is not None:
             # Where it lies, not where today's would go: there it is looked for when the span is tied out.
             address = {**Delivery.address_from(row["address"]), **held.record.address}
             row = {**row, "address": json.dumps(address, sort_keys=True)}
             # The end of the billing period into which it came is not known; where to look for it later is.
             until = self._until if held.record.address else None
-            self._entries.append(_Entry(row, revision, quantity, receipt, until))
+            self._entries.append(_Entry(row, revision, held.record.token, quantity, answer, until))
 
-    def _proof(self, held: _Held, quantity: Decimal) -> Receipt | None:
-        """Return the receipt of a record that the site lists, None if it is another quantity or cannot be proven.
+    def _proof(self, held: _Held, quantity: Decimal) -> Receipt | InDoubt | None:
+        """Return the receipt of a record that the site lists, None if it is another quantity.
 
-        A deduction may have met a floor: how much of it counted the destination has to find out.
+        A deduction may have met a floor: how much of it counted the destination has to find out. What it cannot find
+        out is a doubt that a person ends.
         """
         record = held.record
         if quantity > 0 and record.quantity == quantity:
@@ -342,10 +398,13 @@ class _Matching:
             return None
         asked = Delivery(record.token, "", 0, quantity, held.address, "{}")
         answer = self._destination.settle([asked], self._ledger.now()).get(record.token)
+        if isinstance(answer, Refused):
+            self.different.append(f"{held.named()}: {answer}")
+            return None
         if isinstance(answer, Receipt):
             return answer
-        self.different.append(f"{held.named()}: {answer or 'how much of it counted, the site does not show'}")
-        return None
+        why = answer or "how much of it counted, the site does not show"
+        return InDoubt(f"{NOBODY_CAN_TELL}{held.named()}: {why}")
 
 
 def _places(rows: pd.DataFrame, window: Period) -> pd.DataFrame:
@@ -383,6 +442,7 @@ def _by_total(
     comparison: Comparison,
     parts: Iterator[pd.DataFrame],
     moves: Moves,
+    astray: Mapping[str, str],
     destination: Destination,
     ledger: Ledger,
     standing: pd.DataFrame,
@@ -395,7 +455,8 @@ def _by_total(
     here = _Standing(standing)
     forgotten = pd.concat([here.forgotten(totals) for totals in here.beside(parts)])
     forgotten = forgotten.sort_values("identity", ignore_index=True)
-    forgotten = forgotten.assign(elsewhere=moves.waiting(forgotten))
+    led = pd.Series([astray.get(account, "") for account in forgotten["account"]], forgotten.index, dtype=object)
+    forgotten = forgotten.assign(elsewhere=led.mask(moves.waiting(forgotten), _MOVED))
     # No run of today sends anything to these, so none of them would be replayed.
     resting = {target.account: target.unknown for target in destination.resolve(_accounts(forgotten)) if target.unknown}
     if destination.stream:
@@ -413,7 +474,7 @@ def _by_total(
         index=forgotten.index,
         dtype=object,
     )
-    judged = ~(forgotten["elsewhere"] | forgotten["late"])
+    judged = (forgotten["elsewhere"] == "") & ~forgotten["late"]
     there = judged & forgotten["subscription"].isin({name for name, count in counts.items() if count.there})
     again = ~there & (why == "")
     fresh = ~there & ~again & ~forgotten["held"]
@@ -437,6 +498,7 @@ def _by_total(
     )
 
 
+_MOVED = "the account leads elsewhere by now"
 _BY_TOTAL = "by total: with it, the site counts just what this ledger knows of that billing period"
 """What the reason of a delivery says that no record of the site was found for."""
 
@@ -449,14 +511,14 @@ def _as_entries(rows: pd.DataFrame, destination: Destination) -> pd.DataFrame:
     """
     revisions = rows["revision"] + REVISIONS_AHEAD
     tokens = [uniqueness_token(key, revision) for key, revision in zip(rows["identity"], revisions, strict=True)]
-    found = rows.assign(revision=revisions, token=tokens, record_id="", applied="")
+    found = rows.assign(revision=revisions, token=tokens, record_id="", applied="", doubt="")
     return found.assign(body=destination.encode(found))
 
 
 def _why_held(row: Mapping[str, Any], count: "_Count | None", resting: Mapping[str, str], *, is_recent: bool) -> str:
     """Return why the ordinary run may not send a forgotten total, or an empty text."""
     if row["elsewhere"]:
-        return "an account that was counted there leads elsewhere by now"
+        return str(row["elsewhere"])
     if not row["late"] and count and count.why:
         return count.why
     if row["account"] in resting:
@@ -484,9 +546,9 @@ def _by_token(
             f"billing source {name!r} sends raw events, and of usage periods that ended more than {window.days} days "
             "ago nobody can tell which of them the site has: restore a newer backup of the ledger, or adopt later days"
         )
-    elsewhere = forgotten["elsewhere"]
+    elsewhere = forgotten["elsewhere"] != ""
     ends = forgotten["period_end"][~forgotten["account"].isin(resting) & ~elsewhere]
-    silent = {**resting, **dict.fromkeys(_accounts(forgotten[elsewhere]), "it leads elsewhere by now")}
+    silent = {**resting, **{row["account"]: row["elsewhere"] for row in _records(forgotten[elsewhere])}}
     if not dry_run and not forgotten.empty:
         _overtake(comparison, ledger, destination.source)
     return Adoption(
@@ -520,7 +582,7 @@ class _Counting:
     def judged(self) -> dict[str, _Count]:
         """Return what is told of the open billing period of each subscription that was forgotten in it."""
         rows = self._forgotten
-        open_ones = rows[~rows["late"] & ~rows["elsewhere"]]
+        open_ones = rows[~rows["late"] & (rows["elsewhere"] == "")]
         return {str(name): self._judge(str(name), some) for name, some in open_ones.groupby("subscription")}
 
     def _judge(self, name: str, mine: pd.DataFrame) -> _Count:
@@ -532,7 +594,7 @@ class _Counting:
             return _Count(why="it gives no count of the open billing period")
         same = self._forgotten[self._forgotten["subscription"] == name]
         # What has moved may lie here or there; so may what is late, unless its own billing period has it.
-        rest = same[same["elsewhere"] | same["late"]]
+        rest = same[(same["elsewhere"] != "") | same["late"]]
         for past in totals.values():
             inside = (rest["period_start"] >= past.period.start) & (rest["period_end"] <= past.period.end)
             if past is not total and inside.any() and self._beside(past, rest[inside], ()).there:

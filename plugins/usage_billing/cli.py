@@ -379,6 +379,11 @@ def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -
         *(f"differs: {record}" for record in found.different),
         *(f"look at it: {record}" for record in found.twins),
     ]
+    if found.doubted:
+        lines.append(
+            f"{found.doubted} of these in doubt: the site took a deduction and does not show how much of it counted; "
+            f"`usage-billing ledger list {name} --state in_doubt` names them, and you decide"
+        )
     if found.held:
         lines.append(f"{found.held} totals held by name: nobody can tell whether the site has them")
     if found.replay_until:

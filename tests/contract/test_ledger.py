@@ -19,13 +19,14 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.event import listen
 from sqlalchemy.exc import IntegrityError
 
-from usage_billing.errors import Misconfigured, NotApplied, Stale
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Lease, Ledger, Reserved
 from usage_billing.ledger.leases import kept
 from usage_billing.ledger.tables import VERSION_TABLE, metadata
 from usage_billing.records import (
     EVER,
     MOVED,
+    NOBODY_CAN_TELL,
     PERSON_DECIDES,
     WITHHELD,
     Arrived,
@@ -585,7 +586,7 @@ def test_quantities_come_back_to_the_last_digit(world: SimpleNamespace) -> None:
 
 def found_at_the_site(quantities: dict[str, str], revision: int = 0) -> pd.DataFrame:
     """Return records of the site as an adoption gives them."""
-    return proposals(quantities, revision=revision).assign(record_id="77", applied="")
+    return proposals(quantities, revision=revision).assign(record_id="77", applied="", doubt="")
 
 
 def test_adopted_deliveries_are_accepted_with_the_sites_quantity(world: SimpleNamespace) -> None:
@@ -608,6 +609,21 @@ def test_adopted_deliveries_are_accepted_with_the_sites_quantity(world: SimpleNa
     assert set(rows["reason"]) == {"adopted on a day by somebody"}
     assert world.ledger.reserved("calls", reading, 10) == []
     assert sorted(world.ledger.accepted("calls", DAY)["record_id"]) == ["76", "77", "77"]
+
+
+def test_what_the_site_does_not_prove_is_adopted_in_doubt(world: SimpleNamespace) -> None:
+    """What was forgotten and what was open: both are a person's, dated now, and can be decided at once."""
+    reading = reserved(world, {"a": "-1"})
+    (ready,) = world.ledger.reserved("calls", reading, 10)
+    why = f"{NOBODY_CAN_TELL}how much of it counted"
+    forgotten = found_at_the_site({"b": "-2"}).assign(doubt=why, record_id="")
+    world.ledger.adopt("calls", ACME, extraction(world), forgotten, {ready.token: InDoubt(why)}, "adopted on a day")
+    doubts = world.ledger.doubts("calls")
+    assert {doubt.reason for doubt in doubts} == {why, f"{why} (adopted on a day)"}
+    assert {doubt.sent_at for doubt in doubts} == {world.clock.now}
+    for doubt in doubts:
+        world.ledger.decide(doubt.token, State.ACCEPTED, "decided on a day by somebody", doubt.quantity)
+    assert world.ledger.standing("calls", DAY)["state"].tolist() == ["accepted", "accepted"]
 
 
 def test_a_refusal_before_an_adopted_revision_has_come_to_its_end(world: SimpleNamespace) -> None:
@@ -973,6 +989,27 @@ def test_an_account_is_placed_once_and_again_where_it_leads_elsewhere(world: Sim
     assert len(led(world)) == 2
     assert world.ledger.displaced("calls", 7, first)["since"].tolist() == [None] * 3, "another edition knows nothing"
     assert (led(world, edition=7), world.ledger.moving("calls")) == ([], [0])
+
+
+def test_where_accounts_led_by_a_definition_of_before_is_known_of_those_unseen_by_the_next(
+    world: SimpleNamespace,
+) -> None:
+    """The last place counts; one on another site is no place of this one."""
+    world.ledger.begin_comparison("calls", extraction(world), [DAY])
+    (one,) = world.ledger.editions("calls")
+    for places in ({"a": "1", "b": "1"}, {"a": "2"}):
+        world.ledger.place("calls", one.number, targets(places), world.clock.now)
+    _, two = world.ledger.register("calls", ACME, HOURLY, {}, DAY.end)
+
+    def before(number: int, site: str) -> dict[str, str]:
+        found = world.ledger.led_before("calls", number, site, ["a", "b", "c"])
+        return dict(zip(found["account"], found["subscription"], strict=True))
+
+    assert before(two.number, ACME) == {"a": "2", "b": "1"}
+    assert before(one.number, ACME) == before(two.number, "maxio:us:orbit") == {}
+    world.ledger.place("calls", two.number, targets({"a": "3"}), world.clock.now)
+    assert before(two.number, ACME) == {"b": "1"}
+    assert world.ledger.led_before("calls", two.number, ACME, []).empty
 
 
 def test_a_move_before_anything_was_compared_moves_nothing(world: SimpleNamespace) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 import pytest
+import requests
 import yaml
 from airflow.sdk.exceptions import AirflowSkipException
 
@@ -272,6 +273,31 @@ def test_a_month_that_is_changed_in_its_middle_ends_there(place: Place) -> None:
         except AirflowSkipException:
             assert start == "10-06"
     assert place.writes() == before == 3
+
+
+@pytest.mark.parametrize(
+    "another",
+    [{"period": "month"}, {"effective_from": "2026-10-20"}, {"period": "hour", "effective_from": "2026-10-07"}],
+    ids=["put back", "later", "another"],
+)
+def test_the_day_on_which_a_month_was_cut_and_compared_stays(place: Place, another: dict[str, Any]) -> None:
+    """What follows may still be defined otherwise, and when it begins may not; the message says how to go on."""
+    place.define(period="month")
+    for at in ("2026-09-15 12:00", "2026-10-03 12:00", "2026-10-10 12:00"):
+        place.use(at, "5")
+    place.run("09-01", "10-01")
+    place.define(effective_from="2026-10-06")
+    place.run("10-05", "10-06")
+    place.define(**another)
+    for start, end in (("10-05", "10-06"), ("10-31", "11-01")):
+        with pytest.raises(
+            Misconfigured, match=r"short usage period was compared: set effective_from: 2026-10-06 again"
+        ):
+            place.run(start, end)
+    place.define(period="hour", effective_from="2026-10-06")
+    for start, end in (("10-05", "10-06"), ("10-10", "10-11")):
+        place.run(start, end)
+    assert (place.billed(), place.writes()) == (15, 3)
 
 
 def test_a_zone_changes_and_no_hour_is_billed_twice_or_never(place: Place) -> None:
@@ -618,6 +644,82 @@ def test_a_ledger_that_was_lost_adopts_each_side_by_its_own_definition(place: Pl
 
 
 # --- arrivals --------------------------------------------------------------------------------------------------------
+
+
+def lose_since(place: Place, copy: Path) -> None:
+    """Put a copy of the ledger in its place."""
+    installation.ledger().close()
+    installation._ledger.cache_clear()
+    for one in place.folder.glob("ledger.sqlite*"):
+        one.unlink()
+    (place.folder / "ledger.sqlite").write_bytes(copy.read_bytes())
+
+
+def backup(place: Place) -> Path:
+    """Copy the ledger while it is in use."""
+    copy = place.folder / "copy.sqlite"
+    with closing(sqlite3.connect(place.folder / "ledger.sqlite")) as live, closing(sqlite3.connect(copy)) as kept:
+        live.backup(kept)
+    return copy
+
+
+def refer(place: Place, site: str, *references: tuple[int, str]) -> None:
+    """Give subscriptions of a site other references, in this order."""
+    subdomain = site.rpartition(":")[2]
+    for number, reference in references:
+        url = f"{place.sandbox.maxio_url(subdomain)}/subscriptions/{number}.json"
+        body = {"subscription": {"reference": reference}}
+        assert requests.put(url, json=body, auth=(f"sandbox-{subdomain}-key", "x"), timeout=5).ok
+
+
+def test_an_account_that_moved_and_was_redefined_in_the_lost_time_is_told_and_found(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the new definition the copy knows no place of it: nothing is taken for unbilled until a person has looked."""
+    changed(place)
+    copy = backup(place)
+    place.define(dimensions=["region"], effective_from="2026-10-06")
+    place.run("10-06", "10-07")
+    lose_since(place, copy)
+    refer(place, ACME, (50100001, "left"), (50100002, "acct-0001"))
+    adopt = ["ledger", "adopt", "calls", "--from", "2026-10-06", "--to", "2026-10-07"]
+    assert main(adopt) == 1
+    told = capsys.readouterr().err
+    assert "account acct-0001: the account led to subscription 50100001 by the definition before" in told
+    with pytest.raises(Misconfigured, match="adopt"):
+        place.run("10-06", "10-07")
+    # As it says: back, adopt, and away again.
+    refer(place, ACME, (50100002, "right"), (50100001, "acct-0001"))
+    assert main(adopt) == 0
+    refer(place, ACME, (50100001, "left"), (50100002, "acct-0001"))
+    before = place.writes(ACME)
+    place.run("10-06", "10-07")
+    assert (place.billed(), place.writes(ACME)) == (10, before)
+    assert main(["ledger", "move", "calls", "acct-0001", "--choose", "from_now", "--because", "it says so"]) == 0
+    place.run("10-06", "10-07")
+    assert (place.billed(), place.writes(ACME)) == (10, before)
+
+
+def test_events_of_an_account_that_moved_and_was_redefined_in_the_lost_time_are_held(place: Place) -> None:
+    """What the site counts of today's subscription tells nothing of what another one was billed."""
+    accounts = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
+    place.define(EVENTS, accounts)
+    place.use("2026-10-05 10:00", "5")
+    place.use("2026-10-06 10:00", "5")
+    place.use("2026-10-06 11:00", "7", account=3)
+    place.run("10-05", "10-06")
+    copy = backup(place)
+    place.define(EVENTS, accounts, dimensions=["region"], effective_from="2026-10-06")
+    place.run("10-06", "10-07")
+    lose_since(place, copy)
+    refer(place, ORBIT, (50200001, "left"), (50200002, "orbit-01"))
+    settle(1.5)
+    before = place.writes(ORBIT)
+    assert main(["ledger", "adopt", "calls", "--from", "2026-10-06", "--to", "2026-10-07"]) == 0
+    place.run("10-06", "10-07")
+    assert (place.billed(ORBIT, "platform-units"), place.writes(ORBIT)) == (17, before)
+    (reason,) = ledger().open_items("calls", None)["reason"]
+    assert "the account led to subscription 50200001 by the definition before, and leads to 50200002 by now" in reason
 
 
 def test_what_arrives_for_a_definition_of_before_waits_on_the_list_for_a_run_of_then(place: Place) -> None:

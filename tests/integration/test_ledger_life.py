@@ -7,7 +7,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -27,10 +27,11 @@ from living import LivingHouse
 from stories import GENTLE, SITES, WORLDS, Event, a_day, a_house, shipped
 from usage_billing.adopt import REVISIONS_AHEAD, periods_of, span_of
 from usage_billing.cli import main
+from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Ledger, marker
 from usage_billing.ledger.marker import confirm
-from usage_billing.records import Comparison, Delivery, Period, State
+from usage_billing.records import NOBODY_CAN_TELL, Comparison, Delivery, Period, State
 from usage_billing.sandbox import Sandbox
 from usage_billing.sandbox.clock import to_micros
 from usage_billing.sources import BillingSource
@@ -410,6 +411,75 @@ def test_a_deduction_is_adopted_with_what_counted(house: LivingHouse) -> None:
     house.begin_anew()
     found = house.adopt(source, [5, 5], events[5])
     assert (found.entered, found.different) == (3, ())
+    run_all(house, source, events)
+    assert house.writing_requests(source) == before
+    assert house.billed(source) == owed(events)
+
+
+@contextmanager
+def silent_events() -> Iterator[None]:
+    """Let the site show no event of any deduction: they lag, or are older than it keeps them."""
+    with pytest.MonkeyPatch.context() as site:
+        site.setattr(MaxioSite, "site_events", lambda *_: iter(()))
+        yield
+
+
+def one_less(source: BillingSource, events: dict[int, list[Event]]) -> None:
+    """Let the third account owe one less than before."""
+    events[5][1] = event(source, 2, 5, "19")
+
+
+def decide(house: LivingHouse, doubt: Delivery, counted: str) -> None:
+    """End a doubt as a person does who has looked at the site."""
+    house.ledger.decide(doubt.token, State.ACCEPTED, "decided on a day by vera: seen there", Decimal(counted))
+
+
+def test_a_deduction_that_the_site_does_not_prove_is_adopted_in_doubt(house: LivingHouse) -> None:
+    """It blocks its key and nothing else; nobody is asked again, and a person says at once how much of it counted."""
+    source = shipped("api_calls")
+    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    run_all(house, source, events)
+    one_less(source, events)
+    run_all(house, source, events)
+    before = house.writing_requests(source)
+    house.begin_anew()
+    with silent_events():
+        found = house.adopt(source, [5, 5], events[5])
+    assert (found.entered, found.doubted, found.complete) == (3, 1, True)
+    run_all(house, source, events)
+    house.sweep(source)
+    (doubt,) = house.ledger.doubts(source.name)
+    assert doubt.reason.startswith(NOBODY_CAN_TELL)
+    assert "how much of it counted, the site does not show (adopted on " in doubt.reason
+    # As it was sent, should a person say that the site has none of it.
+    assert f'"uniqueness_token":"{doubt.token}","usage":{{"quantity":-1,' in doubt.body
+    decide(house, doubt, "-1")
+    run_all(house, source, events)
+    assert house.writing_requests(source) == before
+    assert house.billed(source) == owed(events)
+    assert house.reconcile(source, a_day(source, 5)).ties_out
+
+
+def test_a_deduction_that_the_copy_still_has_to_send_is_in_doubt_where_the_site_has_it(house: LivingHouse) -> None:
+    """It is not sent a second time; once the site shows its event, to adopt again settles it."""
+    source = shipped("api_calls")
+    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    run_all(house, source, events)
+    one_less(source, events)
+    comparison, folder = house.totals(source, a_day(source, 5), events[5])
+    reserve(house, source, comparison, folder)
+    copy = house.backup()
+    house.deliver(source, comparison, folder)
+    before = house.writing_requests(source)
+    house.restore(copy)
+    with silent_events():
+        found = house.adopt(source, [5, 5], events[5])
+        assert (found.entered, found.settled, found.doubted, found.complete) == (0, 0, 1, True)
+        run_all(house, source, events)
+        house.sweep(source)
+        again = house.adopt(source, [5, 5], events[5])
+        assert (again.settled, again.doubted, again.complete) == (0, 0, True)
+    assert house.adopt(source, [5, 5], events[5]).settled == 1
     run_all(house, source, events)
     assert house.writing_requests(source) == before
     assert house.billed(source) == owed(events)

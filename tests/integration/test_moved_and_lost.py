@@ -235,4 +235,4 @@ def test_raw_events_of_an_account_that_moved_after_the_loss_are_told_and_not_rep
     house.rename((1, "orbit-old"), (2, "orbit-01"))
     found = house.adopt(source, [6, 6], sixth)
     (told,) = found.unmatched
-    assert told == "account orbit-01: it leads elsewhere by now, so nothing of it is replayed"
+    assert told == "account orbit-01: the account leads elsewhere by now, so nothing of it is replayed"

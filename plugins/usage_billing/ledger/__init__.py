@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
-from usage_billing.errors import Misconfigured, NotApplied, Stale
+from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Stale
 from usage_billing.ledger import editions, queries
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger.tables import (
@@ -527,6 +527,18 @@ class Ledger:
         whole = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
         return whole.drop_duplicates("number").sort_values(["account", "number"], ignore_index=True)
 
+    def led_before(self, name: str, number: int, site: str, accounts: Sequence[str]) -> pd.DataFrame:
+        """Return where accounts led last under other editions of a source on the same site: account, subscription.
+
+        Left out are those that were seen under this edition.
+        """
+        with self._reading() as connection:
+            parts = [self._frame_of(connection, queries.led_last(name, site, some)) for some in _batches(accounts)]
+        found = pd.concat(parts or [pd.DataFrame(columns=["account", "subscription", "edition"])], ignore_index=True)
+        seen = found.loc[found["edition"] == number, "account"]
+        rest = found[~found["account"].isin(seen)].drop_duplicates("account", keep="last")
+        return rest[["account", "subscription"]].reset_index(drop=True)
+
     def moving(self, name: str) -> list[int]:
         """Return the editions of a source under which any account moved."""
         ours = placement.c.source == name, placement.c.since.is_not(None)
@@ -866,13 +878,20 @@ class Ledger:
         return pd.concat(parts) if parts else pd.DataFrame(columns=names)
 
     def adopt(
-        self, name: str, site: str, reading: Reading, found: pd.DataFrame, settled: Mapping[str, Receipt], reason: str
+        self,
+        name: str,
+        site: str,
+        reading: Reading,
+        found: pd.DataFrame,
+        answers: Mapping[str, Receipt | InDoubt],
+        reason: str,
     ) -> None:
-        """Enter what the site holds and this ledger had forgotten, as accepted, in one transaction.
+        """Enter what the site holds and this ledger had forgotten, in one transaction.
 
-        `found` has the columns of `delivery` up to `body`, ``record_id`` and ``applied``. `settled` gives, by token,
-        the receipt of each open delivery that the site turned out to hold. Where a later revision is entered, an open
-        one before it ends as superseded: it had come to its end before the later one was made.
+        `found` has the columns of `delivery` up to `body`, ``record_id``, ``applied`` and ``doubt``: it is accepted,
+        or in doubt for that reason. `answers` gives, by token, the same of each open delivery that the site turned out
+        to hold. Where a later revision is entered, an open one before it ends as superseded: it had come to its end
+        before the later one was made.
 
         Raises:
             NotApplied: a delivery of the source is being sent, or one of these has moved; nothing was entered.
@@ -886,19 +905,27 @@ class Ledger:
             same = {"note": reason, "now": now}
             # One by one: how many rows of a batch matched is not told by every driver.
             taken = [
-                connection.execute(queries.ADOPT_OPEN, {"of": token, **_proof(receipt), **same}).rowcount
-                for token, receipt in settled.items()
+                connection.execute(queries.ADOPT_OPEN, {"of": token, **_proof(answer), **same}).rowcount
+                if isinstance(answer, Receipt)
+                else connection.execute(queries.DOUBT_OPEN, {"of": token, "note": str(answer), "now": now}).rowcount
+                for token, answer in answers.items()
             ]
-            if sum(taken) != len(settled) or _any_known(connection, found["token"].tolist()):
+            if sum(taken) != len(answers) or _any_known(connection, found["token"].tolist()):
                 raise NotApplied(f"deliveries of {name!r} moved while the site was asked; adopt again")
             if found.empty:
                 return
-            rows = _rows(found.assign(state=State.ACCEPTED, reason=reason), name, site, reading, now)
+            open_ones = found["doubt"] != ""
+            entered = found.assign(state=State.ACCEPTED, reason=reason)
+            entered.loc[open_ones, "state"] = State.IN_DOUBT
+            entered.loc[open_ones, "reason"] = found["doubt"] + f" ({reason})"
+            rows = _rows(entered, name, site, reading, now)
             connection.execute(
                 queries.CLOSE_BELOW, [{"of": row["identity"], "up_to": row["revision"], **same} for row in rows]
             )
             for row, record_id, applied in zip(rows, found["record_id"], found["applied"], strict=True):
-                row.update(settled_at=now, record_id=record_id, applied=applied)
+                settled = row["state"] == State.ACCEPTED
+                row.update(record_id=record_id, applied=applied, settled_at=now if settled else None)
+                row.update(sent_at=None if settled else now)
             connection.execute(insert(delivery), rows)
 
     # --- reporting ---------------------------------------------------------------------------------------------------

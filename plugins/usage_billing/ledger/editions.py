@@ -69,6 +69,8 @@ def _judged(before: tuple[Edition, ...], until: datetime | None, wanted: Wanted)
         return (*before[:-1], replace(before[-1], settings=wanted.settings or before[-1].settings))
     # Nothing hangs on it yet, so a person may have changed their mind; but the first one says how it was until then.
     if before and (until is None or until <= before[-1].span.start) and (len(before) > 1 or wanted.since is None):
+        if until == before[-1].span.start != wanted.since and len(before) > 1:
+            _raise_if_cut(before[-2], wanted)
         return _judged(_ending(before[:-1], EVER.end), until, wanted)
     if not before and wanted.since is not None:
         raise Misconfigured(
@@ -81,6 +83,24 @@ def _judged(before: tuple[Edition, ...], until: datetime | None, wanted: Wanted)
     start = wanted.since or EVER.start
     added = Edition(0, Period(start, EVER.end), wanted.site, wanted.definition, wanted.settings)
     return (*_ending(before, start), added)
+
+
+def _raise_if_cut(last: Edition, wanted: Wanted) -> None:
+    """Make sure that an edition ends with one of its own usage periods, and not with a short one, which was compared.
+
+    Raises:
+        Misconfigured: it does, so what came after it may be defined anew, and not when that begins.
+    """
+    end = last.span.end
+    calendar = Calendar.of(replace(last, span=EVER))
+    if calendar.kind == "interval" or calendar.holding(end).start == end:
+        return
+    day = end.astimezone(ZoneInfo(last.definition["timezone"]))
+    raise Misconfigured(
+        f"billing source {wanted.name!r}: its definition of before ended on {day:%Y-%m-%d}, within a {calendar.kind}, "
+        f"and that short usage period was compared: set effective_from: {day:%Y-%m-%d} again; what is billed from "
+        "then on may still be defined otherwise"
+    )
 
 
 def _ending(some: tuple[Edition, ...], end: datetime) -> tuple[Edition, ...]:
