@@ -242,9 +242,10 @@ def _ledger_adopt(options: argparse.Namespace) -> str:
     """
     from airflow.sdk import BaseHook  # noqa: PLC0415
 
-    from usage_billing.adopt import adopt, periods_of, reason_of  # noqa: PLC0415
+    from usage_billing.adopt import adopt, reason_of  # noqa: PLC0415
     from usage_billing.aggregate import at_former_places  # noqa: PLC0415
     from usage_billing.arrivals import touched  # noqa: PLC0415
+    from usage_billing.days import periods_of  # noqa: PLC0415
     from usage_billing.installation import billing_source, ledger, staging  # noqa: PLC0415
     from usage_billing.ledger import marker  # noqa: PLC0415
     from usage_billing.ledger.leases import kept  # noqa: PLC0415
@@ -284,8 +285,8 @@ _ADVICE = (
 
 def _preview(options: argparse.Namespace) -> str:
     """Plan what the days owe as if they were read last, in a folder that is removed; tell what would be sent."""
-    from usage_billing.adopt import periods_of  # noqa: PLC0415
     from usage_billing.chunks import plan_events  # noqa: PLC0415
+    from usage_billing.days import periods_of  # noqa: PLC0415
     from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
     from usage_billing.installation import billing_source, ledger  # noqa: PLC0415
     from usage_billing.plan import plan  # noqa: PLC0415
@@ -319,7 +320,7 @@ def _of_days(source: "BillingSource", options: argparse.Namespace, *, writes: bo
     Raises:
         Misconfigured: they belong to several editions.
     """
-    from usage_billing.adopt import span_of  # noqa: PLC0415
+    from usage_billing.days import span_of  # noqa: PLC0415
     from usage_billing.installation import destination_in, edition_of, editions, ledger  # noqa: PLC0415
 
     span = span_of(source, options.first, options.after, ledger().now())

@@ -25,8 +25,9 @@ from sqlalchemy import create_engine, text
 
 from living import LivingHouse
 from stories import GENTLE, SITES, WORLDS, Event, a_day, a_house, shipped
-from usage_billing.adopt import REVISIONS_AHEAD, periods_of, span_of
+from usage_billing.adopt import REVISIONS_AHEAD
 from usage_billing.cli import main
+from usage_billing.days import periods_of, span_of
 from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.errors import Misconfigured, NotApplied, Stale
 from usage_billing.ledger import ADOPTED, Ledger, marker
