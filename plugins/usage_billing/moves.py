@@ -100,6 +100,8 @@ class Moves:
     def __init__(self, name: str, placements: pd.DataFrame) -> None:
         self._name = name
         self.placements = placements.sort_values(["account", "number"], ignore_index=True)
+        # Few accounts ever move: where none did, nothing is worth a look.
+        self._any = not placements.empty
 
     @classmethod
     def staged(cls, name: str, moves: Staged | None, staging: Staging) -> Self:
@@ -164,7 +166,7 @@ class Moves:
     @property
     def any_decided(self) -> bool:
         """Whether any usage is counted elsewhere than where it was billed, as a person chose."""
-        return not self._decided.empty
+        return self._any and not self._decided.empty
 
     @property
     def _decided(self) -> pd.DataFrame:
@@ -189,6 +191,8 @@ class Moves:
 
         `later` is what the ledger has by now: what was seen since this was taken down is for the next run to judge.
         """
+        if not self._any and later.placements.empty:
+            return _nothing(rows)
         sides = [_side(self.undecided, end).assign(why=self._told()) for end in ("_from", "_to")]
         whole = pd.concat([*sides, self._unseen(later)])
         return _spread(rows, _matching(rows, whole)) if len(whole) else _nothing(rows)
@@ -232,6 +236,8 @@ class Moves:
 
     def waiting(self, rows: pd.DataFrame) -> np.ndarray:
         """Say of each row whether usage is counted there, or was, about which a person has to choose."""
+        if not self._any:
+            return np.zeros(len(rows), dtype=bool)
         sides = pd.concat([_side(self.undecided, end) for end in ("_from", "_to")])
         return rows.index.isin(_matching(rows, sides)["row"])
 
