@@ -330,8 +330,9 @@ class _Arrivals:
         """Return for each event why it may not go, by number, and whether it goes into the open billing period."""
         closed = pc.fill_null(pc.less(times, open_from), False).to_numpy()  # noqa: FBT003
         unknown = pc.is_null(open_from).to_numpy()
-        policy, grace = self.destination.late_usage, self._source.destination.grace
-        since = pc.subtract(open_from, pa.scalar(grace, pa.duration("us")))
+        policy, renewals = self.destination.late_usage, open_from.combine_chunks().dictionary_encode()
+        passes = [each and self._source.passes_from(each) for each in renewals.dictionary.to_pylist()]
+        since = pa.array(passes, open_from.type).take(renewals.indices)
         within = pc.fill_null(pc.greater_equal(times, since), False).to_numpy()  # noqa: FBT003
         moves = closed & (within if policy != "now" else True)
         stays = _REFUSES if policy == "refuse" else _CLOSED

@@ -89,10 +89,9 @@ def policy_of(destination: Destination) -> str:
 
     In another billing period it would be another delivery than the approved one.
     """
-    settings = destination.source.settings
-    return (
-        "" if settings.approval else f"{POLICY}{destination.late_usage}, grace: {destination.source.destination.grace}"
-    )
+    grace = destination.source.destination.grace
+    told = "one data interval" if grace is None else grace
+    return "" if destination.source.settings.approval else f"{POLICY}{destination.late_usage}, grace: {told}"
 
 
 def _as_of_today(

@@ -76,6 +76,10 @@ def _span(value: object) -> timedelta:
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
+def _span_or_none(value: object) -> timedelta | None:
+    return None if value is None else _span(value)
+
+
 def _as_written(span: timedelta) -> str:
     """Return a span of time as `_span` takes it."""
     unit, one = next((unit, one) for unit in "dhm" if span % (one := timedelta(**{_UNITS[unit]: 1})) == timedelta(0))
@@ -148,8 +152,11 @@ class DestinationSettings(Settings):
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
-    grace: Annotated[timedelta, BeforeValidator(_span), PlainSerializer(_as_written, when_used="json")] = timedelta(0)
-    """How long before the end of a billing period usage may have ended, and still passes after it."""
+    grace: Annotated[
+        timedelta | None, BeforeValidator(_span_or_none), PlainSerializer(_as_written, when_used="json-unless-none")
+    ] = None
+    """How long before the end of a billing period usage may have ended, and still passes after it; None for what ended
+    in the data interval in which the billing period does, since no run of the schedule could bill it sooner."""
 
     def naming(self) -> dict[str, Any]:
         """Return the keys that name what is billed."""
@@ -315,6 +322,14 @@ class BillingSource:
         if change is None or change <= self.settings.bill_from:
             return None
         return local_midnight(change, self.settings.timezone)
+
+    def passes_from(self, renewal: datetime) -> datetime:
+        """Return the instant after which usage has ended that may pass a renewal, by the source's `grace`."""
+        grace = self.destination.grace
+        if grace is not None:
+            return renewal - grace
+        ticks = croniter(self.settings.schedule, renewal.astimezone(self.settings.timezone))
+        return ticks.get_prev(datetime).astimezone(UTC)
 
     @property
     def calendar(self) -> Calendar:

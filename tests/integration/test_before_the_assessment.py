@@ -30,8 +30,9 @@ def house(tmp_path: Path) -> Iterator[Held]:
         ({"late_usage": "now"}, 7),
         ({"late_usage": "hold", "grace": "24h"}, 7),
         ({"late_usage": "refuse", "grace": "24h"}, 7),
-        ({"late_usage": "hold"}, 0),
-        ({"late_usage": "refuse"}, 0),
+        ({"late_usage": "hold"}, 7),
+        ({"late_usage": "hold", "grace": "0h"}, 0),
+        ({"late_usage": "refuse", "grace": "0h"}, 0),
     ],
 )
 def test_the_last_day_waits_for_the_period_into_which_the_source_lets_it_pass(

@@ -295,12 +295,12 @@ def test_what_the_source_refuses_no_person_releases_but_another_policy_bills(hou
 
 
 @pytest.mark.parametrize(("name", "switches"), ALL)
-@pytest.mark.parametrize("policy", ["hold", "refuse"])
+@pytest.mark.parametrize(("policy", "grace"), [("hold", {}), ("hold", {"grace": "24h"}), ("refuse", {"grace": "24h"})])
 def test_grace_lets_the_last_day_of_a_billing_period_pass(
-    house: Held, name: str, switches: dict[str, str], policy: str
+    house: Held, name: str, switches: dict[str, str], policy: str, grace: dict[str, str]
 ) -> None:
     """Its run comes after the renewal: it goes into the open period; the day before it is late, as ever."""
-    source = lenient(name, late_usage=policy, grace="24h")
+    source = lenient(name, late_usage=policy, **grace)
     last, before, other = a_day(source, 31), a_day(source, 30), november(source)
     house.sandbox.switch(SITES[name], **switches)
     house.sandbox.move_clock(AFTER_THE_RENEWAL)
@@ -427,7 +427,7 @@ def commands(house: Held, monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
 
 def test_what_is_held_is_listed_and_released_by_name(commands: Held, capsys: pytest.CaptureFixture[str]) -> None:
     """The list names token, customer, period, quantity, reason and age; several are let go in one command, or none."""
-    house, source = commands, lenient("voip_minutes")
+    house, source = commands, lenient("voip_minutes", grace="0h")
     days = [a_day(source, 30), a_day(source, 31)]
     house.sandbox.move_clock(AFTER_THE_RENEWAL)
     for number, day in enumerate(days):

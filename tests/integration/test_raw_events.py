@@ -375,7 +375,7 @@ def test_events_of_a_closed_billing_period_are_held_by_name(monthly: RawHouse) -
     assert monthly.billed(source) == owed(rows)
 
 
-def late(policy: str, grace: str = "0h") -> BillingSource:
+def late(policy: str, grace: str | None = "0h") -> BillingSource:
     """Return the source of raw events with a policy for late ones."""
     source = raw()
     keys = source.destination.model_dump() | {"late_usage": policy, "grace": grace}
@@ -443,15 +443,18 @@ def test_late_events_are_refused_where_the_source_says_so_until_it_says_otherwis
     assert (monthly.listed(source, DAY), stored(monthly)) == ([], 12)
 
 
-def test_the_grace_of_raw_events_is_reckoned_from_each_one(monthly: RawHouse) -> None:
-    """The last hours of October pass into November; what is older is held as ever."""
-    source, last = late("hold", "12h"), a_day(raw(), 31)
+@pytest.mark.parametrize(("grace", "held"), [("12h", ["3"]), (None, [])])
+def test_the_grace_of_raw_events_is_reckoned_from_each_one(
+    monthly: RawHouse, grace: str | None, held: list[str]
+) -> None:
+    """The last hours of October pass into November, or its whole last day; what is older is held as ever."""
+    source, last = late("hold", grace), a_day(raw(), 31)
     evening = [replace(event, time=event.time + timedelta(hours=8)) for event in events(3, "evening", last)]
     morning = events(3, "morning", last)
     monthly.days_pass(13)
     monthly.run(source, last, evening + morning)
-    assert monthly.billed(source) == owed(evening)
-    assert [(state, quantity) for state, quantity, _ in monthly.listed(source, last)] == [("held", "3")]
+    assert monthly.billed(source) == owed(evening if held else evening + morning)
+    assert [(state, quantity) for state, quantity, _ in monthly.listed(source, last)] == [("held", one) for one in held]
     before = monthly.writing_requests(source)
     monthly.run(source, last, morning + evening)
     assert monthly.writing_requests(source) == before

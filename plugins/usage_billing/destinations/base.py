@@ -116,14 +116,14 @@ class Destination(ABC):
 
     def _why_late(self, proposals: pd.DataFrame, late: np.ndarray) -> np.ndarray:
         """Return, per proposal, what speaks against it if it is `late`; nothing if its grace or a person lets it go."""
-        grace = self.source.destination.grace
-        passes = (proposals["period_end"] > proposals["open_from"] - grace).to_numpy(dtype=bool) & bool(grace)
+        renewals = {moment: self.source.passes_from(moment) for moment in proposals["open_from"].dropna().unique()}
+        since = pd.to_datetime(proposals["open_from"].map(renewals), utc=True)
+        passes = (proposals["period_end"] > since).to_numpy(dtype=bool)
         return np.where(late & ~passes & ~let_go(proposals), self._against_late, "")
 
     def _why_late_now(self, delivery: Delivery, open_from: datetime) -> str:
         """Return what speaks against a delivery of which the billing period closed since it was planned."""
-        grace = self.source.destination.grace
-        within = bool(grace) and delivery.period is not None and delivery.period.end > open_from - grace
+        within = delivery.period is not None and delivery.period.end > self.source.passes_from(open_from)
         return (PASSES if within else self._against_late) or PASSES
 
     def check(self) -> None:

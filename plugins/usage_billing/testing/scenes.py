@@ -388,8 +388,8 @@ def _late(chance: Chance, kind: str) -> Json:
     """Return the keys of a destination that say what becomes of late usage; all but what hopes for the site."""
     goes = "bill_now" if kind == "maxio_metered" else "now"
     policy = chance.pick("source/late", (None, None, goes, "hold", "refuse"))
-    grace = chance.pick("source/grace", ("0h", "0h", "2h", "1d", "40d"))
-    return {"grace": grace} | ({"late_usage": policy} if policy else {})
+    grace = chance.pick("source/grace", ("0h", None, "2h", "1d", "40d"))
+    return {key: value for key, value in (("grace", grace), ("late_usage", policy)) if value}
 
 
 def _address(chance: Chance, kind: str) -> Json:
