@@ -12,7 +12,7 @@ kind, and the ledger's rows of the compared periods, of which there is one to a 
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, cast
 
@@ -303,7 +303,7 @@ class _Arrivals:
                 "dimensions": self._dimensions(part),
             }
         )
-        why, moves = self._late(part.column("time"), target.column("open_from"))
+        why, moves = self._late(part.column("time"), period, target.column("open_from"))
         why = np.where(self._places.undecided(part.column("account"), period), _MOVED, why)
         body, original = self.destination.encode_events(rows), pd.Series(None, index=rows.index, dtype=object)
         if moves.any():
@@ -326,15 +326,28 @@ class _Arrivals:
         }
         return pa.table({key: _as(column, _ARRIVED.field(key).type) for key, column in columns.items()}, _ARRIVED)
 
-    def _late(self, times: pa.ChunkedArray, open_from: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each event why it may not go, by number, and whether it goes into the open billing period."""
+    def _late(
+        self, times: pa.ChunkedArray, period: np.ndarray, open_from: pa.ChunkedArray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return for each event why it may not go, by number, and whether it goes into the open billing period.
+
+        A grace in the source is reckoned from an event's own time. Without one it is a matter of the run, which comes
+        at the end of the usage period.
+        """
         closed = pc.fill_null(pc.less(times, open_from), False).to_numpy()  # noqa: FBT003
         unknown = pc.is_null(open_from).to_numpy()
-        policy, renewals = self.destination.late_usage, open_from.combine_chunks().dictionary_encode()
-        passes = [each and self._source.passes_from(each) for each in renewals.dictionary.to_pylist()]
-        since = pa.array(passes, open_from.type).take(renewals.indices)
-        within = pc.fill_null(pc.greater_equal(times, since), False).to_numpy()  # noqa: FBT003
-        moves = closed & (within if policy != "now" else True)
+        policy = self.destination.late_usage
+        moves = closed if policy == "now" else np.zeros(len(times), dtype=bool)
+        if policy != "now" and closed.any():
+            renewals = open_from.filter(pa.array(closed)).to_pylist()
+            if self._source.destination.grace is None:
+                ends = [self._periods[number].end for number in period[closed]]
+                within = [self.destination.passes(*both) for both in zip(ends, renewals, strict=True)]
+            else:
+                since = [self._source.passes_from(renewal, timedelta(0)) for renewal in renewals]
+                own = times.filter(pa.array(closed)).to_pylist()
+                within = [first is not None and time >= first for time, first in zip(own, since, strict=True)]
+            moves[closed] = within
         stays = _REFUSES if policy == "refuse" else _CLOSED
         return np.select([unknown, closed & ~moves], [_UNKNOWN, stays], _GOES), moves
 

@@ -382,7 +382,7 @@ def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -
     ]
     if found.doubted:
         lines.append(
-            f"{found.doubted} of these in doubt: the site took a deduction and does not show how much of it counted; "
+            f"{found.doubted} deductions are in doubt: the site took them and does not show how much of them counted; "
             f"`usage-billing ledger list {name} --state in_doubt` names them, and you decide"
         )
     if found.held:
@@ -392,7 +392,7 @@ def _told(name: str, window: Period, found: "Adoption", rows_quarantined: int) -
             f"{found.replayable} totals left to the ordinary run: run these days again before "
             f"{found.replay_until:%Y-%m-%d %H:%M} UTC, while the site still ignores what it has"
         )
-    elif found.entered or found.settled:
+    elif found.entered or found.settled or found.doubted:
         lines.append("run these days again: whatever else is owed for them is sent then, and nothing twice")
     lines.extend(f"account {account!r} leads elsewhere by now: {_WAITS}" for account in found.moved)
     if rows_quarantined:

@@ -90,8 +90,9 @@ def policy_of(destination: Destination) -> str:
     In another billing period it would be another delivery than the approved one.
     """
     grace = destination.source.destination.grace
-    told = "one data interval" if grace is None else grace
-    return "" if destination.source.settings.approval else f"{POLICY}{destination.late_usage}, grace: {told}"
+    settings = destination.source.settings
+    told = f"one data interval of {settings.schedule}" if grace is None else grace
+    return "" if settings.approval else f"{POLICY}{destination.late_usage}, grace: {told}"
 
 
 def _as_of_today(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 from zoneinfo import ZoneInfo, available_timezones
@@ -78,6 +79,12 @@ def _span(value: object) -> timedelta:
 
 def _span_or_none(value: object) -> timedelta | None:
     return None if value is None else _span(value)
+
+
+@lru_cache(maxsize=65_536)
+def _tick_before(schedule: str, zone: ZoneInfo, moment: datetime) -> datetime:
+    """Return the last tick before a moment, in UTC."""
+    return croniter(schedule, moment.astimezone(zone)).get_prev(datetime).astimezone(UTC)
 
 
 def _as_written(span: timedelta) -> str:
@@ -323,13 +330,16 @@ class BillingSource:
             return None
         return local_midnight(change, self.settings.timezone)
 
-    def passes_from(self, renewal: datetime) -> datetime:
-        """Return the instant after which usage has ended that may pass a renewal, by the source's `grace`."""
+    def passes_from(self, renewal: datetime, margin: timedelta) -> datetime | None:
+        """Return the instant after which usage has ended that may pass a renewal, by the source's `grace`; None: none.
+
+        Where it says nothing, that is the last tick of the schedule by which a run could still have billed it: none
+        sends anything within `margin` of the renewal.
+        """
         grace = self.destination.grace
-        if grace is not None:
-            return renewal - grace
-        ticks = croniter(self.settings.schedule, renewal.astimezone(self.settings.timezone))
-        return ticks.get_prev(datetime).astimezone(UTC)
+        if grace is None:
+            return _tick_before(self.settings.schedule, self.settings.timezone, renewal - margin)
+        return renewal - grace if grace else None
 
     @property
     def calendar(self) -> Calendar:

@@ -626,6 +626,16 @@ def test_what_the_site_does_not_prove_is_adopted_in_doubt(world: SimpleNamespace
     assert world.ledger.standing("calls", DAY)["state"].tolist() == ["accepted", "accepted"]
 
 
+def test_nothing_is_adopted_above_a_doubt(world: SimpleNamespace) -> None:
+    """It would be closed without a word, and billed once more."""
+    reading = reserved(world, {"a": "-1"})
+    (ready,) = world.ledger.reserved("calls", reading, 10)
+    later = found_at_the_site({"a": "3"}, 1)
+    with pytest.raises(ValueError, match="in doubt"):
+        world.ledger.adopt("calls", ACME, extraction(world), later, {ready.token: InDoubt("not shown")}, "adopted")
+    assert world.ledger.standing("calls", DAY)["state"].tolist() == ["reserved"]
+
+
 def test_a_refusal_before_an_adopted_revision_has_come_to_its_end(world: SimpleNamespace) -> None:
     """Nobody can write it off any more, which would settle twice what the later revision was accepted for."""
     reading = reserved(world, {"a": "10"})

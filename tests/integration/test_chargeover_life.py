@@ -25,12 +25,12 @@ def house(tmp_path: Path) -> Iterator[House]:
         yield found
 
 
-def minutes(mode: str = "batch", decimals: int = 2) -> BillingSource:
-    """Return the shipped source, with records that travel so and have so many decimal places."""
+def minutes(mode: str = "batch", decimals: int = 2, **keys: object) -> BillingSource:
+    """Return the shipped source, with records that travel so and have so many decimal places, and other keys."""
     source = shipped("voip_minutes")
     meter = source.settings.meter.model_copy(update={"decimals": decimals})
     settings = source.settings.model_copy(update={"meter": meter})
-    return replace(source, settings=settings, destination=source.destination.model_copy(update={"mode": mode}))
+    return replace(source, settings=settings, destination=source.destination.model_copy(update={"mode": mode, **keys}))
 
 
 def used(source: BillingSource, day: Period, quantities: dict[str, str]) -> list[Event]:
@@ -193,7 +193,7 @@ def test_usage_of_an_invoiced_cycle_is_held_however_the_account_shows_times(hous
     """In Honolulu the next invoice is still on the last of the month: read there, the 31st would pass for open."""
     house.sandbox.switch(SITE, times_out=shown)
     house.sandbox.move_clock("2026-11-02T12:00:00Z")
-    source, day = minutes(), a_day(minutes(), 31)
+    source, day = minutes(grace=timedelta(0)), a_day(minutes(), 31)
     house.run(source, day, used(source, day, {"pkg-001": "7"}))
     assert house.billed(source) == {}
     assert house.states(source, day) == {"held": 1}

@@ -293,10 +293,10 @@ def house_window(source: BillingSource, interval: Period) -> tuple[datetime, dat
 def test_usage_of_a_closed_billing_period_is_held_by_name_where_it_would_never_be_billed(
     house: House, name: str
 ) -> None:
-    """The site would store the 31st of October after its renewal and never bill it: it waits, with the reason."""
+    """The site would store the 30th of October after its renewal and never bill it: it waits, with the reason."""
     source = shipped(name)
     house.sandbox.move_clock("2026-11-02T12:00:00Z")
-    day = a_day(source, 31)
+    day = a_day(source, 30)
     house.run(source, day, some_usage(source, day))
     assert house.billed(source) == {}
     left = house.ledger.open_items(source.name, Period(*house_window(source, day)))

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -313,6 +314,22 @@ def test_grace_lets_the_last_day_of_a_billing_period_pass(
     house.run(source, other, used(source, other, "50"))
     assert billed(house, source) == Decimal(57)
     assert house.reconcile(source, other).ties_out
+
+
+@pytest.mark.parametrize("policy", ["hold", "refuse"])
+@pytest.mark.parametrize(("grace", "bills"), [({}, 7), ({"grace": "0h"}, 0)])
+def test_a_week_that_the_renewal_cuts_in_two_passes_it_if_its_grace_lets_it(
+    house: Held, policy: str, grace: dict[str, str], bills: int
+) -> None:
+    """It begins in the invoiced cycle and ends in the open one."""
+    source = lenient("voip_minutes", late_usage=policy, **grace)
+    source = replace(source, settings=source.settings.model_copy(update={"period": "week"}))
+    day = a_day(source, 31)
+    week = Period(day.start - timedelta(days=5), day.end + timedelta(days=2))
+    house.sandbox.move_clock("2026-11-04T12:00:00Z")
+    house.run(source, week, used(source, day, "7"))
+    assert billed(house, source) == bills
+    assert len(house.listed(source, week)) == (0 if bills else 1)
 
 
 @pytest.mark.parametrize("late_usage", ["never_billed", "next_invoice"])

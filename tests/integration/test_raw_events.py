@@ -461,6 +461,20 @@ def test_the_grace_of_raw_events_is_reckoned_from_each_one(
     assert monthly.reconcile(source, last).ties_out
 
 
+@pytest.mark.parametrize(("period", "schedule"), [("day", "0 * * * *"), ("month", "0 0 * * *"), ("month", "0 0 1 * *")])
+def test_the_last_raw_events_pass_whole_however_often_the_schedule_ticks(
+    monthly: RawHouse, period: str, schedule: str
+) -> None:
+    """An event goes with the run at the end of its usage period, and not with one of its own hour."""
+    source, last = late("hold", None), a_day(raw(), 31)
+    source = replace(source, settings=source.settings.model_copy(update={"period": period, "schedule": schedule}))
+    rows = events(3, "morning", last)
+    monthly.days_pass(13)
+    monthly.run(source, last, rows)
+    assert monthly.billed(source) == owed(rows)
+    assert monthly.listed(source, last) == []
+
+
 def test_a_renewal_between_reserving_and_sending_holds_the_chunk(monthly: RawHouse) -> None:
     """The key was revoked for a while, and the site renewed: what would never be billed stays one row, unsent."""
     source, rows = raw(), events(10)

@@ -357,15 +357,17 @@ def test_an_edition_by_the_runs_own_interval_bears_a_source_that_goes_by_arrival
         ("0 6 * * 1-5", "", "2026-11-02 05:00", "2026-10-30 10:00"),
         ("0 0 1 * *", "", "2026-12-01 05:00", "2026-11-01 04:00"),
         ("0 0 * * *", ", grace: 36h", "2026-11-01 04:00", "2026-10-30 16:00"),
-        ("0 0 * * *", ", grace: 0h", "2026-11-01 04:00", "2026-11-01 04:00"),
+        ("0 0 * * *", ", grace: 0h", "2026-11-01 04:00", ""),
+        ("0 0 * * *", "", "2026-11-01 04:02", "2026-10-31 04:00"),  # The run of midnight could send nothing any more.
+        ("0 0 * * *", "", "2026-11-01 04:03", "2026-11-01 04:00"),
     ],
 )
 def test_what_ended_in_the_data_interval_of_a_renewal_passes_it(load, schedule, grace, renewal, since):
     """No run of the schedule could have billed it sooner; a source may say how long before it, or that nothing does."""
     text = SOURCE.replace("stream: calls", f"stream: calls{grace}")
     source = load(source=re.sub("schedule: .*", f'schedule: "{schedule}"', text))
-    found = source.passes_from(datetime.fromisoformat(f"{renewal}+00:00"))
-    assert found == datetime.fromisoformat(f"{since}+00:00")
+    found = source.passes_from(datetime.fromisoformat(f"{renewal}+00:00"), timedelta(seconds=150))
+    assert found == (datetime.fromisoformat(f"{since}+00:00") if since else None)
 
 
 @pytest.mark.parametrize("grace", ["0m", "36h", "90m", "2d"])

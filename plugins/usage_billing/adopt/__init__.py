@@ -73,7 +73,7 @@ def adopt(
 def _astray(comparison: Comparison, destination: Destination, ledger: Ledger, staging: Staging) -> Mapping[str, str]:
     """Return the accounts of which nobody knows where they led when usage of the span was billed, and why.
 
-    They were never seen under this edition of the source. Under one before it they led to another subscription, and
+    They were never seen under this edition of the source. Under another one they led last to another subscription, and
     when they left it the ledger does not know.
     """
     source = destination.source
@@ -84,5 +84,5 @@ def _astray(comparison: Comparison, destination: Destination, ledger: Ledger, st
     before = ledger.led_before(source.name, source.edition, destination.site, today["account"].tolist())
     both = today.merge(before, on="account", suffixes=("", "_was"))
     left = both[both["subscription"] != both["subscription_was"]].sort_values("account")
-    led = "the account led to subscription {} by the definition before, and leads to {} by now"
+    led = "the account led to subscription {} by another definition, and leads to {} by now"
     return {row["account"]: led.format(row["subscription_was"], row["subscription"]) for row in rows_of(left)}

@@ -128,13 +128,15 @@ def _by_token(search: Search, forgotten: pd.DataFrame, resting: Mapping[str, str
         )
     elsewhere = forgotten["elsewhere"] != ""
     ends = forgotten["period_end"][~forgotten["account"].isin(resting) & ~elsewhere]
-    silent = {**resting, **{row["account"]: row["elsewhere"] for row in rows_of(forgotten[elsewhere])}}
+    moved = set(forgotten["account"][elsewhere]) - search.astray.keys()
+    silent = {account: f"{why}, so nothing of it is replayed" for account, why in resting.items()}
+    silent |= dict.fromkeys(moved, f"{_MOVED}, so nothing of it is replayed")
     if not search.dry_run and not forgotten.empty:
         search.overtake()
     return Adoption(
         replayable=len(ends),
         replay_until=None if ends.empty else ends.min().to_pydatetime() + window,
-        unmatched=tuple(f"account {account}: {why}, so nothing of it is replayed" for account, why in silent.items()),
+        unmatched=tuple(f"account {account}: {why}" for account, why in sorted({**silent, **search.told}.items())),
         moved=search.moved,
     )
 

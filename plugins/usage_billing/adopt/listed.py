@@ -28,7 +28,6 @@ from usage_billing.uniqueness import uniqueness_token
 _DAY = timedelta(days=1)
 """Clocks and zones are apart by less."""
 _OPEN = (State.RESERVED, State.IN_DOUBT, State.HELD)
-_BACK = "let it lead there, adopt, and let it go then; or, if nothing of the span was billed there, go on without it"
 
 
 def by_records(search: Search) -> Adoption:
@@ -42,12 +41,13 @@ def by_records(search: Search) -> Adoption:
         for part in search.staging.read(totals):
             work.match(part.drop_columns(["events"]).to_pandas())
     work.match(gone_from_the_warehouse(standing, work.seen))
+    work.leave_unproven()
     found = work.found()
     if not search.dry_run and (work.answers or not found.empty):
         search.overtake()
         ledger.adopt(name, destination.site, comparison.reading, found, work.answers, search.reason)
     proven = sum(isinstance(answer, Receipt) for answer in work.answers.values())
-    astray = (f"account {account}: {why}; {_BACK}" for account, why in search.astray.items())
+    astray = (f"account {account}: {why}" for account, why in search.told.items())
     return Adoption(
         entered=len(found),
         settled=proven,
@@ -103,15 +103,26 @@ class _Entry:
         answer = self.answer
         receipt, doubt = (answer, "") if isinstance(answer, Receipt) else (Receipt(self.token, ""), str(answer))
         return {
-            **{name: self.row[name] for name in (*ATTRIBUTES, "open_from")},
+            **{name: self.row[name] for name in ATTRIBUTES},
             "token": self.token,
             "revision": self.revision,
             "quantity": plain(self.quantity),
+            "body": "{}",  # What was sent is not known here, and nothing is sent with it.
             "record_id": receipt.record_id,
             "applied": "" if receipt.applied is None else plain(receipt.applied),
             "doubt": doubt,
             "open_until": self.open_until,
         }
+
+
+@dataclass(frozen=True)
+class _Unproven:
+    """A deduction that the site has, and why nobody can tell how much of it counted."""
+
+    identity: str
+    revision: int
+    token: str
+    why: str
 
 
 class _Matching:
@@ -129,6 +140,7 @@ class _Matching:
         self._places_seen: set[tuple[str, str]] = set()
         self._last = standing.groupby("identity")["revision"].max().to_dict()
         self._unknown: dict[str, _Held] = {}
+        self._unproven: list[_Unproven] = []
         self._entries: list[_Entry] = []
         # What came late is dated after its usage period, at the latest now.
         self._until = max(reach.end, ledger.now()) + _DAY
@@ -151,14 +163,32 @@ class _Matching:
     def found(self) -> pd.DataFrame:
         """Return what is to be entered, in the columns of the ledger."""
         entries = sorted(self._entries, key=lambda entry: (entry.row["identity"], entry.revision))
-        columns = [*ATTRIBUTES, *"open_from token revision quantity record_id applied doubt open_until".split()]
+        columns = [*ATTRIBUTES, *"token revision quantity body record_id applied doubt open_until".split()]
         frame = pd.DataFrame([entry.kept() for entry in entries], columns=columns)
-        times = ("period_start", "period_end", "open_from", "open_until")
-        frame = frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
-        # What was sent is not known here. A doubt may be sent again, if a person says that the site has none of it.
-        doubts = frame[frame["doubt"] != ""]
-        bodies = self._destination.encode(doubts).reindex(frame.index) if len(doubts) else "{}"
-        return frame.assign(body=bodies).fillna({"body": "{}"}).drop(columns="open_from")
+        times = ("period_start", "period_end", "open_until")
+        return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
+
+    def leave_unproven(self) -> None:
+        """Tell of doubts that something came after, and enter nothing of their keys from there on.
+
+        A doubt is the last of its key. How much of such a deduction counted was known when the next revision was made,
+        and cannot be guessed now.
+        """
+        last, unproven = dict(self._last), list(self._unproven)
+        for entry in self._entries:
+            identity = entry.row["identity"]
+            last[identity] = max(entry.revision, last.get(identity, -1))
+            if isinstance(entry.answer, InDoubt):
+                unproven.append(_Unproven(identity, entry.revision, entry.token, str(entry.answer)))
+        followed = [one for one in unproven if one.revision < last[one.identity]]
+        first: dict[str, int] = {}
+        for one in followed:
+            first[one.identity] = min(one.revision, first.get(one.identity, one.revision))
+            self.answers.pop(one.token, None)
+            self.different.append(one.why.removeprefix(NOBODY_CAN_TELL))
+        self._entries = [
+            entry for entry in self._entries if entry.revision < first.get(entry.row["identity"], entry.revision + 1)
+        ]
 
     def look_at(self, rows: pd.DataFrame) -> None:
         """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
@@ -189,6 +219,8 @@ class _Matching:
                 self.different.append(f"{held.named()}: {row['state']} here")
             else:
                 answer = self._proof(held, Decimal(row["quantity"]))
+                if isinstance(answer, InDoubt):
+                    self._unproven.append(_Unproven(row["identity"], row["revision"], row["token"], str(answer)))
                 # The site goes on being asked about what is in doubt already.
                 if isinstance(answer, Receipt) or (answer and row["state"] != State.IN_DOUBT):
                     self.answers[row["token"]] = answer

@@ -18,6 +18,7 @@ REVISIONS_AHEAD = 1024
 """How many revisions are looked for beyond the last one found. One that was superseded or refused never came to the
 site, and each run that finds a held difference changed makes another, as each question does that nobody answers: six
 weeks of hourly runs leave no wider gap."""
+_BACK = "let it lead there, adopt, and let it go then; or, if nothing of the span was billed there, go on without it"
 ATTRIBUTES = "identity account subscription component price_point dimensions period_start period_end address".split()
 EXACT = Context(prec=100)
 """Room for every digit: the ambient context would round after 28 of them."""
@@ -76,6 +77,11 @@ class Search:
         """Let plans of before send nothing more: their totals are older than what is entered now."""
         source, found = self.destination.source, self.comparison
         self.ledger.begin_comparison(source.name, found.reading, found.periods, source.edition)
+
+    @property
+    def told(self) -> dict[str, str]:
+        """What a person has to do about each account that is astray."""
+        return {account: f"{why}; {_BACK}" for account, why in self.astray.items()}
 
     @property
     def moved(self) -> tuple[str, ...]:

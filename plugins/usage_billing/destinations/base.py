@@ -116,14 +116,22 @@ class Destination(ABC):
 
     def _why_late(self, proposals: pd.DataFrame, late: np.ndarray) -> np.ndarray:
         """Return, per proposal, what speaks against it if it is `late`; nothing if its grace or a person lets it go."""
-        renewals = {moment: self.source.passes_from(moment) for moment in proposals["open_from"].dropna().unique()}
-        since = pd.to_datetime(proposals["open_from"].map(renewals), utc=True)
-        passes = (proposals["period_end"] > since).to_numpy(dtype=bool)
-        return np.where(late & ~passes & ~let_go(proposals), self._against_late, "")
+        texts = np.full(len(proposals), "", dtype=object)
+        if not self._against_late:
+            return texts
+        late = late & ~let_go(proposals)
+        spans = proposals.loc[late, ["period_end", "open_from"]].itertuples(index=False, name=None)
+        texts[late] = ["" if self.passes(end, renewal) else self._against_late for end, renewal in spans]
+        return texts
+
+    def passes(self, end: datetime, renewal: datetime) -> bool:
+        """Say whether usage that ended then passes a renewal, by the source's grace."""
+        since = self.source.passes_from(renewal, self.settle_after)
+        return since is not None and end > since
 
     def _why_late_now(self, delivery: Delivery, open_from: datetime) -> str:
         """Return what speaks against a delivery of which the billing period closed since it was planned."""
-        within = delivery.period is not None and delivery.period.end > self.source.passes_from(open_from)
+        within = delivery.period is not None and self.passes(delivery.period.end, open_from)
         return (PASSES if within else self._against_late) or PASSES
 
     def check(self) -> None:

@@ -866,8 +866,11 @@ class Ledger:
                 connection.execute(statement, {"least": number})
 
     def known(self, tokens: Sequence[str]) -> pd.DataFrame:
-        """Return token, source, state, quantity, record_id and reason of what this ledger has of `tokens`."""
-        names = ["token", "source", "state", "quantity", "record_id", "reason"]
+        """Return what this ledger has of `tokens`.
+
+        Columns: token, identity, revision, source, state, quantity, record_id and reason.
+        """
+        names = ["token", "identity", "revision", "source", "state", "quantity", "record_id", "reason"]
         columns = [delivery.c[name] for name in names]
         parts = [self._frame(select(*columns).where(delivery.c.token.in_(some))) for some in _batches(tokens)]
         return pd.concat(parts) if parts else pd.DataFrame(columns=names)
@@ -890,6 +893,7 @@ class Ledger:
 
         Raises:
             NotApplied: a delivery of the source is being sent, or one of these has moved; nothing was entered.
+            ValueError: a later revision than one that is in doubt was to be entered.
         """
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
@@ -914,9 +918,11 @@ class Ledger:
             entered.loc[open_ones, "state"] = State.IN_DOUBT
             entered.loc[open_ones, "reason"] = found["doubt"] + f" ({reason})"
             rows = _rows(entered, name, site, reading, now)
-            connection.execute(
-                queries.CLOSE_BELOW, [{"of": row["identity"], "up_to": row["revision"], **same} for row in rows]
-            )
+            closed = [{"of": row["identity"], "up_to": row["revision"], **same} for row in rows]
+            connection.execute(queries.CLOSE_BELOW, closed)
+            doubts = [token for token, answer in answers.items() if isinstance(answer, InDoubt)]
+            if _no_longer(connection, doubts, State.IN_DOUBT):
+                raise ValueError("a revision was entered above one that is in doubt")
             for row, record_id, applied in zip(rows, found["record_id"], found["applied"], strict=True):
                 settled = row["state"] == State.ACCEPTED
                 row.update(record_id=record_id, applied=applied, settled_at=now if settled else None)
@@ -1123,6 +1129,15 @@ _UNSENT: Mapping[str, Any] = {
 def _any_known(connection: Connection, tokens: Sequence[str]) -> bool:
     """Say whether one of `tokens` is written down already."""
     looks = (select(delivery.c.token).where(delivery.c.token.in_(some)).limit(1) for some in _batches(tokens))
+    return any(connection.execute(look).first() is not None for look in looks)
+
+
+def _no_longer(connection: Connection, tokens: Sequence[str], state: State) -> bool:
+    """Say whether one of `tokens` stands in another state."""
+    looks = (
+        select(delivery.c.token).where(delivery.c.token.in_(some), delivery.c.state != state).limit(1)
+        for some in _batches(tokens)
+    )
     return any(connection.execute(look).first() is not None for look in looks)
 
 

@@ -70,7 +70,7 @@ def _judged(before: tuple[Edition, ...], until: datetime | None, wanted: Wanted)
     # Nothing hangs on it yet, so a person may have changed their mind; but the first one says how it was until then.
     if before and (until is None or until <= before[-1].span.start) and (len(before) > 1 or wanted.since is None):
         if until == before[-1].span.start != wanted.since and len(before) > 1:
-            _raise_if_cut(before[-2], wanted)
+            _raise_if_cut(before[-2], before[-1], wanted)
         return _judged(_ending(before[:-1], EVER.end), until, wanted)
     if not before and wanted.since is not None:
         raise Misconfigured(
@@ -85,7 +85,7 @@ def _judged(before: tuple[Edition, ...], until: datetime | None, wanted: Wanted)
     return (*_ending(before, start), added)
 
 
-def _raise_if_cut(last: Edition, wanted: Wanted) -> None:
+def _raise_if_cut(last: Edition, after: Edition, wanted: Wanted) -> None:
     """Make sure that an edition ends with one of its own usage periods, and not with a short one, which was compared.
 
     Raises:
@@ -95,11 +95,14 @@ def _raise_if_cut(last: Edition, wanted: Wanted) -> None:
     calendar = Calendar.of(replace(last, span=EVER))
     if calendar.kind == "interval" or calendar.holding(end).start == end:
         return
-    day = end.astimezone(ZoneInfo(last.definition["timezone"]))
+    # In a zone in which a day begins there: that of today if it can be, else that of the definition after it.
+    zones = [str(one["timezone"]) for one in (wanted.definition, after.definition)]
+    zone = next((one for one in zones if not end.astimezone(ZoneInfo(one)).time()), zones[-1])
+    day = end.astimezone(ZoneInfo(zone))
     raise Misconfigured(
-        f"billing source {wanted.name!r}: its definition of before ended on {day:%Y-%m-%d}, within a {calendar.kind}, "
-        f"and that short usage period was compared: set effective_from: {day:%Y-%m-%d} again; what is billed from "
-        "then on may still be defined otherwise"
+        f"billing source {wanted.name!r}: its definition of before ended on {day:%Y-%m-%d} in {zone}, within a "
+        f"{calendar.kind}, and that short usage period was compared: set effective_from: {day:%Y-%m-%d} again, with "
+        f"timezone: {zone}; what is billed from then on may still be defined otherwise"
     )
 
 

@@ -367,7 +367,8 @@ def _sources(chance: Chance, drawn: str, first_day: date) -> tuple[BillingSource
     if model is None:
         raise Misconfigured(f"{kind!r} is no destination of this package")
     is_raw = drawn.removesuffix(BY_ARRIVAL) == RAW
-    raw = {"mode": "events", "metric": _METRICS[function]} if is_raw else _late(chance, kind)
+    # The checker of raw events knows them by their own time, so nothing of theirs passes a renewal.
+    raw = {"mode": "events", "metric": _METRICS[function], "grace": "0h"} if is_raw else _late(chance, kind)
     destination = model.model_validate({"name": kind, "connection": "simulated", **_address(chance, kind), **raw})
     settings = (SourceSettings.model_validate(values | {"name": n, "shares_component_with": names}) for n in names)
     return tuple(BillingSource(each, destination, USAGE_SQL, (), ARRIVALS_SQL) for each in settings)
