@@ -23,6 +23,7 @@ from airflow.sdk.exceptions import AirflowSkipException
 from stories import HASTY, WORLDS
 from usage_billing import installation
 from usage_billing.cli import main
+from usage_billing.destinations.maxio import MaxioSite
 from usage_billing.errors import Misconfigured
 from usage_billing.hooks import MaxioHook
 from usage_billing.installation import billing_source, destination_in, ledger, staging
@@ -36,7 +37,7 @@ from usage_billing.operators import (
     StageOperator,
     ValidateOperator,
 )
-from usage_billing.records import PERSON_DECIDES, Run, State
+from usage_billing.records import EVER, PERSON_DECIDES, Run, State
 from usage_billing.sandbox import Sandbox
 from usage_billing.sweep import SweepOperator
 
@@ -700,6 +701,26 @@ def test_an_account_that_moved_and_was_redefined_in_the_lost_time_is_told_and_fo
     assert main(["ledger", "move", "calls", "acct-0001", "--choose", "from_now", "--because", "it says so"]) == 0
     place.run("10-06", "10-07")
     assert (place.billed(), place.writes(ACME)) == (10, before)
+
+
+def test_an_unproven_deduction_of_before_is_met_while_later_days_are_adopted(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The site lists all usages of a subscription, also those of days that another definition billed."""
+    place.define()
+    place.use("2026-10-05 10:00", "10")
+    place.run("10-05", "10-06")
+    with duckdb.connect(str(place.folder / "usage.duckdb")) as warehouse:
+        warehouse.execute("UPDATE usage SET quantity = 9")
+    place.run("10-05", "10-06")
+    (deduction,) = ledger().accepted("calls", EVER).query("quantity == '-1'")["token"]
+    with closing(sqlite3.connect(place.folder / "ledger.sqlite")) as book, book:
+        book.execute("UPDATE delivery SET state = 'held' WHERE token = ?", [deduction])
+    place.define(dimensions=["region"], effective_from="2026-10-06")
+    place.use("2026-10-06 10:00", "5")
+    monkeypatch.setattr(MaxioSite, "site_events", lambda *_: iter(()))
+    assert main(["ledger", "adopt", "calls", "--from", "2026-10-06", "--to", "2026-10-07"]) == 0
+    assert [doubt.token for doubt in ledger().doubts("calls")] == [deduction]
 
 
 def test_events_of_an_account_that_moved_and_was_redefined_in_the_lost_time_are_held(place: Place) -> None:

@@ -484,36 +484,51 @@ def test_a_deduction_that_the_copy_still_has_to_send_is_in_doubt_where_the_site_
     assert house.billed(source) == owed(events)
 
 
-def settles_with_its_events(house: LivingHouse, source: BillingSource, events: dict[int, list[Event]]) -> None:
-    """While the site shows no events nothing of the key is entered from the deduction on; then all of it is."""
+def adopt_step_by_step(house: LivingHouse, source: BillingSource, events: dict[int, list[Event]], person: str) -> None:
+    """The deduction is in doubt, and what came after it waits by name, until it is proven or a person decided."""
     before = house.writing_requests(source)
     with silent_events():
-        for _ in range(2):
+        found = house.adopt(source, [5, 5], events[5])
+        assert not found.complete
+        assert all("comes after what is in doubt or differs, and waits for that" in line for line in found.different)
+        again = house.adopt(source, [5, 5], events[5])
+        assert (again.entered, again.doubted, again.different) == (0, 0, found.different)
+        while person and not found.complete:
+            (doubt,) = house.ledger.doubts(source.name)
+            decide(house, doubt, str(doubt.quantity))
             found = house.adopt(source, [5, 5], events[5])
-            assert (found.doubted, found.complete) == (0, False)
-            (told,) = found.different
-            assert "how much of it counted, the site does not show" in told
+            assert found.entered == 1
+        for doubt in house.ledger.doubts(source.name) if person else []:
+            decide(house, doubt, str(doubt.quantity))
     assert house.adopt(source, [5, 5], events[5]).complete
     run_all(house, source, events)
     assert house.writing_requests(source) == before
     assert house.billed(source) == owed(events)
+    assert house.reconcile(source, a_day(source, 5)).ties_out
 
 
+PEOPLE = pytest.mark.parametrize("person", ["", "decides"], ids=["its event comes", "a person decides"])
+
+
+@PEOPLE
 @pytest.mark.parametrize("last", ["22", "17"], ids=["a bill came after", "another one came after"])
-def test_a_deduction_that_is_not_proven_and_was_followed_is_told(house: LivingHouse, last: str) -> None:
-    """How much of it counted was known when the next revision was made, so it is no doubt of its own."""
+def test_what_came_after_an_unproven_deduction_waits_for_it(house: LivingHouse, last: str, person: str) -> None:
+    """It is the last of its key until it is settled: nothing stops the others, and nothing is closed unseen."""
     source = shipped("api_calls")
     events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
     for quantity in ("20", "19", last):
         events[5][1] = event(source, 2, 5, quantity)
         run_all(house, source, events)
     house.begin_anew()
-    settles_with_its_events(house, source, events)
+    adopt_step_by_step(house, source, events, person)
 
 
+@PEOPLE
 @pytest.mark.parametrize("state", [State.RESERVED, State.IN_DOUBT], ids=str)
-def test_a_deduction_of_the_copy_that_is_not_proven_and_was_followed_is_told(house: LivingHouse, state: State) -> None:
-    """It is not closed by what came after it: nothing would be left to say that the site has it."""
+def test_what_came_after_an_unproven_deduction_of_the_copy_waits_for_it(
+    house: LivingHouse, state: State, person: str
+) -> None:
+    """It is not closed by what came after it, nor sent once more: a person finds it in doubt."""
     source = shipped("api_calls")
     events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
     run_all(house, source, events)
@@ -522,13 +537,36 @@ def test_a_deduction_of_the_copy_that_is_not_proven_and_was_followed_is_told(hou
     (ready,) = reserve(house, source, comparison, folder)
     copy = house.backup()
     if state is State.IN_DOUBT:
+        change = "UPDATE delivery SET state = 'in_doubt', sent_at = reserved_at, reason = ? WHERE token = ?"
         with closing(sqlite3.connect(copy)) as kept, kept:
-            kept.execute("UPDATE delivery SET state = 'in_doubt', sent_at = reserved_at WHERE token = ?", [ready.token])
+            kept.execute(change, [f"{NOBODY_CAN_TELL}no event", ready.token])
     house.deliver(source, comparison, folder)
     events[5][1] = event(source, 2, 5, "22")
     run_all(house, source, events)
     house.restore(copy)
-    settles_with_its_events(house, source, events)
+    adopt_step_by_step(house, source, events, person)
+
+
+def test_what_came_after_another_quantity_waits_until_a_person_has_decided(house: LivingHouse) -> None:
+    """The copy has a doubt of which the site stored another quantity, and a person had decided it since."""
+    source = shipped("api_calls")
+    events = {5: [event(source, 1, 5, "5")]}
+    comparison, folder = house.totals(source, a_day(source, 5), events[5])
+    (ready,) = reserve(house, source, comparison, folder)
+    copy = house.backup()
+    change = "UPDATE delivery SET state = 'in_doubt', sent_at = reserved_at, quantity = '6', reason = ? WHERE token = ?"
+    with closing(sqlite3.connect(copy)) as kept, kept:
+        kept.execute(change, [f"{NOBODY_CAN_TELL}stored with another quantity", ready.token])
+    house.deliver(source, comparison, folder)
+    events[5].append(event(source, 1, 5, "2", hour=9))
+    run_all(house, source, events)
+    house.restore(copy)
+    for _ in range(2):
+        found = house.adopt(source, [5, 5], events[5])
+        assert (found.entered, len(found.different)) == (0, 2)
+    (doubt,) = house.ledger.doubts(source.name)
+    decide(house, doubt, "5")
+    assert house.ledger.doubts(source.name) == []
 
 
 def test_records_on_a_line_that_an_upgrade_replaced_are_found_by_their_key(house: LivingHouse) -> None:

@@ -47,12 +47,13 @@ def staff(house: House, order: str, *values: object) -> None:
 
 
 def one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> BillingSource:
-    """Return a dated source of which eight deliveries make a page."""
-    source = shipped(name)
+    """Return a dated source of which eight deliveries make a page, and of which nothing passes a renewal."""
+    source, keys = shipped(name), dict[str, Any](grace=timedelta(0))
     if name == "platform_events":
         monkeypatch.setattr(MaxioEvents, "chunk_size", 1)
-        return source
-    return replace(source, destination=source.destination.model_copy(update={"mode": "single"}))
+    else:
+        keys["mode"] = "single"
+    return replace(source, destination=source.destination.model_copy(update=keys))
 
 
 def event(source: BillingSource, account: int, day: int) -> Event:

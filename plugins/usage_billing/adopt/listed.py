@@ -41,9 +41,9 @@ def by_records(search: Search) -> Adoption:
         for part in search.staging.read(totals):
             work.match(part.drop_columns(["events"]).to_pandas())
     work.match(gone_from_the_warehouse(standing, work.seen))
-    work.leave_unproven()
+    work.hold_back()
     found = work.found()
-    if not search.dry_run and (work.answers or not found.empty):
+    if not search.dry_run and (work.answers or work.different or not found.empty):
         search.overtake()
         ledger.adopt(name, destination.site, comparison.reading, found, work.answers, search.reason)
     proven = sum(isinstance(answer, Receipt) for answer in work.answers.values())
@@ -115,16 +115,6 @@ class _Entry:
         }
 
 
-@dataclass(frozen=True)
-class _Unproven:
-    """A deduction that the site has, and why nobody can tell how much of it counted."""
-
-    identity: str
-    revision: int
-    token: str
-    why: str
-
-
 class _Matching:
     """The site's records that this ledger does not know, matched with the names that usage totals can have."""
 
@@ -140,7 +130,7 @@ class _Matching:
         self._places_seen: set[tuple[str, str]] = set()
         self._last = standing.groupby("identity")["revision"].max().to_dict()
         self._unknown: dict[str, _Held] = {}
-        self._unproven: list[_Unproven] = []
+        self._stops: dict[str, int] = {}
         self._entries: list[_Entry] = []
         # What came late is dated after its usage period, at the latest now.
         self._until = max(reach.end, ledger.now()) + _DAY
@@ -168,27 +158,25 @@ class _Matching:
         times = ("period_start", "period_end", "open_until")
         return frame.assign(**{name: pd.to_datetime(frame[name], utc=True) for name in times})
 
-    def leave_unproven(self) -> None:
-        """Tell of doubts that something came after, and enter nothing of their keys from there on.
+    def hold_back(self) -> None:
+        """Enter nothing of a key after what is in doubt or differs: that is its last one until it has been settled.
 
-        A doubt is the last of its key. How much of such a deduction counted was known when the next revision was made,
-        and cannot be guessed now.
+        Whoever decides about it needs its row, and what came after it says how it was settled then.
         """
-        last, unproven = dict(self._last), list(self._unproven)
+        kept = []
         for entry in self._entries:
-            identity = entry.row["identity"]
-            last[identity] = max(entry.revision, last.get(identity, -1))
-            if isinstance(entry.answer, InDoubt):
-                unproven.append(_Unproven(identity, entry.revision, entry.token, str(entry.answer)))
-        followed = [one for one in unproven if one.revision < last[one.identity]]
-        first: dict[str, int] = {}
-        for one in followed:
-            first[one.identity] = min(one.revision, first.get(one.identity, one.revision))
-            self.answers.pop(one.token, None)
-            self.different.append(one.why.removeprefix(NOBODY_CAN_TELL))
-        self._entries = [
-            entry for entry in self._entries if entry.revision < first.get(entry.row["identity"], entry.revision + 1)
-        ]
+            identity, doubtful = entry.row["identity"], isinstance(entry.answer, InDoubt)
+            if entry.revision > self._stops.get(identity, entry.revision):
+                words = "comes after what is in doubt or differs, and waits for that: decide it, and adopt again"
+                self.different.append(f"token {entry.token}, {plain(entry.quantity)}: {words}")
+            elif doubtful and entry.revision < self._last.get(identity, -1):
+                self.different.append(str(entry.answer).removeprefix(NOBODY_CAN_TELL))
+            else:
+                kept.append(entry)
+        self._entries = kept
+
+    def _stop_at(self, identity: str, revision: int) -> None:
+        self._stops[identity] = min(revision, self._stops.get(identity, revision))
 
     def look_at(self, rows: pd.DataFrame) -> None:
         """Read the site's records of each place that was not read yet, and part those that the ledger knows."""
@@ -215,15 +203,17 @@ class _Matching:
             held = self._take(row["token"])
             if row["source"] != self._destination.source.name or row["state"] == State.ACCEPTED:
                 self.known += 1
-            elif row["state"] not in _OPEN:
-                self.different.append(f"{held.named()}: {row['state']} here")
-            else:
+                continue
+            answer = None
+            if row["state"] in _OPEN:
                 answer = self._proof(held, Decimal(row["quantity"]))
-                if isinstance(answer, InDoubt):
-                    self._unproven.append(_Unproven(row["identity"], row["revision"], row["token"], str(answer)))
-                # The site goes on being asked about what is in doubt already.
-                if isinstance(answer, Receipt) or (answer and row["state"] != State.IN_DOUBT):
-                    self.answers[row["token"]] = answer
+            else:
+                self.different.append(f"{held.named()}: {row['state']} here")
+            if not isinstance(answer, Receipt):
+                self._stop_at(row["identity"], row["revision"])
+            # The site goes on being asked about what is in doubt already.
+            if isinstance(answer, Receipt) or (answer and row["state"] != State.IN_DOUBT):
+                self.answers[row["token"]] = answer
 
     def _take(self, token: str) -> _Held:
         return self._unknown.pop(token) if token in self._unknown else self._elsewhere.pop(token)
@@ -240,9 +230,14 @@ class _Matching:
 
     def _enter(self, row: Mapping[str, Any], revision: int, held: _Held) -> None:
         quantity, decimals = held.record.quantity, self._destination.source.settings.meter.decimals
+        answer = None
         if quantity == 0 or len(plain(quantity).partition(".")[2]) > decimals:
             self.different.append(f"{held.named()}: no quantity of {decimals} decimal places")
-        elif (answer := self._proof(held, quantity)) is not None:
+        else:
+            answer = self._proof(held, quantity)
+        if not isinstance(answer, Receipt):
+            self._stop_at(row["identity"], revision)
+        if answer is not None:
             # Where it lies, not where today's would go: there it is looked for when the span is tied out.
             address = {**Delivery.address_from(row["address"]), **held.record.address}
             row = {**row, "address": json.dumps(address, sort_keys=True)}
