@@ -762,9 +762,11 @@ def test_events_of_a_closed_billing_period_are_held(sandbox: Sandbox) -> None:
     """The stream would take them and never bill them."""
     destination = EVENTS.made(sandbox)
     targets = destination.resolve(EVENTS.accounts)
-    closed = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 29, 23, tzinfo=UTC))
+    closed = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 28, 23, tzinfo=UTC))
+    last = proposals(targets, ["1", "2", "3"], datetime(2026, 9, 29, 23, tzinfo=UTC))
 
     assert all("closed" in reason for reason in destination.hold_reason(closed))
+    assert not any(destination.hold_reason(last)), "its run comes after the renewal"
     assert not any(destination.hold_reason(proposals(targets, ["1", "2", "3"])))
 
 
