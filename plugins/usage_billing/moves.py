@@ -64,7 +64,7 @@ def placed(
     Raises:
         NotApplied: a later look-up saw some of them elsewhere.
     """
-    frame = _led(targets, staging)
+    frame = led_today(targets, staging)
     new = ledger.displaced(source.name, source.edition, frame, billed_until)
     if len(new) and not look_only:
         ledger.place(source.name, source.edition, new[list(frame)], looked_up_at, billed_until)
@@ -85,10 +85,11 @@ def place(
     billed_until: datetime,
 ) -> None:
     """Write down what `placed` only looked at, once that is the whole of what it looked for; raises what it raises."""
-    ledger.place(source.name, source.edition, _led(targets, staging), looked_up_at, billed_until)
+    ledger.place(source.name, source.edition, led_today(targets, staging), looked_up_at, billed_until)
 
 
-def _led(targets: Staged, staging: Staging) -> pd.DataFrame:
+def led_today(targets: Staged, staging: Staging) -> pd.DataFrame:
+    """Return where accounts lead by a look-up: account, the place (`PLACE`) and its address."""
     columns = ["account", *PLACE, "address"]
     parts: list[pd.DataFrame] = [part.select(columns).to_pandas() for part in staging.read(targets)]
     return pd.concat(parts, ignore_index=True)
@@ -100,8 +101,6 @@ class Moves:
     def __init__(self, name: str, placements: pd.DataFrame) -> None:
         self._name = name
         self.placements = placements.sort_values(["account", "number"], ignore_index=True)
-        # Few accounts ever move: where none did, nothing is worth a look.
-        self._any = not placements.empty
 
     @classmethod
     def staged(cls, name: str, moves: Staged | None, staging: Staging) -> Self:
@@ -166,7 +165,7 @@ class Moves:
     @property
     def any_decided(self) -> bool:
         """Whether any usage is counted elsewhere than where it was billed, as a person chose."""
-        return self._any and not self._decided.empty
+        return not self.placements.empty and not self._decided.empty
 
     @property
     def _decided(self) -> pd.DataFrame:
@@ -191,7 +190,7 @@ class Moves:
 
         `later` is what the ledger has by now: what was seen since this was taken down is for the next run to judge.
         """
-        if not self._any and later.placements.empty:
+        if self.placements.empty and later.placements.empty:
             return _nothing(rows)
         sides = [_side(self.undecided, end).assign(why=self._told()) for end in ("_from", "_to")]
         whole = pd.concat([*sides, self._unseen(later)])
@@ -236,7 +235,7 @@ class Moves:
 
     def waiting(self, rows: pd.DataFrame) -> np.ndarray:
         """Say of each row whether usage is counted there, or was, about which a person has to choose."""
-        if not self._any:
+        if self.placements.empty:
             return np.zeros(len(rows), dtype=bool)
         sides = pd.concat([_side(self.undecided, end) for end in ("_from", "_to")])
         return rows.index.isin(_matching(rows, sides)["row"])

@@ -77,10 +77,6 @@ def _span(value: object) -> timedelta:
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 
-def _span_or_none(value: object) -> timedelta | None:
-    return None if value is None else _span(value)
-
-
 @lru_cache(maxsize=65_536)
 def _tick_before(schedule: str, zone: ZoneInfo, moment: datetime) -> datetime:
     """Return the last tick before a moment, in UTC."""
@@ -159,9 +155,7 @@ class DestinationSettings(Settings):
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
-    grace: Annotated[
-        timedelta | None, BeforeValidator(_span_or_none), PlainSerializer(_as_written, when_used="json-unless-none")
-    ] = None
+    grace: Annotated[timedelta, BeforeValidator(_span), PlainSerializer(_as_written, when_used="json")] | None = None
     """How long before the end of a billing period usage may have ended, and still passes after it; None for what ended
     in the data interval in which the billing period does, since no run of the schedule could bill it sooner."""
 

@@ -66,7 +66,6 @@ EVENTS = {
     "component": "handle:platform-units",
     "property": "units",
 }
-RAW = {"mode": "events"}
 SOURCE = {
     "name": "calls",
     "description": "Calls.",
@@ -84,6 +83,8 @@ USAGE = (
     "SELECT id, used_at, account, number, quantity, region FROM usage "
     "WHERE used_at >= :window_start AND used_at < :window_end"
 )
+ORBIT_USAGE = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
+"""The same, of accounts of the events site."""
 SECOND_STREAM = """
   - id: 61103
     handle: platform-units-too
@@ -257,14 +258,19 @@ def test_days_become_months_and_both_are_billed_once(place: Place) -> None:
     assert (place.billed(), place.writes()) == (25, 5)
 
 
-def test_a_month_that_is_changed_in_its_middle_ends_there(place: Place) -> None:
-    """No edge of the old definition, but one of the new: the old one's last usage period is short."""
+def cut_a_month(place: Place) -> None:
+    """Bill a month, and of the next one the days until another definition begins; there is usage behind it."""
     place.define(period="month")
     for at in ("2026-09-15 12:00", "2026-10-03 12:00", "2026-10-10 12:00"):
         place.use(at, "5")
     place.run("09-01", "10-01")
     place.define(effective_from="2026-10-06")
     place.run("10-05", "10-06")
+
+
+def test_a_month_that_is_changed_in_its_middle_ends_there(place: Place) -> None:
+    """No edge of the old definition, but one of the new: the old one's last usage period is short."""
+    cut_a_month(place)
     assert place.billed() == 10
     place.run("10-10", "10-11")
     assert place.billed() == 15
@@ -284,12 +290,7 @@ def test_a_month_that_is_changed_in_its_middle_ends_there(place: Place) -> None:
 )
 def test_the_day_on_which_a_month_was_cut_and_compared_stays(place: Place, another: dict[str, Any]) -> None:
     """What follows may still be defined otherwise, and when it begins may not; the message says how to go on."""
-    place.define(period="month")
-    for at in ("2026-09-15 12:00", "2026-10-03 12:00", "2026-10-10 12:00"):
-        place.use(at, "5")
-    place.run("09-01", "10-01")
-    place.define(effective_from="2026-10-06")
-    place.run("10-05", "10-06")
+    cut_a_month(place)
     place.define(**another)
     for start, end in (("10-05", "10-06"), ("10-31", "11-01")):
         with pytest.raises(
@@ -385,13 +386,12 @@ def test_a_stream_changes_and_a_doubt_of_before_is_settled_at_the_old_one(place:
     """Its events are sent again to where they belong; two streams each bill the days of their time."""
     new = EVENTS | {"stream": "platform-events-too", "subscription_by": "account"}
     new |= {"component": "handle:platform-units-too"}
-    accounts = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
-    place.define(EVENTS, accounts)
+    place.define(EVENTS, ORBIT_USAGE)
     for account in (1, 2, 3):
         place.use("2026-10-05 10:00", "5", account)
         place.use("2026-10-06 10:00", "7", account)
     place.leave_in_doubt("10-05", "10-06", arrived=1)
-    place.define(new, accounts, effective_from="2026-10-06")
+    place.define(new, ORBIT_USAGE, effective_from="2026-10-06")
     place.run("10-06", "10-07")
     place.leave_in_doubt("10-06", "10-07", arrived=0)
     SweepOperator(task_id="sweep").execute({})
@@ -478,7 +478,7 @@ def test_the_subscriptions_number_in_place_of_its_reference_bills_nothing_again(
     """It is the number that names the bill, whatever the account column holds."""
     site = ACME if destination is METERED else ORBIT
     component = str(destination["component"]).removeprefix("handle:")
-    by_reference = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
+    by_reference = ORBIT_USAGE
     by_number = USAGE.replace("account,", "number + 100000 AS account,")
     if destination is METERED:
         by_reference, by_number = USAGE, USAGE.replace("account,", "number AS account,")
@@ -495,8 +495,7 @@ def test_the_subscriptions_number_in_place_of_its_reference_bills_nothing_again(
 
 def test_a_doubt_that_was_named_by_reference_is_settled_by_number(place: Place) -> None:
     """What stands in the event is what was sent, whatever the account column holds since."""
-    accounts = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
-    place.define(EVENTS, accounts)
+    place.define(EVENTS, ORBIT_USAGE)
     for account in (1, 2):
         place.use("2026-10-05 10:00", "5", account)
     place.leave_in_doubt("10-05", "10-06", arrived=1)
@@ -600,25 +599,53 @@ def test_looking_back_ends_where_the_definition_begins(place: Place, caplog: pyt
     assert place.billed() == 5 + 2 + 1
 
 
-def test_what_arrived_since_the_copy_is_adopted_whatever_its_day(place: Place, tmp_path: Path) -> None:
+# --- a ledger that was lost ------------------------------------------------------------------------------------------
+
+
+def backup(place: Place) -> Path:
+    """Copy the ledger while it is in use."""
+    copy = place.folder / "copy.sqlite"
+    with closing(sqlite3.connect(place.folder / "ledger.sqlite")) as live, closing(sqlite3.connect(copy)) as kept:
+        live.backup(kept)
+    return copy
+
+
+def lose(place: Place) -> None:
+    """Remove the ledger."""
+    installation.ledger().close()
+    installation._ledger.cache_clear()
+    for file in place.folder.glob("ledger.sqlite*"):
+        file.unlink()
+
+
+def lose_since(place: Place, copy: Path) -> None:
+    """Put a copy of the ledger in its place."""
+    lose(place)
+    (place.folder / "ledger.sqlite").write_bytes(copy.read_bytes())
+
+
+def refer(place: Place, site: str, *references: tuple[int, str]) -> None:
+    """Give subscriptions of a site other references, in this order."""
+    subdomain = site.rpartition(":")[2]
+    for number, reference in references:
+        url = f"{place.sandbox.maxio_url(subdomain)}/subscriptions/{number}.json"
+        body = {"subscription": {"reference": reference}}
+        assert requests.put(url, json=body, auth=(f"sandbox-{subdomain}-key", "x"), timeout=5).ok
+
+
+def test_what_arrived_since_the_copy_is_adopted_whatever_its_day(place: Place) -> None:
     """A late row of a fortnight ago was billed in the lost time: the copy's watermark would take it up once more."""
     columns = {**SOURCE["columns"], "arrival": "arrived"}  # type: ignore[dict-item]
     place.define(incremental="arrival", arrival_overlap=0, columns=columns)
     place.use("2026-10-05 10:00", "10", arrived=1)
     place.run("10-05", "10-06")
-    file, copy = tmp_path / "ledger.sqlite", tmp_path / "copy.sqlite"
-    with closing(sqlite3.connect(file)) as live, closing(sqlite3.connect(copy)) as kept:
-        live.backup(kept)
+    copy = backup(place)
     place.use("2026-10-05 11:00", "5", arrived=2)
     place.use("2026-10-19 10:00", "3", account=2, arrived=3)
     place.run("10-19", "10-20")
     before = place.writes(ACME)
     assert place.billed() == 18
-    installation.ledger().close()
-    installation._ledger.cache_clear()
-    for one in tmp_path.glob("ledger.sqlite*"):
-        one.unlink()
-    file.write_bytes(copy.read_bytes())
+    lose_since(place, copy)
     assert main(["ledger", "adopt", "calls", "--from", "2026-10-18", "--to", "2026-10-20"]) == 0
     place.run("10-19", "10-20")
     assert (place.billed(), place.writes(ACME)) == (18, before)
@@ -629,10 +656,7 @@ def test_a_ledger_that_was_lost_adopts_each_side_by_its_own_definition(place: Pl
     changed(place)
     place.define(dimensions=["region"], effective_from="2026-10-06")
     place.run("10-06", "10-07")
-    installation.ledger().close()
-    installation._ledger.cache_clear()
-    for file in place.folder.glob("ledger.sqlite*"):
-        file.unlink()
+    lose(place)
     Ledger.create(installation.ledger_url())
     adopt = ["ledger", "adopt", "calls", "--from"]
     assert main([*adopt, "2026-10-05", "--to", "2026-10-06"]) == 1
@@ -644,35 +668,6 @@ def test_a_ledger_that_was_lost_adopts_each_side_by_its_own_definition(place: Pl
     for start, end in (("10-05", "10-06"), ("10-06", "10-07")):
         place.run(start, end)
     assert (place.billed(), place.writes()) == (10, 2)
-
-
-# --- arrivals --------------------------------------------------------------------------------------------------------
-
-
-def lose_since(place: Place, copy: Path) -> None:
-    """Put a copy of the ledger in its place."""
-    installation.ledger().close()
-    installation._ledger.cache_clear()
-    for one in place.folder.glob("ledger.sqlite*"):
-        one.unlink()
-    (place.folder / "ledger.sqlite").write_bytes(copy.read_bytes())
-
-
-def backup(place: Place) -> Path:
-    """Copy the ledger while it is in use."""
-    copy = place.folder / "copy.sqlite"
-    with closing(sqlite3.connect(place.folder / "ledger.sqlite")) as live, closing(sqlite3.connect(copy)) as kept:
-        live.backup(kept)
-    return copy
-
-
-def refer(place: Place, site: str, *references: tuple[int, str]) -> None:
-    """Give subscriptions of a site other references, in this order."""
-    subdomain = site.rpartition(":")[2]
-    for number, reference in references:
-        url = f"{place.sandbox.maxio_url(subdomain)}/subscriptions/{number}.json"
-        body = {"subscription": {"reference": reference}}
-        assert requests.put(url, json=body, auth=(f"sandbox-{subdomain}-key", "x"), timeout=5).ok
 
 
 def test_an_account_that_moved_and_was_redefined_in_the_lost_time_is_told_and_found(
@@ -725,14 +720,13 @@ def test_an_unproven_deduction_of_before_is_met_while_later_days_are_adopted(
 
 def test_events_of_an_account_that_moved_and_was_redefined_in_the_lost_time_are_held(place: Place) -> None:
     """What the site counts of today's subscription tells nothing of what another one was billed."""
-    accounts = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
-    place.define(EVENTS, accounts)
+    place.define(EVENTS, ORBIT_USAGE)
     place.use("2026-10-05 10:00", "5")
     place.use("2026-10-06 10:00", "5")
     place.use("2026-10-06 11:00", "7", account=3)
     place.run("10-05", "10-06")
     copy = backup(place)
-    place.define(EVENTS, accounts, dimensions=["region"], effective_from="2026-10-06")
+    place.define(EVENTS, ORBIT_USAGE, dimensions=["region"], effective_from="2026-10-06")
     place.run("10-06", "10-07")
     lose_since(place, copy)
     refer(place, ORBIT, (50200001, "left"), (50200002, "orbit-01"))
@@ -749,14 +743,14 @@ def test_raw_events_of_an_account_that_moved_and_was_redefined_in_the_lost_time_
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each bears the token that the stream knows; where they were billed a person has to say first."""
-    accounts, raw = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,"), EVENTS | RAW
+    raw = EVENTS | {"mode": "events"}
     place.sandbox.move_clock("2026-11-29T12:00:00Z")
-    place.define(raw, accounts)
+    place.define(raw, ORBIT_USAGE)
     for day in (20, 21):
         place.use(f"2026-11-{day} 10:00", "5")
     place.run("11-20", "11-21")
     copy = backup(place)
-    place.define(raw, accounts, dimensions=["region"], effective_from="2026-11-21")
+    place.define(raw, ORBIT_USAGE, dimensions=["region"], effective_from="2026-11-21")
     place.run("11-21", "11-22")
     lose_since(place, copy)
     refer(place, ORBIT, (50200001, "left"), (50200002, "orbit-01"))
@@ -764,6 +758,9 @@ def test_raw_events_of_an_account_that_moved_and_was_redefined_in_the_lost_time_
     told = capsys.readouterr().err
     assert "account orbit-01: the account led to subscription 50200001 by another definition" in told
     assert "let it lead there, adopt, and let it go then" in told
+
+
+# --- arrivals --------------------------------------------------------------------------------------------------------
 
 
 def test_what_arrives_for_a_definition_of_before_waits_on_the_list_for_a_run_of_then(place: Place) -> None:
@@ -811,11 +808,10 @@ def test_what_arrives_for_the_first_definition_is_listed_by_a_run_of_the_second_
 
 def test_raw_events_become_totals_and_those_of_before_stay_what_they_were(place: Place) -> None:
     """A run of before sends its late row as an event, and nothing of it as a total; a doubt of then is replayed."""
-    accounts = USAGE.replace("account,", "replace(account, 'acct-00', 'orbit-') AS account,")
-    place.define(EVENTS | {"mode": "events"}, accounts)
+    place.define(EVENTS | {"mode": "events"}, ORBIT_USAGE)
     place.use("2026-10-05 10:00", "5")
     place.run("10-05", "10-06")
-    place.define(EVENTS, accounts, effective_from="2026-10-07")
+    place.define(EVENTS, ORBIT_USAGE, effective_from="2026-10-07")
     place.use("2026-10-07 10:00", "7")
     place.run("10-07", "10-08")
     place.use("2026-10-05 11:00", "2", account=1)

@@ -334,13 +334,27 @@ def test_a_span_that_is_too_short_does_not_pass_for_the_whole(house: LivingHouse
     assert len(found.unmatched) == 3
 
 
+def sent_after_its_copy(house: LivingHouse, source: BillingSource, events: list[Event]) -> Path:
+    """Send the fifth; return a copy of the ledger of just before, which has it as reserved."""
+    comparison, folder = house.totals(source, a_day(source, 5), events)
+    reserve(house, source, comparison, folder)
+    copy = house.backup()
+    house.deliver(source, comparison, folder)
+    return copy
+
+
+def in_doubt(copy: Path, **changes: str) -> None:
+    """Put what a copy has as reserved in doubt, and change it."""
+    columns = {"state": "in_doubt", "reason": f"{NOBODY_CAN_TELL}a story says so", **changes}
+    sets = ", ".join(f"{name} = :{name}" for name in columns)
+    with closing(sqlite3.connect(copy)) as kept, kept:
+        kept.execute(f"UPDATE delivery SET {sets}, sent_at = reserved_at WHERE state = 'reserved'", columns)  # noqa: S608
+
+
 def test_deliveries_that_were_only_reserved_in_the_copy_are_settled(house: LivingHouse, listed: BillingSource) -> None:
     """The copy was made just before the sending: what it has as reserved the site has by now."""
     events = a_week(listed)
-    comparison, folder = house.totals(listed, a_day(listed, 5), events[5])
-    reserve(house, listed, comparison, folder)
-    copy = house.backup()
-    house.deliver(listed, comparison, folder)
+    copy = sent_after_its_copy(house, listed, events[5])
     before = house.writing_requests(listed)
     house.restore(copy)
     found = house.adopt(listed, [5, 7], events[5])
@@ -400,12 +414,22 @@ def test_nothing_is_adopted_while_deliveries_are_being_sent(house: LivingHouse, 
     assert {row[2] for row in house.delivery_rows()} == {"sending"}
 
 
+def ten_and_twenty(source: BillingSource) -> dict[int, list[Event]]:
+    """Return what two accounts used on the fifth."""
+    return {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+
+
+def one_less(source: BillingSource, events: dict[int, list[Event]]) -> None:
+    """Let the third account owe one less than before."""
+    events[5][1] = event(source, 2, 5, "19")
+
+
 def test_a_deduction_is_adopted_with_what_counted(house: LivingHouse) -> None:
     """A correction downward that the balance took is entered with its proof; nothing is owed after it."""
     source = shipped("api_calls")
-    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    events = ten_and_twenty(source)
     run_all(house, source, events)
-    events[5][1] = event(source, 2, 5, "19")
+    one_less(source, events)
     run_all(house, source, events)
     assert house.billed(source) == owed(events)
     before = house.writing_requests(source)
@@ -425,11 +449,6 @@ def silent_events() -> Iterator[None]:
         yield
 
 
-def one_less(source: BillingSource, events: dict[int, list[Event]]) -> None:
-    """Let the third account owe one less than before."""
-    events[5][1] = event(source, 2, 5, "19")
-
-
 def decide(house: LivingHouse, doubt: Delivery, counted: str) -> None:
     """End a doubt as a person does who has looked at the site."""
     house.ledger.decide(doubt.token, State.ACCEPTED, "decided on a day by vera: seen there", Decimal(counted))
@@ -438,7 +457,7 @@ def decide(house: LivingHouse, doubt: Delivery, counted: str) -> None:
 def test_a_deduction_that_the_site_does_not_prove_is_adopted_in_doubt(house: LivingHouse) -> None:
     """It blocks its key and nothing else; nobody is asked again, and a person says at once how much of it counted."""
     source = shipped("api_calls")
-    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    events = ten_and_twenty(source)
     run_all(house, source, events)
     one_less(source, events)
     run_all(house, source, events)
@@ -462,13 +481,10 @@ def test_a_deduction_that_the_site_does_not_prove_is_adopted_in_doubt(house: Liv
 def test_a_deduction_that_the_copy_still_has_to_send_is_in_doubt_where_the_site_has_it(house: LivingHouse) -> None:
     """It is not sent a second time; once the site shows its event, to adopt again settles it."""
     source = shipped("api_calls")
-    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    events = ten_and_twenty(source)
     run_all(house, source, events)
     one_less(source, events)
-    comparison, folder = house.totals(source, a_day(source, 5), events[5])
-    reserve(house, source, comparison, folder)
-    copy = house.backup()
-    house.deliver(source, comparison, folder)
+    copy = sent_after_its_copy(house, source, events[5])
     before = house.writing_requests(source)
     house.restore(copy)
     with silent_events():
@@ -515,7 +531,7 @@ PEOPLE = pytest.mark.parametrize("person", ["", "decides"], ids=["its event come
 def test_what_came_after_an_unproven_deduction_waits_for_it(house: LivingHouse, last: str, person: str) -> None:
     """It is the last of its key until it is settled: nothing stops the others, and nothing is closed unseen."""
     source = shipped("api_calls")
-    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    events = ten_and_twenty(source)
     for quantity in ("20", "19", last):
         events[5][1] = event(source, 2, 5, quantity)
         run_all(house, source, events)
@@ -530,17 +546,12 @@ def test_what_came_after_an_unproven_deduction_of_the_copy_waits_for_it(
 ) -> None:
     """It is not closed by what came after it, nor sent once more: a person finds it in doubt."""
     source = shipped("api_calls")
-    events = {5: [event(source, 1, 5, "10"), event(source, 2, 5, "20")]}
+    events = ten_and_twenty(source)
     run_all(house, source, events)
     one_less(source, events)
-    comparison, folder = house.totals(source, a_day(source, 5), events[5])
-    (ready,) = reserve(house, source, comparison, folder)
-    copy = house.backup()
+    copy = sent_after_its_copy(house, source, events[5])
     if state is State.IN_DOUBT:
-        change = "UPDATE delivery SET state = 'in_doubt', sent_at = reserved_at, reason = ? WHERE token = ?"
-        with closing(sqlite3.connect(copy)) as kept, kept:
-            kept.execute(change, [f"{NOBODY_CAN_TELL}no event", ready.token])
-    house.deliver(source, comparison, folder)
+        in_doubt(copy)
     events[5][1] = event(source, 2, 5, "22")
     run_all(house, source, events)
     house.restore(copy)
@@ -551,13 +562,8 @@ def test_what_came_after_another_quantity_waits_until_a_person_has_decided(house
     """The copy has a doubt of which the site stored another quantity, and a person had decided it since."""
     source = shipped("api_calls")
     events = {5: [event(source, 1, 5, "5")]}
-    comparison, folder = house.totals(source, a_day(source, 5), events[5])
-    (ready,) = reserve(house, source, comparison, folder)
-    copy = house.backup()
-    change = "UPDATE delivery SET state = 'in_doubt', sent_at = reserved_at, quantity = '6', reason = ? WHERE token = ?"
-    with closing(sqlite3.connect(copy)) as kept, kept:
-        kept.execute(change, [f"{NOBODY_CAN_TELL}stored with another quantity", ready.token])
-    house.deliver(source, comparison, folder)
+    copy = sent_after_its_copy(house, source, events[5])
+    in_doubt(copy, quantity="6")
     events[5].append(event(source, 1, 5, "2", hour=9))
     run_all(house, source, events)
     house.restore(copy)

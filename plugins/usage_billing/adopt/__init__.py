@@ -11,15 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 
-import pandas as pd
-
 from usage_billing.adopt.counted import by_total
 from usage_billing.adopt.listed import by_records
 from usage_billing.adopt.search import REVISIONS_AHEAD, Adoption, Search, places, rows_of
 from usage_billing.destinations.base import Destination
 from usage_billing.errors import NotApplied
 from usage_billing.ledger import ADOPTED, Ledger
-from usage_billing.moves import Moves
+from usage_billing.moves import Moves, led_today
 from usage_billing.records import Comparison, Staged
 from usage_billing.staging import Staging
 
@@ -77,12 +75,9 @@ def _astray(comparison: Comparison, destination: Destination, ledger: Ledger, st
     when they left it the ledger does not know.
     """
     source = destination.source
-    parts: list[pd.DataFrame] = [
-        part.select(["account", "subscription"]).to_pandas() for part in staging.read(comparison.targets)
-    ]
-    today = pd.concat(parts, ignore_index=True)
+    today = led_today(comparison.targets, staging)
     before = ledger.led_before(source.name, source.edition, destination.site, today["account"].tolist())
     both = today.merge(before, on="account", suffixes=("", "_was"))
     left = both[both["subscription"] != both["subscription_was"]].sort_values("account")
-    led = "the account led to subscription {} by another definition, and leads to {} by now"
-    return {row["account"]: led.format(row["subscription_was"], row["subscription"]) for row in rows_of(left)}
+    why = "the account led to subscription {} by another definition, and leads to {} by now"
+    return {row["account"]: why.format(row["subscription_was"], row["subscription"]) for row in rows_of(left)}

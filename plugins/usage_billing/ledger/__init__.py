@@ -17,6 +17,7 @@ from typing import Any, Self
 import pandas as pd
 from sqlalchemy import (
     URL,
+    ColumnElement,
     Connection,
     Engine,
     RowMapping,
@@ -35,7 +36,7 @@ from sqlalchemy.exc import IntegrityError
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Stale
 from usage_billing.ledger import editions, queries
 from usage_billing.ledger import engine as engines
-from usage_billing.ledger.decisions import ADOPTED, DECIDABLE_AFTER, why_undecidable
+from usage_billing.ledger.decisions import ADOPTED, DECIDABLE_AFTER, stale_periods, why_undecidable
 from usage_billing.ledger.tables import (
     approval,
     compared_period,
@@ -54,10 +55,7 @@ from usage_billing.records import (
     MOVED,
     PASSES,
     PASSES_SOON,
-    PERSON_DECIDES,
     REFUSED_HERE,
-    UNAPPROVED,
-    WITHHELD,
     Approval,
     Arrived,
     Choice,
@@ -73,17 +71,7 @@ from usage_billing.records import (
 )
 from usage_billing.uniqueness import uniqueness_token
 
-__all__ = [
-    "ADOPTED",
-    "DECIDABLE_AFTER",
-    "PERSON_DECIDES",
-    "UNAPPROVED",
-    "WITHHELD",
-    "Lease",
-    "Ledger",
-    "Reserved",
-    "bases",
-]
+__all__ = ["ADOPTED", "DECIDABLE_AFTER", "Lease", "Ledger", "Reserved", "bases"]
 
 _BATCH = 500
 """How many values go into one IN list: SQLite and PostgreSQL both take more, plans stay readable with this."""
@@ -320,7 +308,7 @@ class Ledger:
         """
         with self._writing() as connection:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            ours = sorted(set(periods) - _stale(connection, name, reading, periods)) if periods else []
+            ours = sorted(set(periods) - stale_periods(connection, name, reading, periods)) if periods else []
             return connection.execute(queries.take_off(name, reading, ours)).rowcount
 
     def record_read(self, number: int, rows: int) -> None:
@@ -392,7 +380,7 @@ class Ledger:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
             editions.raise_if_moved(connection, name, edition, periods)
             _raise_if_overlapping(connection, name, periods)
-            stale = _stale(connection, name, reading, periods)
+            stale = stale_periods(connection, name, reading, periods)
             if stale == frozenset(periods):
                 raise Stale(
                     f"stale: a newer extraction of {name!r}, or a later validation of it, was compared for every usage "
@@ -527,9 +515,10 @@ class Ledger:
 
         Left out are those that were seen under this edition.
         """
-        with self._reading() as connection:
-            parts = [self._frame_of(connection, queries.led_last(name, site, some)) for some in _batches(accounts)]
-        found = pd.concat(parts or [pd.DataFrame(columns=["account", "subscription", "edition"])], ignore_index=True)
+        names = "account subscription edition"
+        parts = [self._frame(queries.placements(name, None, some, names)) for some in _batches(accounts)]
+        found = pd.concat(parts or [pd.DataFrame(columns=names.split())], ignore_index=True)
+        found = found[found["edition"].isin([one.number for one in self.editions(name) if one.site == site])]
         seen = found.loc[found["edition"] == number, "account"]
         rest = found[~found["account"].isin(seen)].drop_duplicates("account", keep="last")
         return rest[["account", "subscription"]].reset_index(drop=True)
@@ -617,7 +606,7 @@ class Ledger:
         with self._writing() as connection:
             # On PostgreSQL this row is the lock under which one source reserves; SQLite has one writer anyway.
             connection.execute(select(source).where(source.c.name == name).with_for_update())
-            stale = [period.start for period in _stale(connection, name, reading, periods)]
+            stale = [period.start for period in stale_periods(connection, name, reading, periods)]
             now = self._now(connection)
             known = self._frame_of(connection, queries.standing(name, window, low, high))
             last = known.groupby("identity")["revision"].max()
@@ -921,7 +910,7 @@ class Ledger:
             closed = [{"of": row["identity"], "up_to": row["revision"], **same} for row in rows]
             connection.execute(queries.CLOSE_BELOW, closed)
             doubts = [token for token, answer in answers.items() if isinstance(answer, InDoubt)]
-            if _no_longer(connection, doubts, State.IN_DOUBT):
+            if _any_known(connection, doubts, delivery.c.state != State.IN_DOUBT):
                 raise ValueError("a revision was entered above one that is in doubt")
             for row, record_id, applied in zip(rows, found["record_id"], found["applied"], strict=True):
                 settled = row["state"] == State.ACCEPTED
@@ -940,7 +929,7 @@ class Ledger:
     def outdated(self, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
         """Return the periods for which a later one than `reading` was compared."""
         with self._reading() as connection:
-            return _stale(connection, name, reading, periods)
+            return stale_periods(connection, name, reading, periods)
 
     def accepted_at(
         self,
@@ -1090,12 +1079,6 @@ def bases(standing: pd.DataFrame) -> dict[datetime, str]:
     return {start: sha256("\n".join(sorted(some)).encode()).hexdigest() for start, some in lines}
 
 
-def _stale(connection: Connection, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
-    """Return those of `periods` for which a later one than `reading` was compared."""
-    rows = connection.execute(queries.newer_comparisons(name, reading, Period.around(periods)))
-    return frozenset(Period(row.period_start, row.period_end) for row in rows) & frozenset(periods)
-
-
 def _raise_if_overlapping(connection: Connection, name: str, periods: Sequence[Period]) -> None:
     touching = connection.execute(queries.touching(name, Period.around(periods)))
     before = {Period(row.period_start, row.period_end) for row in touching}
@@ -1126,18 +1109,9 @@ _UNSENT: Mapping[str, Any] = {
 """The columns of a delivery that was never on its way."""
 
 
-def _any_known(connection: Connection, tokens: Sequence[str]) -> bool:
-    """Say whether one of `tokens` is written down already."""
-    looks = (select(delivery.c.token).where(delivery.c.token.in_(some)).limit(1) for some in _batches(tokens))
-    return any(connection.execute(look).first() is not None for look in looks)
-
-
-def _no_longer(connection: Connection, tokens: Sequence[str], state: State) -> bool:
-    """Say whether one of `tokens` stands in another state."""
-    looks = (
-        select(delivery.c.token).where(delivery.c.token.in_(some), delivery.c.state != state).limit(1)
-        for some in _batches(tokens)
-    )
+def _any_known(connection: Connection, tokens: Sequence[str], *which: ColumnElement[bool]) -> bool:
+    """Say whether one of `tokens` is written down already, as `which` says."""
+    looks = (select(delivery.c.token).where(delivery.c.token.in_(some), *which).limit(1) for some in _batches(tokens))
     return any(connection.execute(look).first() is not None for look in looks)
 
 

@@ -4,7 +4,7 @@ A release, a write-off and the end of a doubt overrule the engine, so each is re
 a unit: where the site still answers, where a later revision or reading speaks of the same usage, where nobody can tell.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -96,8 +96,7 @@ def _why_unreleasable(row: Any) -> str:
 
 def _why_overtaken(connection: Connection, row: Any) -> str:
     period = Period(row.period_start, row.period_end)
-    newer = connection.execute(queries.newer_comparisons(row.source, Reading(row.extraction, row.validation), period))
-    if any(Period(one.period_start, one.period_end) == period for one in newer):
+    if stale_periods(connection, row.source, Reading(row.extraction, row.validation), [period]):
         return "a later reading of its usage period was compared, and may owe something else: run the period"
     return ""
 
@@ -109,3 +108,9 @@ def _why_miscounted(row: Any, counted: Decimal, definition: Mapping[str, Any]) -
     if not counted.is_finite() or counted != round(counted, decimals):
         return f"{counted} is no quantity of {decimals} decimal places, in which {row.source!r} is measured"
     return ""
+
+
+def stale_periods(connection: Connection, name: str, reading: Reading, periods: Sequence[Period]) -> frozenset[Period]:
+    """Return those of `periods` for which a later one than `reading` was compared."""
+    rows = connection.execute(queries.newer_comparisons(name, reading, Period.around(periods)))
+    return frozenset(Period(row.period_start, row.period_end) for row in rows) & frozenset(periods)

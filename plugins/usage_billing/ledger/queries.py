@@ -28,7 +28,6 @@ from sqlalchemy import (
     update,
 )
 
-from usage_billing.ledger import tables
 from usage_billing.ledger.tables import (
     UtcDateTime,
     approval,
@@ -135,14 +134,6 @@ def placements(source: str, edition: int | None, accounts: Any, names: str) -> S
     columns = (placement.c[name] for name in names.split())
     ours = select(*columns).where(_placed(source, edition), placement.c.account.in_(accounts))
     return ours.order_by(placement.c.account, placement.c.number)
-
-
-def led_last(source: str, site: str, accounts: Sequence[str]) -> Select[Any]:
-    """Select account, subscription and edition of the places of accounts on one site, in their order."""
-    columns = (placement.c[name] for name in ("account", "subscription", "edition"))
-    there = select(tables.edition.c.number).where(tables.edition.c.source == source, tables.edition.c.site == site)
-    ours = select(*columns).where(_placed(source, None), placement.c.account.in_(accounts))
-    return ours.where(placement.c.edition.in_(there)).order_by(placement.c.account, placement.c.number)
 
 
 def moved(source: str, edition: int) -> Select[Any]:
