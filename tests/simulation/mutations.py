@@ -236,7 +236,7 @@ def stale_plans_send() -> Iterator[None]:
         .returning(delivery.c.token)
     )
     with (
-        patch.object(ledgers, "_stale", lambda *_args: frozenset()),
+        patch.object(ledgers, "stale_periods", lambda *_args: frozenset()),
         patch.object(queries, "BEGIN_SENDING", claims),
     ):
         yield
