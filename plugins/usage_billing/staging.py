@@ -200,3 +200,9 @@ class Spill:
 
     def _path(self, number: int) -> str:
         return str(Path(self._folder.name) / f"{number}.arrows")
+
+
+def array_of(table: pa.Table, name: str) -> pa.Array:
+    """Return a column as one array, without a copy where it is one already."""
+    column = table.column(name)
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
