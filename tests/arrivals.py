@@ -195,7 +195,7 @@ class ArrivalHouse(House):
         totals = aggregate(
             found.accepted, found.targets, source, destination.site, taken.periods, self.staging, taken.folder, moves
         )
-        rows = (found.accepted.rows, aside.rows, found.accepted, moves)
+        rows = (found.accepted.rows, aside.rows, found.accepted, moves, aside)
         return taken, Comparison(reading, taken.periods, totals, found.targets, *rows)
 
     def settle(

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import kept
 from usage_billing.moves import placed
 from usage_billing.plan import plan
+from usage_billing.quarantine import WrittenOff, write_down
 from usage_billing.reconcile import Reconciliation, reconcile
 from usage_billing.records import EVER, Comparison, Period, Plan, Reading
 from usage_billing.release import reissue
@@ -150,7 +151,8 @@ class House:
         extracted = self.staging.write(folder, "events", [table])
         self.ledger.record_read(number, extracted.rows)
         began = self.ledger.now()
-        found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder)
+        decided = WrittenOff.of(source, self.ledger)
+        found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder, decided)
         billed_until = interval.end if look == "locate" else EVER.start
         looked_up = (found.targets, source, began, self.ledger, self.staging, folder)
         moves = placed(*looked_up, look_only=look_only, billed_until=billed_until)
@@ -158,7 +160,7 @@ class House:
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, folder, moves)
         reading = self.ledger.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
-        return Comparison(reading, periods, totals, targets, accepted.rows, aside.rows, accepted, moves), folder
+        return Comparison(reading, periods, totals, targets, accepted.rows, aside.rows, accepted, moves, aside), folder
 
     def looked(self, source: BillingSource, interval: Period, events: Iterable[Event]) -> Comparison:
         """Validate and aggregate for a look: without a number, and without a word to the ledger."""
@@ -170,11 +172,13 @@ class House:
         looked = (targets, source, looked_up_at, self.ledger, self.staging, "looked")
         moves = placed(*looked, look_only=True)
         totals = aggregate(accepted, targets, source, destination.site, periods, self.staging, "looked", moves)
-        return Comparison(Reading(0), periods, totals, targets, accepted.rows, aside.rows, accepted, moves)
+        return Comparison(Reading(0), periods, totals, targets, accepted.rows, aside.rows, accepted, moves, aside)
 
     def plan(self, source: BillingSource, comparison: Comparison, folder: str) -> Plan:
-        """Plan what was compared."""
+        """Plan what was compared, once what was set aside is listed."""
         destination = self.destination(source)
+        if comparison.reading.extraction:
+            write_down(comparison, source, self.ledger, self.staging)
         how = plan_events if destination.stream else plan
         return how(comparison, destination, self.ledger, self.staging, folder)
 
@@ -257,7 +261,7 @@ def as_table(source: BillingSource, events: list[Event]) -> pa.Table:
         "event_id": pa.array([event.event_id for event in events], pa.string()),
         "time": pa.array([event.time.astimezone(UTC) for event in events], pa.timestamp("us", tz="UTC")),
         "account": pa.array([event.account for event in events], pa.string()),
-        "quantity": pa.array([Decimal(event.quantity) for event in events], pa.decimal128(38, 9)),
+        "quantity": _quantities([event.quantity for event in events]),
     }
     for place, name in enumerate(source.settings.dimensions):
         columns[name] = pa.array([event.dimensions[place] for event in events], pa.string())
@@ -267,3 +271,11 @@ def as_table(source: BillingSource, events: list[Event]) -> pa.Table:
 def small_batches(source: BillingSource, rows: int) -> BillingSource:
     """Return the same source with another batch size."""
     return replace(source, settings=source.settings.model_copy(update={"batch_rows": rows}))
+
+
+def _quantities(texts: list[str]) -> pa.Array:
+    """Return quantities as a warehouse's decimals, or as it gives a column in which text stands beside them."""
+    try:
+        return pa.array([Decimal(text) for text in texts], pa.decimal128(38, 9))
+    except InvalidOperation:
+        return pa.array(texts, pa.string())

@@ -238,6 +238,7 @@ def scratch(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Calla
 SAID = {
     "airflow connections test maxio_acme": "Connection success",
     "airflow dags trigger bill_api_calls --conf '{\"rescan\": true}'": "bill_api_calls",
+    "airflow dags trigger bill_api_calls --conf '{\"replay\": true}'": "bill_api_calls",
     "airflow dags unpause bill_api_calls": "bill_api_calls",
     "usage-billing check": "api_calls: sound\nplatform_events: sound\nvoip_minutes: sound",
     "usage-billing ledger init": "the usage ledger is",
@@ -277,6 +278,14 @@ ELSEWHERE = {
     "usage-billing ledger list api_calls --state held": (
         "tests/integration/test_late_usage.py",
         "test_what_is_held_is_listed_and_released_by_name",
+    ),
+    "usage-billing quarantine list api_calls": (
+        "tests/integration/test_flow.py",
+        "test_a_person_lists_the_quarantine_and_writes_off_what_is_not_owed",
+    ),
+    'usage-billing quarantine write-off api_calls --event req-900000053 --because "a test call"': (
+        "tests/integration/test_flow.py",
+        "test_a_person_lists_the_quarantine_and_writes_off_what_is_not_owed",
     ),
     "make demo": ("tests/acceptance/test_demo.py", "test_first_demo_bills_what_is_owed"),
     "make up": ("tests/test_docs.py", "test_up_prints_address_and_login_and_ends_on_ctrl_c"),

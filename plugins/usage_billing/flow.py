@@ -69,7 +69,10 @@ def billing_dag(source: str) -> DAG:
             name: Param(None, type=["null", "string"], format="date-time", description=text)
             for name, text in _PARAMS.items()
         }
-        | {"rescan": Param(None, type=["null", "boolean"], description=_RESCAN)}
+        | {
+            name: Param(None, type=["null", "boolean"], description=text)
+            for name, text in {"rescan": _RESCAN, "replay": _REPLAY}.items()
+        }
         | {"dry_run": Param(default=False, type="boolean", description=_DRY_RUN)},
         tags=["usage billing", destination.name],
         doc_md=f"{settings.description}\n\nBills to `{destination.name}` by connection `{destination.connection}`.",
@@ -109,7 +112,7 @@ _PARAMS = {
 }
 _RESCAN = "Compare the source's last usage periods wholly, whatever arrived: finds rows that vanished without a trace."
 
-
+_REPLAY = "Compare the usage periods again that have rows in quarantine, once those are mended, or written off by name."
 _DRY_RUN = "Only look: the log of plan tells what would be sent, and the run ends there."
 
 

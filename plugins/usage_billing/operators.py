@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
+from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
 from usage_billing.periods import Calendar
 from usage_billing.quantities import to_decimal
-from usage_billing.records import EVER, Comparison, Edition, Period, Plan, Reading, Run, State, Tally, joined
+from usage_billing.records import EVER, Comparison, Edition, Period, Plan, Reading, Run, Staged, State, Tally, joined
 from usage_billing.sources import BillingSource
 
 
@@ -79,8 +80,10 @@ class ExtractOperator(StageOperator):
 
     Skips when nothing was used, or no usage period ends inside the data interval. A run without a data interval takes
     the params ``period_start`` and ``period_end``. The param ``rescan`` compares the source's last usage periods
-    instead, and needs no interval.
+    instead, the param ``replay`` those with rows in quarantine; both need no interval.
     """
+
+    replays = False
 
     def stage(self, context: Context) -> Run:
         """Open a numbered snapshot, stage its rows, and say how many they are."""
@@ -88,9 +91,13 @@ class ExtractOperator(StageOperator):
 
         today = billing_source(self.source)
         known = editions(today)
-        interval, rescan = _interval(context, today, known)
-        source = destination_in(today, _edition(today, known, interval, rescan), known[-1]).source
-        own = self._own(source, interval, rescan)
+        reach = _reach(context, replays=self.replays)
+        waiting = _waiting(today) if reach is _Reach.REPLAY else ()
+        interval = _interval(context, today, known, reach, waiting)
+        source = destination_in(today, _edition(today, known, interval, reach, waiting), known[-1]).source
+        own = self._own(source, interval, reach, waiting)
+        if not own and reach is _Reach.REPLAY:
+            raise AirflowSkipException(f"no usage period with rows in quarantine has ended by {interval.end}")
         if not own and source.settings.incremental == "interval":
             raise AirflowSkipException(
                 f"no whole {source.settings.period} of {source.settings.timezone.key} on or after "
@@ -107,19 +114,24 @@ class ExtractOperator(StageOperator):
         if not taken.events.rows:
             dry = _is_dry(context)
             if not dry:
-                # What an older extraction reserved is not owed now.
+                # What an older extraction reserved is not owed now, and what it set aside is gone.
                 book.begin_comparison(source.name, Reading(number), periods, source.edition)
+                book.list_quarantine(source.name, Reading(number), periods)
             # Rows that are there, marked as deleted, say themselves what is gone.
             if not taken.deleted:
                 _skip_or_ask(book, source, Reading(number), periods, dry=dry)
         tables, spans = {"events": taken.events}, joined(periods)
         return Run(source.name, number, interval, taken.folder, tables, spans=spans, edition=source.edition)
 
-    def _own(self, source: BillingSource, interval: Period, rescan: bool) -> tuple[Period, ...]:  # noqa: FBT001
+    def _own(
+        self, source: BillingSource, interval: Period, reach: "_Reach", waiting: Sequence[Period]
+    ) -> tuple[Period, ...]:
         """Return the run's own usage periods, and those before that it reads again, as far as its edition goes."""
+        if reach is _Reach.REPLAY:
+            return self._replayed(source, interval, waiting)
 
         def those_of(source: BillingSource) -> tuple[Period, ...]:
-            return source.recent_periods(interval.end) if rescan else source.periods(interval)
+            return source.recent_periods(interval.end) if reach is _Reach.RESCAN else source.periods(interval)
 
         wider = those_of(replace(source, span=Period(EVER.start, source.span.end)))
         if wider and wider[0].start < source.span.start:
@@ -131,6 +143,32 @@ class ExtractOperator(StageOperator):
             )
         return those_of(source)
 
+    def _replayed(self, source: BillingSource, interval: Period, waiting: Sequence[Period]) -> tuple[Period, ...]:
+        """Return which of the usage periods `waiting` this run compares, and tell of the others."""
+        due = [period for period in waiting if source.bill_from <= period.start and period.end <= interval.end]
+        own = [period for period in due if period.start >= source.span.start][-_MOST_REPLAYED:]
+        if rest := [period for period in due if period not in own]:
+            self.log.warning(
+                "%d usage periods of %s with rows in quarantine are left out, from %s to %s: they are of an earlier "
+                "definition, or too many for one run; replay again, or backfill their intervals",
+                len(rest),
+                source.name,
+                rest[0].start.isoformat(),
+                rest[-1].end.isoformat(),
+            )
+        return tuple(own)
+
+
+class ReplayOperator(ExtractOperator):
+    """Read the usage periods again that have rows in quarantine, once the mapping, the suite or the source is mended.
+
+    Stands where `ExtractOperator` stands, and does what the param ``replay`` does there. What is sound by now is billed
+    by the plan's signed difference: once, in its own usage period or as ``late_usage`` says. Skips where nothing is in
+    quarantine.
+    """
+
+    replays = True
+
 
 class ValidateOperator(StageOperator):
     """Part sound rows from rows that may not be billed, each with every reason; look each account up at the site."""
@@ -138,6 +176,7 @@ class ValidateOperator(StageOperator):
     def stage(self, context: Context) -> Run:
         """Check the destination, validate all rows, and log the quarantine by reason; take down where accounts lead."""
         from usage_billing.moves import placed  # noqa: PLC0415
+        from usage_billing.quarantine import WrittenOff  # noqa: PLC0415
         from usage_billing.validate import QuarantineOverLimit, validate  # noqa: PLC0415
 
         run, destination = self.handed_over()
@@ -146,7 +185,8 @@ class ValidateOperator(StageOperator):
         destination.check()
         periods = _compared(run, source)
         try:
-            found = validate(run.tables["events"], source, periods, destination.resolve, staging(), run.folder)
+            decided = WrittenOff.of(source, ledger())
+            found = validate(run.tables["events"], source, periods, destination.resolve, staging(), run.folder, decided)
         except QuarantineOverLimit as stopped:
             self._tell(run, stopped.validated, began)
             raise
@@ -165,7 +205,20 @@ class ValidateOperator(StageOperator):
             self.log.warning(
                 "quarantined %d rows: %s (for example %s)", rows, reason, ", ".join(found.examples[reason])
             )
+        self._tell_whom(found.quarantined)
         return reading
+
+    def _tell_whom(self, aside: Staged) -> None:
+        """Log which accounts have rows in quarantine, and how much usage."""
+        from usage_billing.quarantine import concerned  # noqa: PLC0415
+
+        shown, accounts = 20, concerned(aside, staging())
+        for one in accounts.head(shown).itertuples():
+            self.log.warning("account %r: %d rows, %s in all: %s", one.account, one.rows, f"{one.usage:f}", one.reason)
+        if len(accounts) > shown:
+            self.log.warning(
+                "and %d more; `usage-billing quarantine list %s` tells them all", len(accounts) - shown, self.source
+            )
 
 
 class AggregateOperator(StageOperator):
@@ -188,17 +241,20 @@ class PlanOperator(StageOperator):
     """Compare what is owed with what the ledger holds, and say what would be sent; sends and reserves nothing."""
 
     def stage(self, context: Context) -> Run:
-        """Stage the proposals and log the tally; in a dry run log the preview, and end the run there.
+        """List what is in quarantine, stage the proposals, log the tally; a dry run logs the preview, and ends there.
 
         Raises:
             NeedsDecision: the plan is unusual, and nobody is asked about it before it is delivered.
         """
         from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
+        from usage_billing.quarantine import write_down  # noqa: PLC0415
 
         run, destination = self.handed_over()
         if _is_dry(context):
             _log_preview(self.log, run, destination)
             raise AirflowSkipException("a dry run ends here: nothing was sent, and nothing is planned")
+        # First: the plan may stop and ask, and what is set aside is known already.
+        write_down(_comparison(run, destination.source), destination.source, ledger(), staging())
         found, compared = self.planned(run, destination)
         _log_tally(self.log, found.tally, destination)
         owed = owed_by_period(compared, destination, staging())
@@ -329,25 +385,66 @@ class ReconcileOperator(StageOperator):
         return run
 
 
-def _interval(context: Context, source: BillingSource, known: Sequence[Edition]) -> tuple[Period, bool]:
-    """Return the run's data interval, or the span of its params; and whether the run is a rescan.
+class _Reach(StrEnum):
+    """Which usage periods a run compares."""
 
-    A rescan with neither is one of the usage periods that have ended by now.
+    INTERVAL = "those that end in its data interval, and the lookback before them"
+    RESCAN = "the last ones of the source"
+    REPLAY = "those with rows in quarantine"
+
+
+_MOST_REPLAYED = 400
+"""How many usage periods one replay compares at most: each may be a statement of its own."""
+
+
+def _reach(context: Context, *, replays: bool) -> _Reach:
+    params = context.get("params") or {}
+    if replays or params.get("replay"):
+        return _Reach.REPLAY
+    return _Reach.RESCAN if params.get("rescan") else _Reach.INTERVAL
+
+
+def _waiting(source: BillingSource) -> tuple[Period, ...]:
+    """Return the usage periods that a replay compares.
+
+    Raises:
+        AirflowSkipException: there is none.
+        Misconfigured: only the runs know the source's usage periods.
+    """
+    waiting = ledger().replayable(source.name)
+    if not waiting:
+        raise AirflowSkipException(f"nothing of {source.name} is in quarantine: there is nothing to replay")
+    if source.settings.period == "interval":
+        spans = ", ".join(str(period) for period in waiting)
+        raise Misconfigured(
+            f"{source.name} cannot be replayed: with period: interval only a run's own interval is a usage period; run "
+            f"the intervals with rows in quarantine again by a backfill: {spans}"
+        )
+    return waiting
+
+
+def _interval(
+    context: Context, source: BillingSource, known: Sequence[Edition], reach: _Reach, waiting: Sequence[Period]
+) -> Period:
+    """Return the run's data interval, or the span of its params.
+
+    A rescan with neither is one of the usage periods that have ended by now, a replay one of all that are `waiting`.
 
     Raises:
         Misconfigured: the run has neither.
     """
     start, end = context.get("data_interval_start"), context.get("data_interval_end")
     params = context.get("params") or {}
-    rescan = bool(params.get("rescan"))
     if start is None or end is None or start == end:
         start, end = params.get("period_start"), params.get("period_end")
-    if rescan and not (start and end):
+    if not (start and end) and reach is _Reach.REPLAY:
+        return Period.around(waiting)
+    if not (start and end) and reach is _Reach.RESCAN:
         now = ledger().now()
         calendar = Calendar.of(_in_force(known, now))
         recent = () if calendar.kind == "interval" else calendar.last(now, source.settings.rescan)
         owed = [period for period in recent if period.start >= source.bill_from]
-        return Period.around(owed or [Period(source.bill_from, now)]), rescan
+        return Period.around(owed or [Period(source.bill_from, now)])
     if not start or not end:
         raise Misconfigured(
             "this run has no data interval: trigger it with a logical date, or give both params period_start and "
@@ -355,7 +452,7 @@ def _interval(context: Context, source: BillingSource, known: Sequence[Edition])
         )
     try:
         edges = (datetime.fromisoformat(moment) if isinstance(moment, str) else moment for moment in (start, end))
-        return Period(*edges), rescan
+        return Period(*edges)
     except ValueError as error:
         raise Misconfigured(f"params period_start and period_end: {error}") from error
 
@@ -371,8 +468,9 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
     accepted = tables["accepted"]
     totals, targets = tables["totals"], tables["targets"]
-    moves = tables.get("moves")  # A run that was under way when this package was upgraded has none.
-    return Comparison(run.reading, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted, moves)
+    # A run that was under way when this package was upgraded lacks some of these.
+    others = tables.get("moves"), tables.get("quarantined")
+    return Comparison(run.reading, periods, totals, targets, accepted.rows, run.rows_quarantined, accepted, *others)
 
 
 def _destination_of(run: Run, source: BillingSource) -> Destination:
@@ -393,9 +491,14 @@ def _destination_of(run: Run, source: BillingSource) -> Destination:
     return destination_in(source, edition, known[-1])
 
 
-def _edition(source: BillingSource, known: Sequence[Edition], interval: Period, rescan: bool) -> Edition:  # noqa: FBT001
-    """Return the edition of which a run compares usage periods; those of a rescan are the last ones."""
-    return _in_force(known, interval.end) if rescan else edition_of(source, known, interval)
+def _edition(
+    source: BillingSource, known: Sequence[Edition], interval: Period, reach: _Reach, waiting: Sequence[Period]
+) -> Edition:
+    """Return the edition of which a run compares usage periods; those of a rescan or a replay are the last ones."""
+    if reach is _Reach.INTERVAL:
+        return edition_of(source, known, interval)
+    due = [period.end for period in waiting if period.end <= interval.end]
+    return _in_force(known, due[-1] if due else interval.end)
 
 
 def _in_force(known: Sequence[Edition], moment: datetime) -> Edition:

@@ -18,6 +18,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.errors import NeedsDecision
 from usage_billing.ledger import ADOPTED, Ledger
 from usage_billing.moves import Moves
+from usage_billing.quarantine import Withheld
 from usage_billing.records import (
     MOVED,
     POLICY,
@@ -90,11 +91,12 @@ def plan(comparison: Comparison, destination: Destination, ledger: Ledger, stagi
             yield fresh.assign(difference=_differences(fresh))
 
     moving = _Moving(comparison, ledger, source, staging, compared)
+    withheld = Withheld.of(comparison, source, ledger, staging)
 
     def parts() -> Iterator[pa.Table]:
         nonlocal tally
         for fresh in compared():
-            proposals, found = _propose(fresh, comparison, destination, today, moving)
+            proposals, found = _propose(fresh, comparison, destination, today, moving, withheld)
             tally += found
             yield pa.Table.from_pandas(proposals, preserve_index=False, schema=_SCHEMA)
 
@@ -227,7 +229,12 @@ def _filled(scaled: pd.Series) -> pd.Series:
 
 
 def _propose(
-    compared: pd.DataFrame, comparison: Comparison, destination: Destination, today: _Today, moving: _Moving
+    compared: pd.DataFrame,
+    comparison: Comparison,
+    destination: Destination,
+    today: _Today,
+    moving: _Moving,
+    withheld: Withheld,
 ) -> tuple[pd.DataFrame, Tally]:
     difference, state, reason = compared["difference"], compared["state"], compared["reason"].astype(str)
     reading = comparison.reading
@@ -256,14 +263,15 @@ def _propose(
     chosen = compared.assign(replaceable=replaceable, judged_again=judged_again, released=let_go)
     chosen = moving.marked(chosen[proposed].reset_index(drop=True))
     follows = int(chosen["follows"].sum())
-    written = _written_out(chosen, comparison, destination, today)
+    chosen["withheld"] = (chosen["difference"] < 0) & withheld.covers(chosen)
+    written = _written_out(chosen, destination, today)
     still_held = chosen["judged_again"] & (written["state"] == chosen["state"])
     confirmed = written.assign(**chosen[["token", "revision"]], supersedes=chosen["token"])[still_held]
     chosen, written = chosen[~still_held], written[~still_held]
     sending = written["state"] == State.RESERVED
     # What quarantine withholds is not withdrawn, and must not stop the others' bill; a person knows what they released,
     # and decides what moved.
-    withdraws = (chosen["difference"] < 0) & (sending | (not comparison.rows_quarantined)) & (chosen["released"] == "")
+    withdraws = (chosen["difference"] < 0) & (sending | ~chosen["withheld"]) & (chosen["released"] == "")
     withdraws &= chosen["moving"] == ""
     entering = (difference > 0) & moving.moves.entering(compared)
     tally = Tally(
@@ -289,7 +297,7 @@ def _propose(
     return proposals, tally
 
 
-def _written_out(chosen: pd.DataFrame, comparison: Comparison, destination: Destination, today: _Today) -> pd.DataFrame:
+def _written_out(chosen: pd.DataFrame, destination: Destination, today: _Today) -> pd.DataFrame:
     """Return chosen identities as the ledger will keep them: token, state, reason and the exact request.
 
     Column `partial` says of which only a part goes now.
@@ -318,8 +326,7 @@ def _written_out(chosen: pd.DataFrame, comparison: Comparison, destination: Dest
     goes, reason = (column.astype(object).reindex(rows.index) for column in (parts, why))
     goes, reason = goes.where(judged, rows["quantity"]), reason.where(judged, waits)
     # Whatever else speaks against it: a person may overrule the rest.
-    withheld = (chosen["difference"] < 0) & bool(comparison.rows_quarantined) & judged
-    reason = reason.mask(withheld, WITHHELD)
+    reason = reason.mask(rows["withheld"] & judged, WITHHELD)
     state = np.select(
         [chosen["difference"] == 0, reason.str.startswith(REFUSED_HERE), reason != ""],
         [State.SUPERSEDED, State.REFUSED, State.HELD],

@@ -211,3 +211,17 @@ def to_decimal(scaled: int, decimals: int) -> Decimal:
     """Return one scaled integer as a `Decimal` with `decimals` places."""
     # With room for every digit: the ambient context would round after 28 of them.
     return Decimal(scaled).scaleb(-decimals, Context(prec=4 * PRECISION))
+
+
+def plain_text(column: pa.Array) -> pa.Array:
+    """Return quantities as text, the same for the same value: decimals without exponent or trailing zeros."""
+    if not pa.types.is_decimal(column.type):
+        return column.cast(pa.string())
+    distinct = column.dictionary_encode()
+    plain = [None if value is None else _plain(value) for value in distinct.dictionary.to_pylist()]
+    return pa.array(plain, pa.string()).take(distinct.indices)
+
+
+def _plain(value: Decimal) -> str:
+    text = format(value, "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -117,6 +117,14 @@ WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws
 """The reason of a negative difference that waits for its run's quarantined rows, whatever else speaks against it."""
 
 
+DUPLICATE = "duplicate event id"
+"""The reason of a row whose event another row is billed for."""
+
+
+WRITTEN_OFF = "written off"
+"""One reason more of a row that a person wrote off: it is not owed, and nothing waits for it."""
+
+
 MOVED = "moved: "
 """How the reason of a difference begins that waits since its account leads to another subscription than it did: for a
 person's choice or, once they chose `move`, for the credit of the former subscription."""
@@ -427,7 +435,8 @@ class Comparison:
     """What a plan compares: the totals of one reading, for whole usage periods of one source, which may leave gaps.
 
     `events` are the accepted rows themselves; only a source that is billed by raw events needs them. `moves` are the
-    accounts that lead elsewhere than they did, as the totals were counted by them (see `moves.placed`).
+    accounts that lead elsewhere than they did, as the totals were counted by them (see `moves.placed`). `quarantined`
+    are the rows that were set aside, each with its reasons.
     """
 
     reading: Reading
@@ -438,6 +447,7 @@ class Comparison:
     rows_quarantined: int
     events: Staged | None = None
     moves: Staged | None = None
+    quarantined: Staged | None = None
 
     @property
     def window(self) -> Period:

@@ -18,12 +18,12 @@ import pyarrow as pa
 from usage_billing import quantities
 from usage_billing.errors import NeedsDecision
 from usage_billing.periods import locate
-from usage_billing.records import Period, Staged, Target
+from usage_billing.quarantine import WrittenOff
+from usage_billing.records import DUPLICATE, WRITTEN_OFF, Period, Staged, Target
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Spill, Staging, array_of
 from usage_billing.suite import Suite
 
-DUPLICATE = "duplicate event id"
 EXAMPLES = 3
 """How many event ids are kept for each reason, for the task log."""
 
@@ -80,8 +80,12 @@ def validate(
     resolve: Resolver,
     staging: Staging,
     folder: str,
+    written_off: WrittenOff | None = None,
 ) -> Validated:
     """Split `extracted` into accepted and quarantined rows, and stage both with the accounts' targets below `folder`.
+
+    Rows that a person has `written_off` are never accepted: `WRITTEN_OFF` is one reason more of theirs, and no limit
+    counts them.
 
     `resolve` is `Destination.resolve`: it is asked once per distinct account. Memory holds one part and what is known
     of each account, plus 8 bytes per duplicate. Of rows with one event id that are sound otherwise, the earliest is
@@ -93,7 +97,8 @@ def validate(
         QuarantineOverLimit: after writing, when ``quarantine.max_rows`` or ``quarantine.max_share`` is passed.
     """
     with Spill() as sound, Spill() as unsound:
-        judge = _Judge(source, periods, _Accounts(resolve), Suite(source, extracted.rows))
+        decided = written_off or WrittenOff()
+        judge = _Judge(source, periods, _Accounts(resolve), Suite(source, extracted.rows), decided)
         partitions = min(-(-extracted.rows // source.settings.batch_rows), _MAX_PARTITIONS) or 1
         for number, part in enumerate(staging.read(extracted)):
             findings = judge.findings(part)
@@ -114,7 +119,7 @@ def validate(
 
 def _check_limits(validated: Validated, source: BillingSource, rows: int) -> None:
     limits = source.settings.quarantine
-    count = validated.quarantined.rows
+    count = validated.quarantined.rows - validated.reasons.get(WRITTEN_OFF, 0)
     over = [f"more than quarantine.max_rows = {limits.max_rows}"] if count > limits.max_rows else []
     if Decimal(count) > Decimal(str(limits.max_share)) * rows:
         over.append(f"more than quarantine.max_share = {limits.max_share}")
@@ -177,8 +182,16 @@ class _Accounts:
 class _Judge:
     """All row rules together: the package's own, the suite's, and what the site knows of the accounts."""
 
-    def __init__(self, source: BillingSource, periods: Sequence[Period], accounts: _Accounts, suite: Suite) -> None:
+    def __init__(
+        self,
+        source: BillingSource,
+        periods: Sequence[Period],
+        accounts: _Accounts,
+        suite: Suite,
+        written_off: WrittenOff,
+    ) -> None:
         self.accounts = accounts
+        self.written_off = written_off
         self._meter = source.settings.meter
         self._periods = periods
         self._suite = suite
@@ -194,6 +207,7 @@ class _Judge:
         unknown = self.accounts.unknown(array_of(part, "account"))
         rows = np.flatnonzero(unknown.is_valid().to_numpy(zero_copy_only=False))
         found.append(pa.table([pa.array(rows), unknown.take(pa.array(rows))], schema=_FINDINGS))
+        found.append(_finding(WRITTEN_OFF, self.written_off.among(part)))
         table = pa.concat_tables(found)
         # Two rules may give one reason; a row has it once. The stable sort keeps the order of the rules.
         return _distinct(table.take(pa.array(np.argsort(table["row"].to_numpy(), kind="stable"))))
@@ -221,7 +235,7 @@ class _Judge:
             return rows.drop_columns("quantity")
         column = array_of(rows, "quantity")
         exact = (
-            quantity_text(column)
+            quantities.plain_text(column)
             if self._meter.function == "unique"
             else quantities.normalised(column, self._meter.decimals)
         )
@@ -231,20 +245,6 @@ class _Judge:
 def _is_null(part: pa.Table, name: str) -> np.ndarray:
     mask: np.ndarray = part.column(name).is_null().to_numpy()
     return mask
-
-
-def quantity_text(column: pa.Array) -> pa.Array:
-    """Return quantities as text, the same for the same value: decimals without exponent or trailing zeros."""
-    if not pa.types.is_decimal(column.type):
-        return column.cast(pa.string())
-    distinct = column.dictionary_encode()
-    plain = [None if value is None else _plain(value) for value in distinct.dictionary.to_pylist()]
-    return pa.array(plain, pa.string()).take(distinct.indices)
-
-
-def _plain(value: Decimal) -> str:
-    text = format(value, "f")
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _finding(reason: str, rows: np.ndarray) -> pa.Table:
@@ -309,25 +309,29 @@ class _Split:
     def accepted(self) -> Iterator[pa.Table]:
         """Yield the sound rows of each part."""
         for number, part in enumerate(self._staging.read(self._extracted)):
-            yield self._judge.sound(part, _rows(self._findings(number)))
+            yield self._judge.sound(part, _rows(self._findings(number, part)))
 
     def quarantined(self) -> Iterator[pa.Table]:
         """Yield the other rows of each part, with their reasons."""
         for number, part in enumerate(self._staging.read(self._extracted)):
-            findings = self._findings(number)
+            findings = self._findings(number, part)
             rows = part.take(pa.array(_rows(findings)))
             if "quantity" in rows.column_names:
-                text = quantity_text(array_of(rows, "quantity"))
+                text = quantities.plain_text(array_of(rows, "quantity"))
                 rows = rows.set_column(rows.column_names.index("quantity"), "quantity", text)
             self._count(findings, part)
             yield rows.append_column("reasons", _lists(findings))
 
-    def _findings(self, number: int) -> pa.Table:
+    def _findings(self, number: int, part: pa.Table) -> pa.Table:
         found = self._unsound.read(number) if number in self._with_findings else _FINDINGS.empty_table()
         start, end = np.searchsorted(self._duplicates["part"].to_numpy(), [number, number + 1])
-        twice = _finding(DUPLICATE, self._duplicates["row"].to_numpy()[start:end])
+        twice = self._duplicates["row"].to_numpy()[start:end]
+        if not len(twice):
+            return found
+        decided = self._judge.written_off.among_duplicates(part, twice)
         # No row is in both tables: only sound rows compete for an event id.
-        return pa.concat_tables([found, twice]).sort_by("row") if len(twice) else found
+        both = pa.concat_tables([found, _finding(DUPLICATE, twice), _finding(WRITTEN_OFF, decided)])
+        return both.take(pa.array(np.argsort(both["row"].to_numpy(), kind="stable")))
 
     def _count(self, findings: pa.Table, part: pa.Table) -> None:
         ids = part.column("event_id").take(findings["row"])

@@ -128,7 +128,7 @@ def test_whoever_fed_a_component_before_the_upgrade_goes_on(world: SimpleNamespa
     reserved(world, {"s1": "7"})
     engine = create_engine(world.url)
     with engine.begin() as connection:
-        for table in ("fed_component", "edition", "placement"):
+        for table in ("fed_component", "edition", "placement", "quarantined_row"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
         for name, value in (("site", "maxio:us:acme"), ("definition", json.dumps(DEFINITION))):
             connection.exec_driver_sql(f"ALTER TABLE source ADD COLUMN {name} TEXT DEFAULT '{value}' NOT NULL")

@@ -107,13 +107,14 @@ def run_tasks(
     until: str = "reconcile",
     interval: tuple[datetime, datetime] | tuple[None, None] = DAY,
     source: str = "api_calls",
+    first: str = "Extract",
     **params: object,
 ) -> dict[str, Any]:
     """Run the operators of one source one after the other, as their tasks would; return the last reference."""
     from usage_billing import operators  # noqa: PLC0415
 
     reference = None
-    for name in ("extract", "validate", "aggregate", "plan", "deliver", "reconcile"):
+    for name in (first.lower(), "validate", "aggregate", "plan", "deliver", "reconcile"):
         operator = getattr(operators, f"{name.title()}Operator")(task_id=name, source=source)
         operator.reference = json.loads(json.dumps(reference))  # What an XCom does to it.
         reference = operator.execute(
@@ -454,6 +455,86 @@ def test_the_log_tells_the_story_to_whoever_is_on_call(
     told += capsys.readouterr().out + caplog.text
     assert "quarantined 1 rows: subscription 'acct-9999' is unknown to maxio:us:acme (for example r3)" in told
     assert "sandbox-acme-key" not in told
+
+
+@pytest.fixture
+def lenient(installation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The same installation, where half of the rows may be set aside, and all that was billed may be taken back."""
+    folder = tmp_path / "sources" / "api_calls"
+    shutil.copytree(CHECKOUT / "include" / "sources" / "api_calls", folder)
+    text = (folder / "source.yaml").read_text().replace("max_share: 0.05", "max_share: 0.5")
+    (folder / "source.yaml").write_text(f"{text}max_withdraw_share: 1\n")
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(folder.parent))
+    return installation
+
+
+@pytest.mark.parametrize("how", ["param", "operator"])
+def test_a_replay_bills_what_was_mended_and_then_there_is_nothing_to_replay(
+    lenient: SimpleNamespace, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """It needs no interval: it reads the usage periods again that have rows in quarantine, and the difference goes."""
+    replay: dict[str, Any] = {"param": {"replay": True}, "operator": {"first": "Replay"}}[how]
+    none = (None, None)
+    caplog.set_level(logging.INFO)
+    with pytest.raises(AirflowSkipException, match="nothing of api_calls is in quarantine"):
+        run_tasks(interval=none, **replay)
+    change(lenient, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
+    run_tasks()
+    told = capsys.readouterr().out + caplog.text
+    assert "account 'acct-9999': 1 rows, 10 in all: subscription 'acct-9999' is unknown to maxio:us:acme" in told
+    assert billed(lenient) == {"acct-0001": Decimal(7)}
+    change(lenient, "UPDATE api_calls SET account_ref = 'acct-0002' WHERE request_id = 'r3'")
+
+    run_tasks(interval=none, **replay)
+
+    assert billed(lenient) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+    before = lenient.sandbox.requests("maxio:us:acme")["writing"]
+    with pytest.raises(AirflowSkipException, match="nothing of api_calls is in quarantine"):
+        run_tasks(interval=none, **replay)
+    assert lenient.sandbox.requests("maxio:us:acme")["writing"] == before
+
+
+def test_a_replay_goes_no_further_than_its_own_interval(lenient: SimpleNamespace) -> None:
+    """A run of an earlier day leaves what is in quarantine of later ones alone, and says so."""
+    change(lenient, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
+    run_tasks()
+    with pytest.raises(AirflowSkipException, match="no usage period with rows in quarantine has ended by"):
+        run_tasks(interval=(DAY[0] - timedelta(days=1), DAY[0]), replay=True)
+
+
+def test_a_person_lists_the_quarantine_and_writes_off_what_is_not_owed(
+    lenient: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command names each row, its reasons and whom it concerns; what is written off is on no later list."""
+    change(lenient, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
+    run_tasks()
+    capsys.readouterr()
+    assert main(["quarantine", "list", "api_calls"]) == 0
+    name, told, whom, count = capsys.readouterr().out.splitlines()
+    row = "event r3 of account acct-9999 at 2026-10-06T03:59:59Z, quantity 10; usage period 2026-10-05T04:00Z to"
+    assert told == f"  {row} 2026-10-06T04:00Z: subscription 'acct-9999' is unknown to maxio:us:acme"
+    assert whom == "account 'acct-9999': 1 rows, 10 in all: subscription 'acct-9999' is unknown to maxio:us:acme"
+    assert count == "1 rows of api_calls in quarantine"
+    for filters in (
+        ["--account", "acct-0001"],
+        ["--event", "r1"],
+        ["--reason", "no account"],
+        ["--from", "2026-10-06"],
+    ):
+        days = ["--to", "2026-10-07"] if "--from" in filters else []
+        assert main(["quarantine", "list", "api_calls", *filters, *days]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "0 rows of api_calls in quarantine"
+
+    for which, fault in (([], "which rows?"), ([name, "--event", "r3"], "not both"), (["--event", "r1"], "like that")):
+        assert main(["quarantine", "write-off", "api_calls", *which, "--because", "a test"]) == 1
+        assert fault in capsys.readouterr().err
+    assert main(["quarantine", "write-off", "api_calls", "--account", "acct-9999", "--because", "a test call"]) == 0
+    assert f"{name}: written off" in capsys.readouterr().out
+    run_tasks(interval=(None, None), replay=True)
+    capsys.readouterr()
+    assert main(["quarantine", "list", "api_calls"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "0 rows of api_calls in quarantine"
+    assert billed(lenient) == {"acct-0001": Decimal(7)}
 
 
 @pytest.fixture

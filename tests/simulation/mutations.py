@@ -13,6 +13,7 @@ from itertools import count
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pandas as pd
 from sqlalchemy import select, update
 
@@ -25,6 +26,7 @@ from usage_billing.errors import InDoubt
 from usage_billing.ledger import Ledger, queries
 from usage_billing.ledger.tables import approval, delivery
 from usage_billing.periods import Calendar
+from usage_billing.quarantine import Withheld
 from usage_billing.records import EVER, Approval, Decision, Period, Reading, Receipt, State
 from usage_billing.sources import BillingSource, DestinationSettings
 from usage_billing.testing.scenes import BY_ARRIVAL, RAW
@@ -162,12 +164,7 @@ def vanished_keys_forgotten() -> AbstractContextManager[object]:
 
 def quarantine_withdraws() -> AbstractContextManager[object]:
     """What is in quarantine is withdrawn."""
-    propose = plan._propose
-
-    def mutant(compared: Any, comparison: Any, *args: Any) -> Any:
-        return propose(compared, replace(comparison, rows_quarantined=0), *args)
-
-    return patch.object(plan, "_propose", mutant)
+    return patch.object(Withheld, "covers", lambda _self, rows: np.zeros(len(rows), dtype=bool))
 
 
 def claim_without_comparison() -> AbstractContextManager[object]:

@@ -34,7 +34,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Stale
-from usage_billing.ledger import editions, queries
+from usage_billing.ledger import editions, quarantined, queries
 from usage_billing.ledger import engine as engines
 from usage_billing.ledger.decisions import ADOPTED, DECIDABLE_AFTER, stale_periods, why_undecidable
 from usage_billing.ledger.tables import (
@@ -46,6 +46,7 @@ from usage_billing.ledger.tables import (
     lease,
     ledger,
     placement,
+    quarantined_row,
     source,
     touched_period,
     watermark,
@@ -348,6 +349,49 @@ class Ledger:
         rows = select(extraction).where(extraction.c.number.in_(newest)).order_by(extraction.c.interval_start)
         with self._reading() as connection:
             return [_extraction(row) for row in connection.execute(rows).mappings()]
+
+    # --- quarantine --------------------------------------------------------------------------------------------------
+
+    def list_quarantine(
+        self, name: str, reading: Reading, periods: Sequence[Period], rows: Iterable[pd.DataFrame] = ()
+    ) -> int:
+        """List the rows that a reading set aside of `periods` (columns of `quarantine.listed`); return how many.
+
+        What was listed of these periods before goes, but for what a person wrote off. Only where `reading` is the last
+        one that was compared does it have a say.
+        """
+        insertion = self._insert(quarantined_row)
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            ours = sorted(set(periods) - stale_periods(connection, name, reading, periods))
+            return quarantined.put(connection, insertion, name, reading, ours, rows)
+
+    def quarantined(self, name: str, window: Period | None = None) -> pd.DataFrame:
+        """Return the rows of a source that are in quarantine and not written off, by usage period and time.
+
+        Columns: row_name, copies, event_id, time, account, quantity, dimensions, reasons (JSON text),
+        period_start, period_end, placed, extraction.
+        """
+        return self._frame(quarantined.listing(name, window))
+
+    def replayable(self, name: str) -> tuple[Period, ...]:
+        """Return the usage periods with rows in quarantine, and those of rows that were written off since."""
+        with self._reading() as connection:
+            return tuple(Period(*edges) for edges in connection.execute(quarantined.waiting(name)))
+
+    def write_off_rows(self, name: str, rows: Sequence[str], by: str, note: str) -> None:
+        """Write down that quarantined rows, by name, are not owed; all of them, or none.
+
+        Raises:
+            Misconfigured: with every one that is not in quarantine.
+        """
+        with self._writing() as connection:
+            connection.execute(select(source).where(source.c.name == name).with_for_update())
+            quarantined.write_off(connection, name, rows, by, note, self._now(connection), _BATCH)
+
+    def rows_written_off(self, name: str) -> pd.DataFrame:
+        """Return what was written off of a source: row_name, event_id, as_duplicate."""
+        return self._frame(quarantined.decided(name))
 
     # --- comparing ---------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -21,12 +22,13 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 
 from usage_billing.records import Choice, Decision, State, check_aware
 
-SCHEMA_VERSION = "0009"
+SCHEMA_VERSION = "0010"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -147,6 +149,36 @@ compared_period = Table(
     Column("validation", Integer, nullable=False, server_default="0"),
     Column("owed", Text, nullable=False, server_default="", comment="All that its last plan owed; empty: not known."),
 )
+
+_own = "Whether that is the usage period of its time; else it gives none of those that were compared."
+
+# Every row that may not be billed, by name, as the newest comparison of its usage period saw it; and what a person
+# wrote off, for ever.
+quarantined_row = Table(
+    "quarantined_row",
+    metadata,
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+    Column("row_name", String(64), primary_key=True, comment="Stands for all that it says."),
+    Column("copies", Integer, nullable=False, comment="How many rows say just this; 0: none of the last reading."),
+    Column("event_id", Text, nullable=False),
+    Column("time", UtcDateTime),
+    Column("account", Text, nullable=False),
+    Column("quantity", Text, nullable=False),
+    Column("dimensions", Text, nullable=False),
+    Column("reasons", Text, nullable=False, comment="Each reason why it may not be billed, as JSON."),
+    Column("period_start", UtcDateTime, nullable=False),
+    Column("period_end", UtcDateTime, nullable=False),
+    Column("placed", Boolean, nullable=False, comment=_own),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("validation", Integer, nullable=False),
+    Column("written_off_by", Text, nullable=False, server_default="", comment="Empty: it is owed, once it is mended."),
+    Column("note", Text, nullable=False, server_default=""),
+    Column("written_off_at", UtcDateTime),
+    Column(
+        "as_duplicate", Boolean, nullable=False, server_default=false(), comment="Another row of its event is kept."
+    ),
+)
+Index("quarantined_row_by_period", quarantined_row.c.source, quarantined_row.c.period_start)
 
 _decisions = ", ".join(f"'{decision}'" for decision in Decision)
 

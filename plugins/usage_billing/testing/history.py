@@ -7,7 +7,7 @@ cleared. At last every usage period is run once more over the final rows, until 
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -572,10 +572,16 @@ class History:
         """Return the rows of one extraction, as the warehouse had them."""
         return self.snapshots[source, extraction].rows
 
-    def extracted(self, source: str, reading: Reading) -> tuple[Mapping[Key, Decimal], bool]:
-        """Return what the oracle says that the rows of a reading make owed, and whether any were unsound."""
-        rows = self.rows_of(source, reading.extraction)
-        return self._owed(source, rows, self.sightings.of(source, reading)), not all(row.sound for row in rows)
+    def extracted(self, source: str, reading: Reading) -> tuple[Mapping[Key, Decimal], Callable[[Key], bool]]:
+        """Return what the oracle says that the rows of a reading make owed, and of which keys an unsound one may be."""
+        rows, by = self.rows_of(source, reading.extraction), self.sightings.of(source, reading)
+        unsound = [row for row in rows if not row.sound]
+
+        def may_be(key: Key) -> bool:
+            accounts = [row.account for row in unsound if self.scene.units[row.unit] == key.start]
+            return any(account is None or key.owner in by.been(source, account, key.start) for account in accounts)
+
+        return self._owed(source, rows, by), may_be
 
     def _owed(self, name: str, rows: Iterable[Row], whereabouts: Whereabouts) -> dict[Key, Decimal]:
         settings = next(source for source in self.scene.sources if source.name == name).settings
@@ -589,6 +595,8 @@ class History:
         """Look at the whole once all is quiet; return the closing table."""
         self.sandbox.move_clock(max(self.around.clockwork.now, self.sandbox.now()))
         now = max(self.around.ledger_time(), self.around.clockwork.now)
+        for name in self.warehouses:
+            self._look_at_the_quarantine(name)
         if self.shelf is not None:
             rows = {name: warehouse.rows.values() for name, warehouse in self.warehouses.items()}
             return judge_events(self.scene, self.shelf, self.sandbox, rows, self.others, now, self.fails)
@@ -597,6 +605,13 @@ class History:
             total |= self._owed(name, warehouse.rows.values(), self.sightings.now)
             self._look_whether_moves_were_seen(name)
         return judge(self.scene, self.ledger, self.sandbox, total, self.sightings.now, self.others, now, self.fails)
+
+    def _look_at_the_quarantine(self, name: str) -> None:
+        """Look whether the ledger lists by name what may not be billed, and nothing else."""
+        unsound = sorted(row.event_id for row in self.warehouses[name].rows.values() if not row.sound)
+        listed = sorted(self.ledger.quarantined(name)["event_id"])
+        if listed != unsound:
+            self.fails("I8 quarantine is listed", f"{name}: {unsound} may not be billed, and the ledger lists {listed}")
 
     def _look_whether_moves_were_seen(self, name: str) -> None:
         """Look whether what usage is billed by is what the mapping says."""

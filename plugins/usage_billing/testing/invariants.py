@@ -35,8 +35,8 @@ _ZERO = Decimal(0)
 OPEN = (State.HELD, State.REFUSED, State.IN_DOUBT, State.RESERVED, State.SENDING)
 
 Fails = Callable[[str, str], None]
-Extracted = Callable[[str, Reading], tuple[Mapping[Key, Decimal], bool]]
-"""What the oracle says that a source's reading makes owed, and whether any of its rows were unsound."""
+Extracted = Callable[[str, Reading], tuple[Mapping[Key, Decimal], Callable[[Key], bool]]]
+"""What the oracle says that a source's reading makes owed, and of which keys one of its unsound rows may be."""
 Moved = Callable[[str, Reading], Whereabouts]
 """By what a source's reading is counted."""
 
@@ -193,14 +193,14 @@ class TotalsWatch(Watch):
             self._fails("I2 sent once", f"{flight.process} sends {one}, which is at the site or on its way there")
         others = [other for other in same if other.token != one.token and other.token in there]
         before = sum((other.counted if other.state is State.ACCEPTED else other.quantity for other in others), _ZERO)
-        all_owed, some_unsound = self._extracted(one.key.source, one.reading)
+        all_owed, may_be_unsound = self._extracted(one.key.source, one.reading)
         owed = all_owed.get(one.key, _ZERO)
         after = before + one.quantity
         if (one.quantity > 0 and after > owed) or (one.quantity < 0 and after < owed):
             told = f"{flight.process} sends {one}; with {before:f} that is there or on its way, {owed:f} is owed"
             self._fails("I2 no more than owed", told)
-        if one.quantity < 0 and some_unsound:
-            self._fails("I2 quarantine withholds", f"{flight.process} sends {one}, with rows in quarantine")
+        if one.quantity < 0 and may_be_unsound(one.key):
+            self._fails("I2 quarantine withholds", f"{flight.process} sends {one}, with rows of it in quarantine")
         if self._scene.moves:
             self._look_at_moves(flight, one, all_owed, there)
 

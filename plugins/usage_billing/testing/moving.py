@@ -95,6 +95,11 @@ class Whereabouts:
         places = self._places.get((source, self._definition(start), account))
         return places[-1].owner if places else None
 
+    def been(self, source: str, account: str, start: datetime) -> frozenset[str]:
+        """Return wherever an account ever led, by the definition of a usage period; at first to its own."""
+        places = self._places.get((source, self._definition(start), account), ())
+        return frozenset(place.owner for place in places) or frozenset([account])
+
     def undecided(self, source: str) -> list[str]:
         """Return the accounts about a move of which nothing was chosen."""
         known = self._places.items()

@@ -23,6 +23,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.moves import placed
 from usage_billing.plan import plan
 from usage_billing.preview import digest_of
+from usage_billing.quarantine import WrittenOff, write_down
 from usage_billing.reconcile import reconcile
 from usage_billing.records import Comparison, Decision, Edition, Period, Plan, Reading, Run, State, Tally, joined
 from usage_billing.release import reissue
@@ -253,6 +254,7 @@ class DagRun:
         periods = taken.periods
         if not taken.events.rows:
             ledger.begin_comparison(source.name, Reading(taken.number), periods, source.edition)
+            ledger.list_quarantine(source.name, Reading(taken.number), periods)
             if not taken.deleted:
                 _skip_or_ask(ledger, source, Reading(taken.number), periods)
         tables = {"events": taken.events}
@@ -266,7 +268,8 @@ class DagRun:
         source = destination.source
         periods = source.periods_of(run.spans)
         events, began = run.tables["events"], ledger.now()
-        found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
+        decided = WrittenOff.of(source, ledger)
+        found = validate(events, source, periods, destination.resolve, house.staging, run.folder, decided)
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
         known = house.sightings.known_to(process)
         found, aside = replace(found, moves=moves), found.quarantined
@@ -276,7 +279,9 @@ class DagRun:
         site = destination.site
         totals = aggregate(found.accepted, found.targets, source, site, periods, house.staging, run.folder, moves)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets).with_table("moves", moves)
+        run = run.with_table("quarantined", aside)
         run = run.with_table("totals", totals, rows_quarantined=aside.rows, validation=reading.validation)
+        write_down(_comparison(run, source), source, ledger, house.staging)
         planned = self._plan(run, destination, ledger)
         return run.with_table("proposals", planned.proposals)
 
@@ -436,7 +441,8 @@ def _comparison(run: Run, source: BillingSource) -> Comparison:
     tables = run.tables
     accepted, periods = tables["accepted"], source.periods_of(run.spans)
     totals, targets, aside = tables["totals"], tables["targets"], run.rows_quarantined
-    return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted, tables["moves"])
+    others = tables["moves"], tables["quarantined"]
+    return Comparison(run.reading, periods, totals, targets, accepted.rows, aside, accepted, *others)
 
 
 def registered(house: House, today: BillingSource, ledger: Ledger) -> tuple[Edition, ...]:

@@ -11,14 +11,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from usage_billing.cli import quarantine
+from usage_billing.cli.common import check_known, days_of
 from usage_billing.errors import Misconfigured, NeedsDecision, UsageBillingError
-from usage_billing.periods import local_midnight
+from usage_billing.periods import local_midnight as local_midnight
 from usage_billing.records import EVER, Comparison, Period, Reading, joined
 
 if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
     from usage_billing.destinations.base import Destination
-    from usage_billing.ledger import Lease, Ledger
+    from usage_billing.ledger import Lease
+    from usage_billing.ledger import Ledger as Ledger
     from usage_billing.sources import BillingSource
     from usage_billing.staging import Staging
 
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     decide.add_argument("--because", required=True, help="why; kept in the ledger beside your name")
     decide.set_defaults(command=_ledger_decide)
     _add_moves(actions)
+    quarantine.add(commands)
 
     preview = commands.add_parser("preview", help="tell what a run would send; sends nothing, and writes nothing down")
     preview.add_argument("source", help="the billing source")
@@ -76,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--items", type=Path, metavar="FILE", help="write every proposed delivery there, as CSV")
     preview.set_defaults(command=_preview)
 
+    _add_others(commands)
+    return parser
+
+
+def _add_others(commands: Any) -> None:
     pools = commands.add_parser("pools", help="create the Airflow pool of every billing site")
     pools.set_defaults(command=_pools)
 
@@ -98,7 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     simulate.add_argument("--jobs", type=int, default=2, metavar="N", help="how many processes")
     simulate.set_defaults(command=_simulate)
-    return parser
 
 
 def _add_moves(actions: Any) -> None:
@@ -159,7 +167,7 @@ def _ledger_moves(options: argparse.Namespace) -> str:
     book = ledger()
     lines: list[str] = []
     for name in [ledger_name(options.source)] if options.source else book.sources():
-        _check_known(book, name)
+        check_known(book, name)
         moves = [Moves(name, book.placements(name, edition)).undecided for edition in book.moving(name)]
         held = book.held_for_moves(name) if any(len(some) for some in moves) else {}
         for row in (row for some in moves for row in some.to_dict("records")):
@@ -186,7 +194,7 @@ def _ledger_move(options: argparse.Namespace) -> str:
     from usage_billing.records import Choice  # noqa: PLC0415
 
     book, choice, name = ledger(), Choice(options.choose), ledger_name(options.source)
-    _check_known(book, name)
+    check_known(book, name)
     if choice is Choice.MOVE and destination_of(billing_source(options.source)).stream:
         raise Misconfigured(
             f"{options.source!r} sends raw events, and no call takes one back: choose from_now, and settle with the "
@@ -197,28 +205,17 @@ def _ledger_move(options: argparse.Namespace) -> str:
     return f"{options.source}, account {options.account!r}: {choice}; {when}"
 
 
-def _check_known(book: "Ledger", name: str) -> None:
-    """Raise `Misconfigured` unless the ledger knows a source; a misspelt one is not one without open items."""
-    if (known := book.sources()) and name not in known:
-        raise Misconfigured(f"the ledger knows no billing source {name!r}, only {', '.join(known)}")
-
-
 def _ledger_list(options: argparse.Namespace) -> str:
     """Tell what is open, by the ledger alone; a line for what it is, one for where it stands.
 
     Raises:
         Misconfigured: the ledger knows no such source, or only one of the two days is given.
     """
-    from usage_billing.installation import billing_source, ledger, ledger_name  # noqa: PLC0415
+    from usage_billing.installation import ledger, ledger_name  # noqa: PLC0415
 
-    book, window, name = ledger(), None, ledger_name(options.source)
-    _check_known(book, name)
-    if options.first or options.after:
-        if not (options.first and options.after):
-            raise Misconfigured("--from and --to go together: the first day, and the day after the last one")
-        zone = billing_source(options.source).settings.timezone
-        window = Period(local_midnight(options.first, zone), local_midnight(options.after, zone))
-    items = book.open_items(name, window)
+    book, name = ledger(), ledger_name(options.source)
+    check_known(book, name)
+    items = book.open_items(name, days_of(options))
     if options.state:
         items = items[items["state"] == options.state]
     lines = [line for row in items.sort_values(["period_start", "identity"]).to_dict("records") for line in _item(row)]
@@ -342,6 +339,7 @@ def _read_warehouse(
     from usage_billing.extract import extract  # noqa: PLC0415
     from usage_billing.installation import ledger  # noqa: PLC0415
     from usage_billing.moves import placed  # noqa: PLC0415
+    from usage_billing.quarantine import WrittenOff  # noqa: PLC0415
     from usage_billing.validate import validate  # noqa: PLC0415
 
     source, book, window = destination.source, ledger(), Period.around(periods)
@@ -351,7 +349,8 @@ def _read_warehouse(
     events = extract(read, source, area, folder)
     began = book.now()
     destination.check()
-    found = validate(events, source, periods, getattr(destination, look), area, folder)
+    decided = WrittenOff.of(source, book)
+    found = validate(events, source, periods, getattr(destination, look), area, folder, decided)
     # Of the span that is adopted this ledger may know nothing yet; what it is, is known when all of it was found.
     billed_until = window.end if look == "locate" else EVER.start
     moves = placed(found.targets, source, began, book, area, folder, look_only=True, billed_until=billed_until)
@@ -362,7 +361,7 @@ def _read_warehouse(
         reading = book.record_validation(number, found.digest, aside.rows, found.reasons, aside.manifest, began)
     totals = aggregate(found.accepted, found.targets, source, destination.site, periods, area, folder, moves)
     accepted = found.accepted
-    return Comparison(reading, tuple(periods), totals, found.targets, accepted.rows, aside.rows, accepted, moves)
+    return Comparison(reading, tuple(periods), totals, found.targets, accepted.rows, aside.rows, accepted, moves, aside)
 
 
 _WAITS = "what it used before waits on both sides until you decide, see `usage-billing ledger moves`"
