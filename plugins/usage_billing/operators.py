@@ -214,7 +214,9 @@ class ValidateOperator(StageOperator):
 
         shown, accounts = 20, concerned(aside, staging())
         for one in accounts.head(shown).itertuples():
-            self.log.warning("account %r: %d rows, %s in all: %s", one.account, one.rows, f"{one.usage:f}", one.reason)
+            self.log.warning(
+                "account %r: %d rows, together %s: %s", one.account, one.rows, f"{one.usage:f}", one.reason
+            )
         if len(accounts) > shown:
             self.log.warning(
                 "and %d more; `usage-billing quarantine list %s` tells them all", len(accounts) - shown, self.source

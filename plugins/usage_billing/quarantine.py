@@ -239,7 +239,8 @@ def concerned(quarantined: Staged, staging: Staging) -> pd.DataFrame:
 def by_account(rows: pd.DataFrame) -> pd.DataFrame:
     """Return how much each account has among rows (account, quantity, copies, reasons as `listed` has them).
 
-    Columns: account, reason (each row's first), rows, and usage: what is a number, added (`Decimal`); most rows first.
+    Columns: account, reason (each row's first), rows, and usage: what is a number, added (`Decimal`),
+    whatever the meter makes of it. Most rows first.
     """
     usage = [_decimal(text) * copies for text, copies in zip(rows["quantity"], rows["copies"].tolist(), strict=True)]
     reasons = [json.loads(text)[0] for text in rows["reasons"]]

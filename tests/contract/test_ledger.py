@@ -357,6 +357,59 @@ def upgraded(url: str, revision: str) -> None:
     engine.dispose()
 
 
+def set_aside(name: str, **more: object) -> dict[str, object]:
+    """Return one quarantined row as a plan lists it."""
+    row = {"row_name": name, "event_id": f"event of {name}", "time": DAY.start, "account": "s1", "quantity": "5"}
+    row |= {"dimensions": "{}", "reasons": json.dumps(["no account"]), "placed": True, "copies": 1}
+    return row | {"period_start": DAY.start, "period_end": DAY.end} | more
+
+
+def listing(world: SimpleNamespace, reading: Reading, *parts: list[dict[str, object]]) -> list[str]:
+    """Compare the day, list what was set aside, and return the names of what is in quarantine then."""
+    world.ledger.begin_comparison("calls", reading, [DAY])
+    world.ledger.list_quarantine("calls", reading, [DAY], [pd.DataFrame(part, dtype=object) for part in parts])
+    return list(world.ledger.quarantined("calls")["row_name"])
+
+
+def test_the_quarantine_is_that_of_the_last_reading(world: SimpleNamespace) -> None:
+    """Each reading lists its own rows, in whatever parts they come; one without rows empties the list."""
+    first, second, third = (extraction(world) for _ in range(3))
+    nobody = set_aside("b", time=None, account="", event_id="", placed=False)
+    assert listing(world, first, [set_aside("a"), set_aside("a")], [set_aside("a"), nobody]) == ["a", "b"]
+    rows = world.ledger.quarantined("calls").set_index("row_name")
+    assert rows["copies"].to_dict() == {"a": 3, "b": 1}
+    assert pd.isna(rows.loc["b", "time"])
+    assert rows.loc["a", "time"] == DAY.start
+    assert not rows.loc["b", "placed"]
+    assert world.ledger.quarantined("calls", Period(DAY.end, DAY.end + MINUTE)).empty
+    assert listing(world, first, [set_aside("a")]) == ["a"], "once more is not twice"
+    assert listing(world, second, [set_aside("c")]) == ["c"]
+    assert world.ledger.list_quarantine("calls", first, [DAY], [pd.DataFrame([set_aside("a")])]) == 0
+    assert listing(world, third) == []
+    assert world.ledger.replayable("calls") == ()
+
+
+def test_what_is_written_off_stays_so_and_is_replayed_until_a_reading_knows_it(world: SimpleNamespace) -> None:
+    """Its copies of the next reading are not in quarantine; a duplicate is written off as one."""
+    first, second = extraction(world), extraction(world)
+    twice = set_aside("b", reasons=json.dumps(["duplicate event id"]))
+    listing(world, first, [set_aside("a"), twice, set_aside("c")])
+    world.ledger.write_off_rows("calls", ["a", "b", "a"], "ann", "a test")
+    assert list(world.ledger.quarantined("calls")["row_name"]) == ["c"]
+    off = world.ledger.rows_written_off("calls")
+    assert off.assign(as_duplicate=off["as_duplicate"].astype(bool)).to_dict("records") == [
+        {"row_name": "a", "event_id": "event of a", "as_duplicate": False},
+        {"row_name": "b", "event_id": "event of b", "as_duplicate": True},
+    ]
+    assert listing(world, first, [set_aside("a"), set_aside("b")]) == []
+    assert world.ledger.replayable("calls") == (DAY,)
+    both = json.dumps(["no account", "written off"])
+    assert listing(world, second, [set_aside("a", reasons=both), set_aside("b", reasons=both)]) == []
+    assert world.ledger.replayable("calls") == ()
+    with pytest.raises(Misconfigured, match="a: was written off by ann on 2026-10-05: a test"):
+        world.ledger.write_off_rows("calls", ["a"], "bob", "again")
+
+
 def test_a_second_worker_finds_no_row(world: SimpleNamespace) -> None:
     """Of two workers that want the same delivery, one gets it."""
     reading = reserved(world, {"a": "10", "b": "20"})

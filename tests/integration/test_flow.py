@@ -481,7 +481,7 @@ def test_a_replay_bills_what_was_mended_and_then_there_is_nothing_to_replay(
     change(lenient, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
     run_tasks()
     told = capsys.readouterr().out + caplog.text
-    assert "account 'acct-9999': 1 rows, 10 in all: subscription 'acct-9999' is unknown to maxio:us:acme" in told
+    assert "account 'acct-9999': 1 rows, together 10: subscription 'acct-9999' is unknown to maxio:us:acme" in told
     assert billed(lenient) == {"acct-0001": Decimal(7)}
     change(lenient, "UPDATE api_calls SET account_ref = 'acct-0002' WHERE request_id = 'r3'")
 
@@ -513,7 +513,7 @@ def test_a_person_lists_the_quarantine_and_writes_off_what_is_not_owed(
     name, told, whom, count = capsys.readouterr().out.splitlines()
     row = "event r3 of account acct-9999 at 2026-10-06T03:59:59Z, quantity 10; usage period 2026-10-05T04:00Z to"
     assert told == f"  {row} 2026-10-06T04:00Z: subscription 'acct-9999' is unknown to maxio:us:acme"
-    assert whom == "account 'acct-9999': 1 rows, 10 in all: subscription 'acct-9999' is unknown to maxio:us:acme"
+    assert whom == "account 'acct-9999': 1 rows, together 10: subscription 'acct-9999' is unknown to maxio:us:acme"
     assert count == "1 rows of api_calls in quarantine"
     for filters in (
         ["--account", "acct-0001"],

@@ -42,7 +42,7 @@ def _list(options: argparse.Namespace) -> str:
     records = rows.astype(object).where(rows.notna(), None).to_dict("records")
     lines = [line for row in records for line in _told(row)]
     whom = by_account(rows).itertuples()
-    lines.extend(f"account {one.account!r}: {one.rows} rows, {one.usage:f} in all: {one.reason}" for one in whom)
+    lines.extend(f"account {one.account!r}: {one.rows} rows, together {one.usage:f}: {one.reason}" for one in whom)
     return "\n".join([*lines, f"{rows['copies'].sum()} rows of {options.source} in quarantine"])
 
 

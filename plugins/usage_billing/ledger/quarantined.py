@@ -50,8 +50,8 @@ def put(
     upsert = insert.on_conflict_do_update(index_elements=["source", "row_name"], set_=changes)
     listed = 0
     for part in rows:
-        same = part.groupby("row_name", sort=False)
-        found = same.first().assign(copies=same["copies"].sum()).reset_index()
+        copies = part.groupby("row_name")["copies"].transform("sum")
+        found = part.assign(copies=copies).drop_duplicates("row_name")
         inside = found[found["period_start"].isin([period.start for period in periods])]
         values = inside.assign(source=name, extraction=reading.extraction, validation=reading.validation).astype(object)
         if len(values):
@@ -93,7 +93,7 @@ def listing(name: str, window: Period | None) -> Select[Any]:
     found = select(*(_row[word] for word in _NAMES.split())).where(_row.source == name, _OPEN)
     if window is not None:
         found = found.where(_row.period_start < window.end, _row.period_end > window.start)
-    return found.order_by(_row.period_start, _row.time, _row.event_id, _row.row_name)
+    return found.order_by(_row.period_start, _row.time.nulls_last(), _row.event_id, _row.row_name)
 
 
 def decided(name: str) -> Select[Any]:
