@@ -20,6 +20,7 @@ from usage_billing.destinations.base import Destination
 from usage_billing.destinations.chargeover import ChargeOverSite, ChargeOverUsage
 from usage_billing.ledger import Ledger
 from usage_billing.moves import placed
+from usage_billing.quarantine import WrittenOff
 from usage_billing.records import Comparison, Period, Tally
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, Columns
@@ -188,7 +189,10 @@ class ArrivalHouse(House):
         if taken.events is None:
             return taken, None
         began = ledger.now()
-        found = validate(taken.events, source, taken.periods, destination.resolve, self.staging, taken.folder)
+        decided, resolve = WrittenOff.of(source, ledger), destination.resolve
+        found = validate(
+            taken.events, source, taken.periods, resolve, self.staging, taken.folder, decided, taken.before
+        )
         moves = placed(found.targets, source, began, ledger, self.staging, taken.folder)
         found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(taken.number, found.digest, aside.rows, found.reasons, aside.manifest, began)

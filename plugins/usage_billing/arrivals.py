@@ -8,7 +8,7 @@ difference of it is written down (`done`). Whatever ends between two of these st
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 
@@ -22,7 +22,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.ledger.leases import Hold, kept
 from usage_billing.ledger.marker import confirm
 from usage_billing.periods import Calendar, local_midnight
-from usage_billing.records import Arrived, Period, Reading, Staged, State, Tally, joined, overlap
+from usage_billing.records import EVER, Arrived, Period, Reading, Staged, State, Tally, joined, overlap
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
 
@@ -40,7 +40,8 @@ _LAST_TIME = np.datetime64("9000-01-01", "us")
 class Taken:
     """What a run has read: the rows of `periods`, whole; nothing (`events` is None) where no period is due.
 
-    `deleted` counts rows that are marked as deleted: they were read, and are not among the events.
+    `deleted` counts rows that are marked as deleted: they were read, and are not among the events. `before` are the
+    rows of the source's `dedup_window` before them, None where it has none.
     """
 
     number: int
@@ -49,6 +50,7 @@ class Taken:
     events: Staged | None = None
     deleted: int = 0
     arrived: int = 0
+    before: Staged | None = None
 
 
 def read(
@@ -73,18 +75,22 @@ def read(
     # One at a time, so that the later number belongs to the later snapshot.
     with hold(ledger, f"extract:{source.name}", _LEASE_LASTS, _LEASE_WAIT) as held:
         arrived = _look(source, warehouse, ledger) if by_arrival else None
-        periods = _due(source, interval, own, arrived, ledger) if arrived else tuple(own)
+        due = _due(source, interval, own, arrived, ledger) if arrived else tuple(own)
+        periods = widened(due, source, ledger)
         spans = joined(periods)
         reader = rows(source, warehouse, spans)
-        window = Period.around(periods) if periods else interval
-        number = ledger.begin_extraction(held.lease, source.name, interval, window, arrived)
+        number = ledger.begin_extraction(held.lease, source.name, interval, periods or interval, arrived)
         confirm(ledger, staging, source.name, number, hold)
         folder = f"{source.name}/{interval.start:%Y%m%dT%H%M%SZ}-{interval.end:%Y%m%dT%H%M%SZ}/{number:08d}"
         taken = Taken(number, periods, folder, arrived=arrived.rows if arrived else 0)
         if len(spans) > 1:
             # Each span is a statement, and a snapshot: all of them before those of the next number.
-            return _staged(reader, taken, source, ledger, staging)
-    return _staged(reader, taken, source, ledger, staging) if spans else taken
+            taken = _staged(reader, taken, source, ledger, staging)
+    if not spans:
+        return taken
+    if taken.events is None:
+        taken = _staged(reader, taken, source, ledger, staging)
+    return replace(taken, before=rows_before(periods, source, warehouse, staging, folder))
 
 
 def done(source: BillingSource, reading: Reading, periods: Sequence[Period], tally: Tally, ledger: Ledger) -> None:
@@ -265,6 +271,40 @@ def _due(
     return tuple(sorted({*own, *closed}))
 
 
+def widened(periods: Sequence[Period], source: BillingSource, ledger: Ledger) -> tuple[Period, ...]:
+    """Return usage periods, and those after them that were read before and whose rows may repeat events of theirs.
+
+    Of rows with one event id within `dedup_window` the earliest is kept. So a row that comes late to an old period may
+    take a later one off the bill, whose period is compared with it.
+    """
+    reach, found = source.settings.dedup_window, set(periods)
+    for span in joined(periods) if reach else ():
+        after = Period(span.end, span.end + reach)
+        read = [span for span in ledger.read_in(source.name, after) if overlap(span, source.span)]
+        later = (each for part in read for each in source.calendar.touching(part))
+        found.update(each for each in later if each.start >= source.bill_from)
+    return tuple(sorted(found))
+
+
+def rows_before(
+    periods: Sequence[Period], source: BillingSource, warehouse: Hook, staging: Staging, folder: str
+) -> Staged | None:
+    """Stage what lies within `dedup_window` before usage periods, and is none of them; None where there is no window.
+
+    Read after them: what arrives there in between is late for its own period, and judged with it.
+
+    Raises:
+        Misconfigured: the query does not return what ``source.yaml`` says it does.
+    """
+    reach = source.settings.dedup_window
+    if not reach:
+        return None
+    edges = [EVER.start, *(span.end for span in joined(periods))]
+    spans = zip(edges, joined(periods), strict=False)
+    margins = [Period(max(end, span.start - reach), span.start) for end, span in spans]
+    return extract(_statements(source, warehouse, margins), source, staging, f"{folder}/before")
+
+
 def rows(source: BillingSource, warehouse: Hook, spans: Sequence[Period]) -> Iterator[pa.Table]:
     """Return an iterator over the rows of each span in turn; the first statement is executed when this returns.
 
@@ -275,6 +315,10 @@ def rows(source: BillingSource, warehouse: Hook, spans: Sequence[Period]) -> Ite
         return iter(())
     window = Period(spans[0].start, spans[-1].end)
     log.info("extracting %s for %d usage periods, %s", source.name, len(source.periods_of(spans)), window)
+    return _statements(source, warehouse, spans)
+
+
+def _statements(source: BillingSource, warehouse: Hook, spans: Sequence[Period]) -> Iterator[pa.Table]:
     size = source.settings.batch_rows
     first = open_reader(warehouse, source.sql, spans[0], size)
     others = (open_reader(warehouse, source.sql, span, size) for span in spans[1:])
@@ -296,4 +340,4 @@ def _staged(reader: Iterator[pa.Table], taken: Taken, source: BillingSource, led
     log.info("read %d rows as extraction %d", events.rows, taken.number)
     if deleted:
         log.info("and %d that are marked as deleted, which bill nothing", deleted)
-    return Taken(taken.number, taken.periods, taken.folder, events, deleted, taken.arrived)
+    return replace(taken, events=events, deleted=deleted)

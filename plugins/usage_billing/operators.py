@@ -121,6 +121,8 @@ class ExtractOperator(StageOperator):
             if not taken.deleted:
                 _skip_or_ask(book, source, Reading(number), periods, dry=dry)
         tables, spans = {"events": taken.events}, joined(periods)
+        if taken.before is not None:
+            tables["before"] = taken.before
         return Run(source.name, number, interval, taken.folder, tables, spans=spans, edition=source.edition)
 
     def _own(
@@ -186,7 +188,10 @@ class ValidateOperator(StageOperator):
         periods = _compared(run, source)
         try:
             decided = WrittenOff.of(source, ledger())
-            found = validate(run.tables["events"], source, periods, destination.resolve, staging(), run.folder, decided)
+            events, before = run.tables["events"], run.tables.get("before")
+            found = validate(
+                events, source, periods, destination.resolve, staging(), run.folder, written_off=decided, before=before
+            )
         except QuarantineOverLimit as stopped:
             self._tell(run, stopped.validated, began)
             raise

@@ -23,7 +23,7 @@ from usage_billing.ledger import Ledger
 from usage_billing.moves import PLACE
 from usage_billing.periods import locate
 from usage_billing.quantities import plain_text
-from usage_billing.records import WRITTEN_OFF, Comparison, Period, Staged
+from usage_billing.records import DUPLICATE, WRITTEN_OFF, Comparison, Period, Staged
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging, array_of
 
@@ -141,12 +141,12 @@ _NO_ACCOUNTS = _NO_KEYS[["component", "period_start"]].rename(columns={"componen
 
 
 def _set_aside(comparison: Comparison, staging: Staging) -> pd.DataFrame | None:
-    """Return account and number of the usage period (-1: none) of what is in quarantine and not written off."""
+    """Return account and number of the usage period (-1: none) of the rows that withhold something."""
     if comparison.quarantined is None:
         return None
     parts = [pd.DataFrame({"account": pd.Series(dtype=object), "number": pd.Series(dtype="int64")})]
     for part in staging.read(comparison.quarantined):
-        waits = part.filter(_open(part))
+        waits = part.filter(_withholds(part))
         numbers = _numbers(waits, comparison.periods)
         parts.append(pd.DataFrame({"account": waits.column("account").to_pandas(), "number": numbers}))
     return pd.concat(parts, ignore_index=True).drop_duplicates(ignore_index=True)
@@ -155,6 +155,12 @@ def _set_aside(comparison: Comparison, staging: Staging) -> pd.DataFrame | None:
 def _open(quarantined: pa.Table) -> pa.Array:
     """Say of each row whether nobody has written it off."""
     return pa.array([WRITTEN_OFF not in some for some in quarantined.column("reasons").to_pylist()], pa.bool_())
+
+
+def _withholds(quarantined: pa.Table) -> pa.Array:
+    """Say of each row whether it may be owed, once it is mended: a duplicate is not, and what was written off."""
+    reasons = quarantined.column("reasons").to_pylist()
+    return pa.array([WRITTEN_OFF not in some and some != [DUPLICATE] for some in reasons], pa.bool_())
 
 
 def _numbers(rows: pa.Table, periods: Sequence[Period]) -> np.ndarray:

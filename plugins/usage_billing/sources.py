@@ -159,6 +159,10 @@ class DestinationSettings(Settings):
     """How long before the end of a billing period usage may have ended, and still passes after it; None for what ended
     in the data interval in which the billing period does, since no run of the schedule could bill it sooner."""
 
+    def why_not(self, settings: "SourceSettings") -> Iterator[str]:  # noqa: ARG002 - Some destinations look.
+        """Yield which keys of the source this destination cannot do."""
+        return iter(())
+
     def naming(self) -> dict[str, Any]:
         """Return the keys that name what is billed."""
         return self.model_dump(mode="json", exclude=set(self.free))
@@ -192,6 +196,7 @@ class SourceSettings(Settings):
     incremental: Literal["interval", "arrival"] = "interval"
     arrival_overlap: Annotated[timedelta | int, BeforeValidator(_overlap)] = timedelta(hours=1)
     rescan: int = Field(default=31, ge=1)
+    dedup_window: Annotated[timedelta, BeforeValidator(_span)] = timedelta(0)
     bill_from: date
     effective_from: date | None = None
     columns: Columns
@@ -218,6 +223,11 @@ class SourceSettings(Settings):
             raise ValueError(
                 f"lookback is {self.lookback}, and with period: interval a run has no earlier usage periods to read: "
                 "set it to 0, or choose hour, day, week or month"
+            )
+        if self.period == "interval" and self.dedup_window:
+            raise ValueError(
+                f"dedup_window is {_as_written(self.dedup_window)}, and with period: interval a run reads no usage "
+                "periods but its own: remove it, or choose hour, day, week or month"
             )
         if not self.approval and (self.approvers or self.approval_timeout_hours is not None):
             raise ValueError("approvers and approval_timeout_hours need approval: true, without which nobody is asked")
@@ -395,7 +405,12 @@ def as_of(
     values |= {"bill_from": max(today.bill_from, starts), "effective_from": None}
     if then["period"] == "interval":
         # No run reads another's interval: what of today looks for others has nothing to find there.
-        values |= {"lookback": 0, "incremental": "interval", "columns": {**values["columns"], "arrival": None}}
+        values |= {
+            "lookback": 0,
+            "incremental": "interval",
+            "dedup_window": timedelta(0),
+            "columns": {**values["columns"], "arrival": None},
+        }
     settings = _checked(SourceSettings, values, "source.yaml", "", faults)
     destination = _destination(source.destination.as_of(edition, connection), destination_settings, faults)
     if settings is None or destination is None:
@@ -434,6 +449,8 @@ def load_source(folder: Path, destination_settings: Callable[[str], type[Destina
         faults.append(
             f"source.yaml: name: {values['name']!r} is not the folder's name {folder.name!r}; make them equal"
         )
+    if settings and destination:
+        faults.extend(f"source.yaml: {fault}" for fault in destination.why_not(settings))
     faults.extend(_claims_of_one_history(folder, values.get("formerly")))
     sql = _read_sql(folder / "usage.sql", WINDOW_BINDS, "the usage rows between :window_start and :window_end", faults)
     arrivals_sql = _read_arrivals(folder / "arrivals.sql", values.get("incremental") == "arrival", faults)

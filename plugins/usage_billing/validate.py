@@ -5,11 +5,11 @@ Two kinds of rules judge a row: the package's own, always on, and the source's s
 accepted and quarantined rows add up to the rows read.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 from hashlib import sha256
-from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -81,11 +81,12 @@ def validate(
     staging: Staging,
     folder: str,
     written_off: WrittenOff | None = None,
+    before: Staged | None = None,
 ) -> Validated:
     """Split `extracted` into accepted and quarantined rows, and stage both with the accounts' targets below `folder`.
 
     Rows that a person has `written_off` are never accepted: `WRITTEN_OFF` is one reason more of theirs, and no limit
-    counts them.
+    counts them. Rows `before` the usage periods only compete for their event ids; they are in neither part.
 
     `resolve` is `Destination.resolve`: it is asked once per distinct account. Memory holds one part and what is known
     of each account, plus 8 bytes per duplicate. Of rows with one event id that are sound otherwise, the earliest is
@@ -99,12 +100,16 @@ def validate(
     with Spill() as sound, Spill() as unsound:
         decided = written_off or WrittenOff()
         judge = _Judge(source, periods, _Accounts(resolve), Suite(source, extracted.rows), decided)
-        partitions = min(-(-extracted.rows // source.settings.batch_rows), _MAX_PARTITIONS) or 1
+        rivals = extracted.rows + (before.rows if before else 0)
+        partitions = min(-(-rivals // source.settings.batch_rows), _MAX_PARTITIONS) or 1
+        for number, part in enumerate(staging.read(before)) if before else ():
+            rows = _rows(judge.findings_before(part))
+            _set_sound_aside(sound, judge.sound(part, rows), -1 - number, rows, partitions)
         for number, part in enumerate(staging.read(extracted)):
             findings = judge.findings(part)
             unsound.add(findings, np.full(len(findings), number))
             _set_sound_aside(sound, judge.sound(part, _rows(findings)), number, _rows(findings), partitions)
-        split = _Split(extracted, staging, judge, unsound, _duplicates(sound))
+        split = _Split(extracted, staging, judge, unsound, _duplicates(sound, periods, source.settings.dedup_window))
         accepted = staging.write(folder, "accepted", split.accepted())
         quarantined = staging.write(folder, "quarantined", split.quarantined())
     if accepted.rows + quarantined.rows != extracted.rows:
@@ -199,10 +204,17 @@ class _Judge:
 
     def findings(self, part: pa.Table) -> pa.Table:
         """Return ``row`` and ``reason`` for all that is wrong with the rows of a part, sorted by row."""
-        found = [_finding(reason, np.flatnonzero(mask)) for reason, mask in self._own(part)]
         if not self._checked_whole:
             self._suite.check_whole(part)
             self._checked_whole = True
+        return self._found(part, [*self._own(part), self._outside(part)])
+
+    def findings_before(self, part: pa.Table) -> pa.Table:
+        """Return the same of rows that lie before the usage periods, as they should."""
+        return self._found(part, self._own(part))
+
+    def _found(self, part: pa.Table, own: Iterable[tuple[str, np.ndarray]]) -> pa.Table:
+        found = [_finding(reason, np.flatnonzero(mask)) for reason, mask in own]
         found.extend(_finding(reason, rows) for reason, rows in self._suite.findings(part))
         unknown = self.accounts.unknown(array_of(part, "account"))
         rows = np.flatnonzero(unknown.is_valid().to_numpy(zero_copy_only=False))
@@ -220,9 +232,11 @@ class _Judge:
         if self._meter.function in {"sum", "max", "last"}:
             for reason, mask in quantities.faults(array_of(part, "quantity"), self._meter.decimals).items():
                 yield f"quantity: {reason}", mask
+
+    def _outside(self, part: pa.Table) -> tuple[str, np.ndarray]:
         times = array_of(part, "time")
         outside = locate(times.to_numpy(zero_copy_only=False), self._periods) < 0
-        yield "time outside the usage periods", outside & times.is_valid().to_numpy(zero_copy_only=False)
+        return "time outside the usage periods", outside & times.is_valid().to_numpy(zero_copy_only=False)
 
     def sound(self, part: pa.Table, unsound: np.ndarray) -> pa.Table:
         """Return the rows of a part that are not `unsound`, with the quantity as it is handed on."""
@@ -274,21 +288,30 @@ def _set_sound_aside(spill: Spill, sound: pa.Table, number: int, unsound: np.nda
         spill.add(located, (hashed % np.uint64(partitions)).astype("int64"))
 
 
-def _duplicates(sound: Spill) -> pd.DataFrame:
-    """Return ``part`` and ``row`` of every row whose event id another row keeps, sorted."""
+def _duplicates(sound: Spill, periods: Sequence[Period], window: timedelta) -> pd.DataFrame:
+    """Return ``part`` and ``row`` of every row whose event id another row keeps, sorted.
+
+    An earlier row keeps it within one usage period, or if it is no more than `window` earlier: so that which rows are
+    billed hangs on the rows alone, and not on which usage periods a run compares beside theirs.
+    """
     losers = [pd.DataFrame({"part": [], "row": []}, dtype="int64")]
-    losers.extend(_losers(sound.read(number)) for number in sound.numbers())
-    return pd.concat(losers).sort_values(["part", "row"], ignore_index=True)
+    losers.extend(_losers(sound.read(number), periods, window) for number in sound.numbers())
+    found = pd.concat(losers).sort_values(["part", "row"], ignore_index=True)
+    # What lies before the usage periods keeps an event id, or does not; whether it is billed is for its own run.
+    return found[found["part"] >= 0].reset_index(drop=True)
 
 
-def _losers(rows: pa.Table) -> pd.DataFrame:
+def _losers(rows: pa.Table, periods: Sequence[Period], window: timedelta) -> pd.DataFrame:
     codes = array_of(rows, "event_id").dictionary_encode().indices.to_numpy()
     rivals = rows.filter(pa.array(np.bincount(codes)[codes] > 1))
     # The earliest is kept, then the first by all that the row says; only identical rows fall back on where they stood.
     others = sorted(set(rivals.column_names) - {"event_id", "time", "part", "row"})
     order = [(name, "ascending") for name in ("event_id", "time", *others, "part", "row")]
-    frame = rivals.sort_by(order).select(["event_id", "part", "row"]).to_pandas()
-    return cast("pd.DataFrame", frame.loc[frame.duplicated("event_id"), ["part", "row"]])
+    frame: pd.DataFrame = rivals.sort_by(order).select(["event_id", "time", "part", "row"]).to_pandas()
+    period = pd.Series(locate(frame["time"].dt.tz_convert(None).to_numpy(), periods), frame.index)
+    one_period = (period == period.shift()) & (period >= 0)
+    near = frame["time"].diff() <= window
+    return frame.loc[(frame["event_id"] == frame["event_id"].shift()) & (one_period | near), ["part", "row"]]
 
 
 class _Split:

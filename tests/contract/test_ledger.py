@@ -357,6 +357,25 @@ def upgraded(url: str, revision: str) -> None:
     engine.dispose()
 
 
+def test_what_was_read_is_known_to_the_span_whatever_became_of_it(world: SimpleNamespace) -> None:
+    """With its gaps, cut to what is asked for; of an extraction of before the column was there, its whole window."""
+    days = [Period(DAY.start + timedelta(days=n), DAY.end + timedelta(days=n)) for n in range(6)]
+    with kept(world.ledger, "extract:calls", MINUTE) as held:
+        world.ledger.begin_extraction(held.lease, "calls", DAY, [days[0], days[2]])
+        world.ledger.begin_extraction(held.lease, "calls", DAY, days[3])
+    assert world.ledger.read_in("calls", Period(days[0].start, days[5].end)) == (
+        days[0],
+        Period(days[2].start, days[3].end),
+    )
+    noon = days[2].start + timedelta(hours=12)
+    assert world.ledger.read_in("calls", Period(days[1].start, noon)) == (Period(days[2].start, noon),)
+    assert world.ledger.read_in("calls", days[4]) == ()
+    assert world.ledger.read_in("others", days[0]) == ()
+    with create_engine(world.url).begin() as connection:
+        connection.execute(text("UPDATE extraction SET spans = ''"))
+    assert world.ledger.read_in("calls", Period(days[0].start, days[5].end)) == (Period(days[0].start, days[3].end),)
+
+
 def set_aside(name: str, **more: object) -> dict[str, object]:
     """Return one quarantined row as a plan lists it."""
     row = {"row_name": name, "event_id": f"event of {name}", "time": DAY.start, "account": "s1", "quantity": "5"}

@@ -10,7 +10,7 @@ import pytest
 from stage_helpers import DAYS, START, make_source, rows, stage
 from usage_billing.ledger import Ledger
 from usage_billing.quarantine import Withheld, WrittenOff, concerned, names_of
-from usage_billing.records import WRITTEN_OFF, Comparison, Reading, Staged
+from usage_billing.records import DUPLICATE, WRITTEN_OFF, Comparison, Reading, Staged
 from usage_billing.staging import Staging
 
 SOURCE = make_source()
@@ -82,11 +82,13 @@ def test_a_row_withholds_what_it_may_have_been_billed_as(staging: Staging, ledge
     assert withheld(staging, ledger, together) == {("s1", first), ("s2", first), ("s2", second)}
 
 
-def test_nothing_waits_for_what_was_written_off_and_all_for_a_run_of_before(staging: Staging, ledger: Ledger) -> None:
+def test_nothing_waits_for_what_is_not_owed_and_all_for_a_run_of_before(staging: Staging, ledger: Ledger) -> None:
     """Where a run does not say which rows they are, they may be any."""
     off = rows(("e", 1, "a", "x")).append_column("reasons", pa.array([["no good", WRITTEN_OFF]]))
     assert withheld(staging, ledger, off) == set()
     assert withheld(staging, ledger, off[:0]) == set()
+    twice = rows(("e", 1, "a", "x")).append_column("reasons", pa.array([[DUPLICATE]]))
+    assert withheld(staging, ledger, twice) == set(), "its event is on the bill"
     assert len(withheld(staging, ledger, None)) == len(AT)
     assert concerned(stage(staging, off, name="quarantined"), staging).empty
 

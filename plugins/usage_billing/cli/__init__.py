@@ -282,6 +282,7 @@ _ADVICE = (
 
 def _preview(options: argparse.Namespace) -> str:
     """Plan what the days owe as if they were read last, in a folder that is removed; tell what would be sent."""
+    from usage_billing.arrivals import widened  # noqa: PLC0415
     from usage_billing.chunks import plan_events  # noqa: PLC0415
     from usage_billing.days import periods_of  # noqa: PLC0415
     from usage_billing.guard import owed_by_period, unusual  # noqa: PLC0415
@@ -293,7 +294,7 @@ def _preview(options: argparse.Namespace) -> str:
     book = ledger()
     destination, span = _of_days(billing_source(options.source), options, writes=False)
     source = destination.source
-    periods = periods_of(source, span)
+    periods = widened(periods_of(source, span), source, book)
     with TemporaryDirectory(prefix="usage-billing-") as folder:
         area = Staging(Path(folder))
         if destination.stream:
@@ -335,7 +336,7 @@ def _read_warehouse(
     from airflow.sdk import BaseHook  # noqa: PLC0415
 
     from usage_billing.aggregate import aggregate  # noqa: PLC0415
-    from usage_billing.arrivals import rows  # noqa: PLC0415
+    from usage_billing.arrivals import rows, rows_before  # noqa: PLC0415
     from usage_billing.extract import extract  # noqa: PLC0415
     from usage_billing.installation import ledger  # noqa: PLC0415
     from usage_billing.moves import placed  # noqa: PLC0415
@@ -343,14 +344,16 @@ def _read_warehouse(
     from usage_billing.validate import validate  # noqa: PLC0415
 
     source, book, window = destination.source, ledger(), Period.around(periods)
-    read = rows(source, BaseHook.get_hook(source.settings.warehouse), joined(periods))
-    number = book.begin_extraction(lease, source.name, window, window) if lease else 0
+    warehouse = BaseHook.get_hook(source.settings.warehouse)
+    read = rows(source, warehouse, joined(periods))
+    number = book.begin_extraction(lease, source.name, window, periods) if lease else 0
     folder = _adopted(source, Reading(number))
     events = extract(read, source, area, folder)
     began = book.now()
     destination.check()
     decided = WrittenOff.of(source, book)
-    found = validate(events, source, periods, getattr(destination, look), area, folder, decided)
+    before = rows_before(periods, source, warehouse, area, folder)
+    found = validate(events, source, periods, getattr(destination, look), area, folder, decided, before)
     # Of the span that is adopted this ledger may know nothing yet; what it is, is known when all of it was found.
     billed_until = window.end if look == "locate" else EVER.start
     moves = placed(found.targets, source, began, book, area, folder, look_only=True, billed_until=billed_until)

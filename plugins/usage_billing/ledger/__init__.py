@@ -69,6 +69,8 @@ from usage_billing.records import (
     Receipt,
     State,
     Window,
+    joined,
+    overlap,
 )
 from usage_billing.uniqueness import uniqueness_token
 
@@ -243,9 +245,9 @@ class Ledger:
     # --- extractions -------------------------------------------------------------------------------------------------
 
     def begin_extraction(
-        self, held: Lease, name: str, interval: Period, window: Period, arrived: Arrived | None = None
+        self, held: Lease, name: str, interval: Period, window: Window, arrived: Arrived | None = None
     ) -> int:
-        """Number an extraction whose snapshot is open; the caller holds the source's extraction lease.
+        """Number an extraction of `window` whose snapshot is open; the caller holds the source's extraction lease.
 
         With `arrived`, in the same transaction, its usage periods go on the list of touched ones, and the watermark
         moves: what it has passed stands on the list.
@@ -259,12 +261,14 @@ class Ledger:
             alive = select(lease.c.fence).where(lease.c.fence == held.fence, queries.alive(now)).with_for_update()
             if connection.execute(alive).first() is None:
                 raise NotApplied(f"lost the lease {held.name!r} while the warehouse opened its snapshot; try again")
+            spans = joined(window)
             statement = insert(extraction).values(
                 source=name,
                 interval_start=interval.start,
                 interval_end=interval.end,
-                window_start=window.start,
-                window_end=window.end,
+                window_start=spans[0].start,
+                window_end=spans[-1].end,
+                spans=json.dumps([[span.start.isoformat(), span.end.isoformat()] for span in spans]),
                 opened_at=now,
             )
             number: int = connection.execute(statement.returning(extraction.c.number)).scalar_one()
@@ -311,6 +315,19 @@ class Ledger:
             connection.execute(select(source).where(source.c.name == name).with_for_update())
             ours = sorted(set(periods) - stale_periods(connection, name, reading, periods)) if periods else []
             return connection.execute(queries.take_off(name, reading, ours)).rowcount
+
+    def read_in(self, name: str, span: Period) -> tuple[Period, ...]:
+        """Return which time within a span extractions of a source have read, whatever became of them, in order."""
+        touches = extraction.c.window_start < span.end, extraction.c.window_end > span.start
+        columns = extraction.c.spans, extraction.c.window_start, extraction.c.window_end
+        statement = select(*columns).where(extraction.c.source == name, *touches).distinct()
+        found: set[Period] = set()
+        with self._reading() as connection:
+            for spans, start, end in connection.execute(statement):
+                edges = json.loads(spans) if spans else [[start.isoformat(), end.isoformat()]]
+                read = (Period(*map(datetime.fromisoformat, edge)) for edge in edges)
+                found.update(part for each in read if (part := overlap(each, span)))
+        return joined(sorted(found))
 
     def record_read(self, number: int, rows: int) -> None:
         """Write down how many rows an extraction read."""

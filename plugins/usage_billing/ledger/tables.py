@@ -127,6 +127,7 @@ extraction = Table(
     Column("interval_end", UtcDateTime, nullable=False),
     Column("window_start", UtcDateTime, nullable=False),
     Column("window_end", UtcDateTime, nullable=False),
+    Column("spans", Text, nullable=False, server_default="", comment="What it reads, as JSON; empty: all of it."),
     Column("opened_at", UtcDateTime, nullable=False),
     Column("rows_read", Integer, nullable=False, server_default="0"),
     Column("rows_quarantined", Integer, nullable=False, server_default="0"),
@@ -174,9 +175,7 @@ quarantined_row = Table(
     Column("written_off_by", Text, nullable=False, server_default="", comment="Empty: it is owed, once it is mended."),
     Column("note", Text, nullable=False, server_default=""),
     Column("written_off_at", UtcDateTime),
-    Column(
-        "as_duplicate", Boolean, nullable=False, server_default=false(), comment="Another row of its event is kept."
-    ),
+    Column("as_duplicate", Boolean, nullable=False, server_default=false(), comment="For another row of its event."),
 )
 Index("quarantined_row_by_period", quarantined_row.c.source, quarantined_row.c.period_start)
 

@@ -257,7 +257,7 @@ class DagRun:
             ledger.list_quarantine(source.name, Reading(taken.number), periods)
             if not taken.deleted:
                 _skip_or_ask(ledger, source, Reading(taken.number), periods)
-        tables = {"events": taken.events}
+        tables = {"events": taken.events} | ({"before": taken.before} if taken.before else {})
         spans, edition = joined(periods), source.edition
         return Run(source.name, taken.number, interval, taken.folder, tables, spans=spans, edition=edition)
 
@@ -269,7 +269,8 @@ class DagRun:
         periods = source.periods_of(run.spans)
         events, began = run.tables["events"], ledger.now()
         decided = WrittenOff.of(source, ledger)
-        found = validate(events, source, periods, destination.resolve, house.staging, run.folder, decided)
+        before = run.tables.get("before")
+        found = validate(events, source, periods, destination.resolve, house.staging, run.folder, decided, before)
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
         known = house.sightings.known_to(process)
         found, aside = replace(found, moves=moves), found.quarantined

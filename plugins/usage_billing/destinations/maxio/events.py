@@ -26,7 +26,7 @@ from usage_billing.destinations.maxio.client import Json, MaxioSite
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, NotApplied, Refused
 from usage_billing.records import PASSES, PASSES_SOON, Delivery, Period, Receipt, SiteTotal, State, Target
-from usage_billing.sources import BillingSource
+from usage_billing.sources import BillingSource, SourceSettings
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +80,14 @@ class MaxioEventsSettings(MaxioDestinationSettings):
                 "set mode: events"
             )
         return self
+
+    def why_not(self, settings: SourceSettings) -> Iterator[str]:
+        """Yield why raw events do not go with the source's keys: what was sent cannot change its usage period."""
+        if self.mode == "events" and settings.dedup_window:
+            yield (
+                "dedup_window: with destination.mode: events no call takes back an event whose earlier row comes late; "
+                "remove it, the stream itself ignores an event id that comes again within 31 days"
+            )
 
     def naming(self) -> dict[str, Any]:
         """Return the keys that name what is billed.

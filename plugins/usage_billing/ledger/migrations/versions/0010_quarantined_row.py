@@ -1,4 +1,4 @@
-"""Every quarantined row by name, and what a person wrote off.
+"""Every quarantined row by name, and what a person wrote off; and which usage periods each extraction reads.
 
 Revision ID: 0010
 """
@@ -16,6 +16,8 @@ depends_on = None
 
 def upgrade() -> None:
     """Create the table; the next run of a usage period lists what is in quarantine there."""
+    spans = "What it reads, as JSON; empty: all of it."
+    op.add_column("extraction", sa.Column("spans", sa.Text(), server_default="", nullable=False, comment=spans))
     copies = "How many rows say just this; 0: none of the last reading."
     own = "Whether that is the usage period of its time; else it gives none of those that were compared."
     op.create_table(
