@@ -80,7 +80,7 @@ class ExtractOperator(StageOperator):
 
     Skips when nothing was used, or no usage period ends inside the data interval. A run without a data interval takes
     the params ``period_start`` and ``period_end``. The param ``rescan`` compares the source's last usage periods
-    instead, the param ``replay`` those with rows in quarantine; both need no interval.
+    instead, the param ``replay`` those with rows in quarantine or a refusal that was released; both need no interval.
     """
 
     replays = False
@@ -97,7 +97,7 @@ class ExtractOperator(StageOperator):
         source = destination_in(today, _edition(today, known, interval, reach, waiting), known[-1]).source
         own = self._own(source, interval, reach, waiting)
         if not own and reach is _Reach.REPLAY:
-            raise AirflowSkipException(f"no usage period with rows in quarantine has ended by {interval.end}")
+            raise AirflowSkipException(f"no usage period that waits for a replay has ended by {interval.end}")
         if not own and source.settings.incremental == "interval":
             raise AirflowSkipException(
                 f"no whole {source.settings.period} of {source.settings.timezone.key} on or after "
@@ -151,7 +151,7 @@ class ExtractOperator(StageOperator):
         own = [period for period in due if period.start >= source.span.start][-_MOST_REPLAYED:]
         if rest := [period for period in due if period not in own]:
             self.log.warning(
-                "%d usage periods of %s with rows in quarantine are left out, from %s to %s: they are of an earlier "
+                "%d usage periods of %s that wait for a replay are left out, from %s to %s: they are of an earlier "
                 "definition, or too many for one run; replay again, or backfill their intervals",
                 len(rest),
                 source.name,
@@ -164,9 +164,9 @@ class ExtractOperator(StageOperator):
 class ReplayOperator(ExtractOperator):
     """Read the usage periods again that have rows in quarantine, once the mapping, the suite or the source is mended.
 
-    Stands where `ExtractOperator` stands, and does what the param ``replay`` does there. What is sound by now is billed
-    by the plan's signed difference: once, in its own usage period or as ``late_usage`` says. Skips where nothing is in
-    quarantine.
+    Those of what a site refused and a person released, too. Stands where `ExtractOperator` stands, and does what the
+    param ``replay`` does there. What is sound by now is billed by the plan's signed difference: once, in its own usage
+    period or as ``late_usage`` says. Skips where nothing waits.
     """
 
     replays = True
@@ -397,7 +397,7 @@ class _Reach(StrEnum):
 
     INTERVAL = "those that end in its data interval, and the lookback before them"
     RESCAN = "the last ones of the source"
-    REPLAY = "those with rows in quarantine"
+    REPLAY = "those with rows in quarantine, or with a refusal that was released"
 
 
 _MOST_REPLAYED = 400
@@ -420,12 +420,14 @@ def _waiting(source: BillingSource) -> tuple[Period, ...]:
     """
     waiting = ledger().replayable(source.name)
     if not waiting:
-        raise AirflowSkipException(f"nothing of {source.name} is in quarantine: there is nothing to replay")
+        raise AirflowSkipException(
+            f"nothing of {source.name} is in quarantine, nor refused and released since: there is nothing to replay"
+        )
     if source.settings.period == "interval":
         spans = ", ".join(str(period) for period in waiting)
         raise Misconfigured(
             f"{source.name} cannot be replayed: with period: interval only a run's own interval is a usage period; run "
-            f"the intervals with rows in quarantine again by a backfill: {spans}"
+            f"these intervals again by a backfill: {spans}"
         )
     return waiting
 

@@ -256,8 +256,10 @@ def _propose(
     # What a person let go, they let go as it was: another quantity is for them to look at again. A policy of then has
     # no say, the one of today judges.
     by_person = ~compared["released"].astype(str).str.startswith(POLICY)
-    let_go = compared["released"].where(same & by_person & state.isin([State.HELD, State.RESERVED]), "")
+    let_go = compared["released"].where(same & by_person & state.isin([State.HELD, State.REFUSED, State.RESERVED]), "")
     stays |= waits & same & ~judged_again
+    # What the site refused goes again once a person says that the cause is mended.
+    stays &= (state != State.REFUSED) | (let_go == "")
     replaceable = state.isin([State.RESERVED, State.HELD, State.REFUSED]) & ~ours & ~stays
     proposed = ~blocked & ~ours & ~stays & ((difference != 0) | replaceable)
     chosen = compared.assign(replaceable=replaceable, judged_again=judged_again, released=let_go)

@@ -1,4 +1,4 @@
-"""What a person released: held deliveries become new revisions, in the form in which the site bills them today.
+"""What a person released: held and refused deliveries become new revisions, as the site bills them today.
 
 A run judges what it owes anew, and so does this, without one: the ledger alone says how much is owed, since the newest
 reading has listed just that. What cannot go all the same (the subscription has ended, no balance takes a deduction)

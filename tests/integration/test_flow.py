@@ -476,7 +476,7 @@ def test_a_replay_bills_what_was_mended_and_then_there_is_nothing_to_replay(
     replay: dict[str, Any] = {"param": {"replay": True}, "operator": {"first": "Replay"}}[how]
     none = (None, None)
     caplog.set_level(logging.INFO)
-    with pytest.raises(AirflowSkipException, match="nothing of api_calls is in quarantine"):
+    with pytest.raises(AirflowSkipException, match="there is nothing to replay"):
         run_tasks(interval=none, **replay)
     change(lenient, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
     run_tasks()
@@ -489,7 +489,7 @@ def test_a_replay_bills_what_was_mended_and_then_there_is_nothing_to_replay(
 
     assert billed(lenient) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
     before = lenient.sandbox.requests("maxio:us:acme")["writing"]
-    with pytest.raises(AirflowSkipException, match="nothing of api_calls is in quarantine"):
+    with pytest.raises(AirflowSkipException, match="there is nothing to replay"):
         run_tasks(interval=none, **replay)
     assert lenient.sandbox.requests("maxio:us:acme")["writing"] == before
 
@@ -498,7 +498,7 @@ def test_a_replay_goes_no_further_than_its_own_interval(lenient: SimpleNamespace
     """A run of an earlier day leaves what is in quarantine of later ones alone, and says so."""
     change(lenient, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
     run_tasks()
-    with pytest.raises(AirflowSkipException, match="no usage period with rows in quarantine has ended by"):
+    with pytest.raises(AirflowSkipException, match="no usage period that waits for a replay has ended by"):
         run_tasks(interval=(DAY[0] - timedelta(days=1), DAY[0]), replay=True)
 
 

@@ -284,7 +284,7 @@ def test_what_the_source_refuses_no_person_releases_but_another_policy_bills(hou
     assert house.listed(source, day) == [("refused", "7")]
     token, reason = house.open_items(source, day)[["token", "reason"]].iloc[0]
     assert reason.startswith("never sent, as late_usage says: ")
-    with pytest.raises(Misconfigured, match="it is refused; release can be decided of what is held"):
+    with pytest.raises(Misconfigured, match="its source refuses it by late_usage: refuse"):
         house.ledger.decide(token, State.HELD, "somebody: no, send it")
     held = lenient(name, late_usage="hold")
     house.run(held, day, used(held, day, "7"))

@@ -134,7 +134,7 @@ _OPTIONAL = {"required": False}
 _OPEN = ("held", "in_doubt", "refused", "reserved", "sending")
 
 _OUTCOMES = {
-    "release": "release: what is held is billed by the next run or sweep, as the site bills it today",
+    "release": "release: what is held or refused goes with the next run or sweep, as the site bills it today",
     "write-off": "write-off: what is held or refused is never billed by us",
     "accepted": "accepted: what is in doubt is at the site, see --counted",
     "absent": "absent: what is in doubt is not at the site, and is sent again",
@@ -228,7 +228,11 @@ def _item(row: dict[Any, Any]) -> list[str]:
     whose = f"{row['account']} (subscription {row['subscription']})" if row["subscription"] else "raw events"
     since = f"since {row['reserved_at']:%Y-%m-%d %H:%M} UTC"
     lines = [f"{row['token']}", f"  {row['state']} {row['quantity']} of {whose}, {period}, {since}: {row['reason']}"]
-    return [*lines, f"  released: {row['released']}"] if row["released"] else lines
+    if row["released"]:
+        lines.append(f"  released: {row['released']}")
+    if row["state"] == "refused" and row["sends"]:
+        lines.append(f"  sent {row['sends']} times, last on {row['sent_at']:%Y-%m-%d %H:%M} UTC: {row['body']}")
+    return lines
 
 
 def _ledger_adopt(options: argparse.Namespace) -> str:

@@ -392,9 +392,15 @@ class Ledger:
         return self._frame(quarantined.listing(name, window))
 
     def replayable(self, name: str) -> tuple[Period, ...]:
-        """Return the usage periods with rows in quarantine, and those of rows that were written off since."""
+        """Return the usage periods that wait for a run.
+
+        They have rows in quarantine, or rows that were written off since they were last compared, or a delivery that
+        the site refused and a person released.
+        """
         with self._reading() as connection:
-            return tuple(Period(*edges) for edges in connection.execute(quarantined.waiting(name)))
+            found = {Period(*edges) for edges in connection.execute(quarantined.waiting(name))}
+            found |= {Period(*edges) for edges in connection.execute(queries.refused_and_released(name))}
+        return tuple(sorted(found))
 
     def write_off_rows(self, name: str, rows: Sequence[str], by: str, note: str) -> None:
         """Write down that quarantined rows, by name, are not owed; all of them, or none.
@@ -740,7 +746,7 @@ class Ledger:
         return held
 
     def released(self, name: str, window: Window | None = None) -> pd.DataFrame:
-        """Return what a person released of a source in `window`, or in all, and is held still, by identity.
+        """Return what a person released of a source in `window`, or in all, and is held or refused still, by identity.
 
         Only what the newest reading owes just so, and no more of what waits for quarantined rows. Columns: token,
         identity, revision, quantity (text), account, subscription, component, price_point, dimensions, period_start,
@@ -813,7 +819,10 @@ class Ledger:
         moved = 0
         with self._writing() as connection:
             now = self._now(connection)
-            values = {"state": state, "reason": reason, "settled_at": now if state is State.REFUSED else None}
+            values: dict[str, Any] = {"state": state, "reason": reason, "settled_at": None}
+            if state is State.REFUSED:
+                # A person let it go once: a second refusal is for them again.
+                values |= {"settled_at": now, "released": ""}
             for some in _batches(tokens):
                 statement = update(delivery).where(delivery.c.token.in_(some), queries.sent_under(held.fence, now))
                 moved += connection.execute(statement.values(values)).rowcount
@@ -848,6 +857,7 @@ class Ledger:
         )
         proof = _proof(receipt or Receipt(doubt.token, note=reason))
         values = {"record_id": proof["record"], "reason": proof["note"], "applied": proof["counted"]}
+        values |= {"released": ""} if state is State.REFUSED else {}
         with self._writing() as connection:
             now = self._now(connection)
             settled = now if state in {State.ACCEPTED, State.REFUSED} else None
@@ -858,8 +868,8 @@ class Ledger:
     def decide(self, tokens: str | Sequence[str], state: State, by: str, counted: Decimal | None = None) -> None:
         """Write down what a person decided about one delivery or several, of all or none, with who and why.
 
-        What is held or refused can be `written_off`: it is settled, and never billed. What is held can be released (as
-        `held`): it goes with the next run of its period or the next sweep. A doubt that no waiting ends can be
+        What is held or refused can be `written_off`: it is settled, and never billed. It can be released (as `held`): a
+        new revision goes with the next run of its period or the next sweep. A doubt that no waiting ends can be
         `accepted` (`counted` is how much of it the site counts) or `reserved` (it has none of it: it is sent again).
         Any other doubt is for the site to settle: what a person saw there may have changed since. Only one that has
         been open for `DECIDABLE_AFTER` may be decided all the same.

@@ -13,15 +13,15 @@ from sqlalchemy import Connection, select
 
 from usage_billing.ledger import editions, queries
 from usage_billing.ledger.tables import delivery
-from usage_billing.records import MOVED, PERSON_DECIDES, UNAPPROVED, WITHHELD, Period, Reading, State
+from usage_billing.records import MOVED, PERSON_DECIDES, REFUSED_HERE, UNAPPROVED, WITHHELD, Period, Reading, State
 
 _MAY_LEAVE: Mapping[State, tuple[State, ...]] = {
     State.WRITTEN_OFF: (State.HELD, State.REFUSED),
     State.ACCEPTED: (State.IN_DOUBT,),
     State.RESERVED: (State.IN_DOUBT,),
-    State.HELD: (State.HELD,),
+    State.HELD: (State.HELD, State.REFUSED),
 }
-"""What a person may decide, and of what; what is held and stays so is released."""
+"""What a person may decide, and of what; `held` stands for a release, which leaves the state as it is."""
 
 ADOPTED = "adopted on "
 """How the reason of each adopted delivery begins. One that is held with it waits for a person, whatever the warehouse
@@ -45,7 +45,9 @@ def why_undecidable(connection: Connection, row: Any, state: State, counted: Dec
     elif (state is State.ACCEPTED) != (counted is not None):
         wrong = "accepted, and nothing else, needs the quantity that the site counts"
     elif state is State.HELD:
-        wrong = _why_unreleasable(row) or _why_overtaken(connection, row)
+        # What the site refused goes with a run of its period, which knows what is owed by then.
+        overtaken = _why_overtaken(connection, row) if row.state == State.HELD else _why_refused_here(row)
+        wrong = _why_unreleasable(row) or overtaken
     elif state is State.WRITTEN_OFF and _is_followed(connection, row):
         wrong = "a later revision has replaced it, and holds what is owed"
     elif counted is not None:
@@ -91,6 +93,12 @@ def _why_unreleasable(row: Any) -> str:
             "raw events are not released by name: with late_usage: now a run of their periods sends what came late; "
             "no call takes back what is gone or has changed"
         )
+    return ""
+
+
+def _why_refused_here(row: Any) -> str:
+    if row.reason.startswith(REFUSED_HERE):
+        return "its source refuses it by late_usage: refuse; another policy lets the next run of its period bill it"
     return ""
 
 

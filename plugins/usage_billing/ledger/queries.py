@@ -268,10 +268,10 @@ RESUMABLE_WITH_A_YES = RESUMABLE.where(_HAS_A_YES)
 
 RESUMABLE_WITHOUT = select(func.count()).select_from(delivery).where(_RESUMABLE, ~_HAS_A_YES)
 
-# Held, and let go by a person: the newest reading still owes just this. What quarantine withholds waits for it, and
-# what moved for its own decision.
+# Held, or refused by the site, and let go by a person: the newest reading still owes just this. What quarantine
+# withholds waits for it, and what moved for its own decision.
 _RELEASED = and_(
-    delivery.c.state == State.HELD,
+    or_(delivery.c.state == State.HELD, delivery.c.state == State.REFUSED),
     delivery.c.released != "",
     not_(delivery.c.reason.startswith(WITHHELD, autoescape=True)),
     not_(delivery.c.reason.startswith(MOVED, autoescape=True)),
@@ -288,6 +288,8 @@ TAKE_RELEASED = (
 EXPLAIN_RELEASED = (
     update(delivery)
     .where(delivery.c.token == bindparam("of"), _RELEASED, delivery.c.reason != bindparam("why"))
+    # The site's own words about what it refused are not ours to replace.
+    .where(delivery.c.state == State.HELD)
     .values(reason=bindparam("why"))
 )
 
@@ -309,6 +311,12 @@ def released(source: str, window: Window | None) -> Select[Any]:
     names += " period_end address reason released"
     columns = [delivery.c[name] for name in names.split()]
     return select(*columns).where(in_window(source, window), _RELEASED).order_by(delivery.c.identity)
+
+
+def refused_and_released(source: str) -> Select[Any]:
+    """Select the usage periods of what a site refused and a person released: a run knows what is owed by now."""
+    ours = delivery.c.source == source, delivery.c.state == State.REFUSED, delivery.c.released != ""
+    return select(delivery.c.period_start, delivery.c.period_end).where(*ours).distinct()
 
 
 # The last look before a request: the claim is fresh and its lease alive, both by the ledger's clock.
