@@ -166,14 +166,15 @@ class MaxioEvents(MaxioDestination):
         return pd.Series(texts, index=proposals.index, dtype=object)
 
     def judge(self, proposals: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-        """Let all go whole, but what takes away from an open billing period what was counted in a closed one.
+        """Let all go whole, but what takes away from an open billing period what may be counted in a closed one.
 
-        No document says that a sum below 0 is billed, so the site's own count of the open period has to take it whole.
-        Where one was taken, less is left for deductions of the period's own usage too: they are judged by the count.
+        That is what a usage period lost that began before it. No document says that a sum below 0 is billed, so the
+        site's own count of the open period has to take it whole. Where one was taken, less is left for deductions of
+        the period's own usage too: they are judged by the count.
         """
         why = self.hold_reason(proposals)
         minus = negative(proposals["quantity"]) & (why == "").to_numpy()
-        late = minus & closed(proposals)
+        late = minus & (proposals["period_start"] < proposals["open_from"]).to_numpy(dtype=bool)
         lessened = set(proposals.loc[late, "subscription"])
         own = proposals.loc[minus & ~late].drop_duplicates("subscription")
         for number, start in zip(own["subscription"], own["open_from"], strict=True):
@@ -242,12 +243,13 @@ class MaxioEvents(MaxioDestination):
         if self.stream or delivery.quantity > 0 or delivery.period is None:
             return ""
         at = self.counted_at(delivery.body)
-        if not self._is_late(delivery) and not self._was_lessened(delivery.subscription, at):
+        if not self._is_from_before(delivery) and not self._was_lessened(delivery.subscription, at):
             return ""
         return f"floor:{self.site}:{delivery.subscription}:{self._component['id']}"
 
-    def _is_late(self, delivery: Delivery) -> bool:
-        return delivery.period is not None and delivery.period.end <= self.counted_at(delivery.body)
+    def _is_from_before(self, delivery: Delivery) -> bool:
+        """Say whether its usage period began before the billing period in which it counts."""
+        return delivery.period is not None and delivery.period.start < self.counted_at(delivery.body)
 
     def _too_little(self, deliveries: Sequence[Delivery]) -> dict[str, str]:
         """Return, by token, that the billing period into which a deduction goes does not take it whole."""
@@ -256,7 +258,7 @@ class MaxioEvents(MaxioDestination):
             if self.lock(one):
                 at = self.counted_at(one.body)
                 room = self._room(one.subscription, at)
-                room -= self._about_to_leave(one.subscription, at) if self._is_late(one) else 0
+                room -= self._about_to_leave(one.subscription, at) if self._is_from_before(one) else 0
                 if -one.quantity > room:
                     found[one.token] = f"{_TOO_LITTLE}: it counts {room}"
         return found
