@@ -45,11 +45,12 @@ _RETRIES = ExceptionRetryPolicy(
 )
 
 
-def billing_dag(source: str) -> DAG:
+def billing_dag(source: str, notifier: BaseNotifier | None = None) -> DAG:
     """Return the DAG ``bill_<source>``, which bills one source for each data interval of its schedule.
 
     Tasks that call the billing site take its pool, one slot for each request they make at once. A source that says
-    ``approval: true`` has one more, which asks a person between plan and deliver.
+    ``approval: true`` has one more, which asks a person between plan and deliver. `notifier`, any of Airflow's, is
+    called by the task that ends a run red, once, with what `operators.TOLD` names beside the exception.
 
     Raises:
         Misconfigured: with every fault of the source's files; Airflow shows it as an import error.
@@ -64,7 +65,12 @@ def billing_dag(source: str) -> DAG:
         catchup=False,
         # Each run takes up what waits: beside a question, the next one would make the answer too late for ever.
         max_active_runs=1 if settings.approval else 4,
-        default_args={"retries": 3, "retry_delay": timedelta(seconds=30), "retry_policy": _RETRIES},
+        default_args={
+            "retries": 3,
+            "retry_delay": timedelta(seconds=30),
+            "retry_policy": _RETRIES,
+            "on_failure_callback": notifier,
+        },
         params={
             name: Param(None, type=["null", "string"], format="date-time", description=text)
             for name, text in _PARAMS.items()

@@ -5,12 +5,14 @@ Each works alone in anybody's DAG; `flow.billing_dag` composes them. Nothing hap
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from airflow.sdk import BaseHook, BaseOperator, Context
@@ -26,6 +28,11 @@ from usage_billing.quantities import to_decimal
 from usage_billing.records import EVER, Comparison, Edition, Period, Plan, Reading, Run, Staged, State, Tally, joined
 from usage_billing.sources import BillingSource
 
+TOLD: Mapping[str, Any] = MappingProxyType({"quarantined": {}, "refused": [], "differences": []})
+"""What a notifier's templates know of a failed task beside Airflow's own words, empty where it is about something else:
+``quarantined`` counts rows by reason, where validation stopped the run; ``refused`` lists deliveries with token,
+account, subscription, period_start, quantity and reason; ``differences`` are lines of the tie-out."""
+
 
 class StageOperator(BaseOperator):
     """The rim around one stage: finds the source, and what the stage before handed over as `reference`."""
@@ -39,6 +46,8 @@ class StageOperator(BaseOperator):
 
     def execute(self, context: Context) -> dict[str, Any] | None:
         """Run the stage; a stale plan skips, because a newer extraction has the say."""
+        # All of them, always: a strict template that meets an unknown word would end the message.
+        context.update(deepcopy(dict(TOLD)))
         try:
             run = self.stage(context)
         except Stale as stale:
@@ -194,6 +203,7 @@ class ValidateOperator(StageOperator):
             )
         except QuarantineOverLimit as stopped:
             self._tell(run, stopped.validated, began)
+            context["quarantined"] = dict(stopped.validated.reasons)
             raise
         area, dry = staging(), _is_dry(context)
         moves = placed(found.targets, source, began, ledger(), area, run.folder, look_only=dry)
@@ -342,7 +352,7 @@ class DeliverOperator(StageOperator):
 class ReconcileOperator(StageOperator):
     """Tie the ledger out against the billing site with zero tolerance; red if anything was refused or differs."""
 
-    def stage(self, context: Context) -> Run:  # noqa: ARG002
+    def stage(self, context: Context) -> Run:
         """Log the closing table.
 
         Raises:
@@ -385,6 +395,10 @@ class ReconcileOperator(StageOperator):
         for example in found.examples:
             self.log.warning("difference: %s", example)
         if not found.ties_out or unsettled or refused:
+            names = ["token", "account", "subscription", "period_start", "quantity", "reason"]
+            dead = left.loc[left["state"] == State.REFUSED, names]
+            context["refused"] = dead.astype(str).to_dict("records")
+            context["differences"] = list(found.examples)
             raise Refused(
                 f"{found.missing} missing there, {found.different} different, {refused} refused, "
                 f"{unsettled} owed and unlisted: see above; nothing was lost, the ledger has each by its token"

@@ -16,6 +16,7 @@ from typing import Any
 
 import duckdb
 import pytest
+from airflow.sdk import BaseNotifier
 from airflow.sdk.exceptions import AirflowSkipException
 
 from stories import CHECKOUT, HASTY, SITES, WORLDS
@@ -492,6 +493,74 @@ def test_a_replay_bills_what_was_mended_and_then_there_is_nothing_to_replay(
     with pytest.raises(AirflowSkipException, match="there is nothing to replay"):
         run_tasks(interval=none, **replay)
     assert lenient.sandbox.requests("maxio:us:acme")["writing"] == before
+
+
+class Postcard(BaseNotifier):
+    """A notifier such as any provider's: its text is a template."""
+
+    template_fields = ("text",)
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.text = (
+            "{{ ti.task_id }}: {{ exception }}{% for reason, rows in quarantined.items() %}\n{{ rows }} {{ reason }}"
+            "{% endfor %}{% for one in refused %}\n{{ one.account }} {{ one.quantity }}{% endfor %}"
+            "{% for one in differences %}\n{{ one }}{% endfor %}"
+        )
+
+    def notify(self, context: Any) -> None:  # noqa: ARG002
+        """Write it down."""
+        with self.path.open("a") as file:
+            file.write(f"{self.text}\n--\n")
+
+
+def test_whoever_is_to_act_is_told_once_and_why(
+    airflow_database: None,  # noqa: ARG001
+    installation: SimpleNamespace,
+    tmp_path: Path,
+) -> None:
+    """Stopped by validation, refused by the site, different there: one message of the task that ended the run red."""
+    from usage_billing.flow import billing_dag  # noqa: PLC0415
+
+    cards = tmp_path / "cards.txt"
+
+    def ends(state: str) -> str:
+        cards.write_text("")
+        # Parsed anew, as for each task: a notifier keeps what its template became.
+        dag = billing_dag("api_calls", notifier=Postcard(cards))
+        for task in dag.tasks:
+            task.retry_delay = timedelta(0)
+        assert str(bagged(dag).test(logical_date=datetime(2026, 10, 6, 4, tzinfo=UTC)).state) == state
+        *told, rest = cards.read_text().split("\n--\n")
+        assert rest == ""
+        return "\n".join(told)
+
+    change(installation, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
+    told = ends("failed")
+    assert told.startswith("validate: api_calls: 1 of 3 rows are quarantined")
+    assert told.endswith("\n1 subscription 'acct-9999' is unknown to maxio:us:acme")
+    change(installation, "UPDATE api_calls SET account_ref = 'acct-0002' WHERE request_id = 'r3'")
+    installation.sandbox.fault("maxio:us:acme", "server_error", status=422)
+    told = ends("failed")
+    assert told.startswith("reconcile: 0 missing there, 0 different, 1 refused")
+    assert told.endswith(("\nacct-0001 7", "\nacct-0002 10"))
+    change(installation, "UPDATE api_calls SET calls = calls + 1 WHERE request_id IN ('r1', 'r3')")
+    assert ends("success") == ""
+    assert billed(installation) == {"acct-0001": Decimal(8), "acct-0002": Decimal(11)}
+
+
+def bagged(dag: Any) -> Any:
+    """Return a DAG of this file as Airflow runs it."""
+    from airflow.dag_processing.bundles.manager import DagBundlesManager  # noqa: PLC0415
+    from airflow.dag_processing.dagbag import DagBag, sync_bag_to_db  # noqa: PLC0415
+
+    bag = DagBag(collect_dags=False)
+    dag.fileloc = __file__
+    bag.bag_dag(dag)
+    DagBundlesManager().sync_bundles_to_db()
+    sync_bag_to_db(bag, "dags-folder", None)
+    return dag
 
 
 def test_a_replay_goes_no_further_than_its_own_interval(lenient: SimpleNamespace) -> None:
