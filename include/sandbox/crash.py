@@ -24,7 +24,20 @@ from random import Random
 import requests
 from airflow_api import NotSignedIn
 from crash_stage import CrashStage, Pace, crash_stage, days_from
-from killer import Kill, Killer, Ledger, Send, Worker, is_task, kill, parent_of, pids_in, send_signal, wait_until_dead
+from killer import (
+    Kill,
+    Killer,
+    Ledger,
+    Send,
+    Worker,
+    is_task,
+    kill,
+    parent_of,
+    pids_in,
+    send_signal,
+    suspend,
+    wait_until_dead,
+)
 from programs import Interrupted, Program, ProgramFailed, interruptible, running
 from stage import Clock, TookTooLong
 from state import State, StateInUse, folder_for
@@ -371,12 +384,12 @@ def zombie_run(state: Path) -> CrashVerdict:
 def _suspend(play: _Play, supervisor: int, task: int) -> None:
     """Suspend a task outside of a transaction: asleep in one, it would keep everybody else from the SQLite file."""
     # The supervisor first: it would kill a task that was cleared.
-    send_signal(supervisor, play.session, signal.SIGSTOP)
-    send_signal(task, play.session, signal.SIGSTOP)
+    suspend(supervisor, play.session)
+    suspend(task, play.session)
     while play.ledger.is_locked():
         send_signal(task, play.session, signal.SIGCONT)
         time.sleep(LOOK_EVERY_SECONDS)
-        send_signal(task, play.session, signal.SIGSTOP)
+        suspend(task, play.session)
 
 
 def _haunt(play: _Play, source: DemoSource, day: date, wakes: str) -> Haunting:

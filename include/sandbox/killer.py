@@ -223,6 +223,19 @@ def wait_until_dead(pid: int, patience_seconds: float = 5) -> None:
         time.sleep(0.01)
 
 
+def suspend(pid: int, session: int, patience_seconds: float = 5) -> None:
+    """Send SIGSTOP, and wait until every thread sleeps; raise `TimeoutError` if one does not.
+
+    A thread that was inside the kernel ends its call first: until then it may still take a lock.
+    """
+    send_signal(pid, session, signal.SIGSTOP)
+    deadline = time.monotonic() + patience_seconds
+    while any(state not in "TtZX" for state in _states_of_threads(pid)):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"process {pid} runs {patience_seconds} s after SIGSTOP")
+        time.sleep(0.01)
+
+
 def parent_of(pid: int) -> int:
     """The parent of a process; 0 if the process is gone, which no signal of ours reaches."""
     fields = _stat(pid)
@@ -253,6 +266,15 @@ def _stat(pid: int) -> Sequence[str]:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ()
+
+
+def _states_of_threads(pid: int) -> list[str]:
+    """The state of each thread of a process; none for one that is gone."""
+    try:
+        stats = [(thread / "stat").read_text() for thread in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return []
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
 
 
 def title_of(pid: int) -> str:
