@@ -213,6 +213,19 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Measured:
+    """What a reading had of one usage period: its rows, those of them in quarantine, and the sum of the accepted ones.
+
+    `quantity` is None where the meter is no sum.
+    """
+
+    period: Period
+    rows: int
+    rows_quarantined: int = 0
+    quantity: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Approval:
     """What was decided about the deliveries that a plan of one reading would send, which `digest` names; who, and when.
 
