@@ -67,7 +67,7 @@ _SPAN = re.compile(r"(\d{1,4})([mhd])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
-def _span(value: object) -> timedelta:
+def time_span(value: object) -> timedelta:
     """Return a span of time as ``source.yaml`` writes it: ``30m``, ``24h`` or ``1d``."""
     if isinstance(value, timedelta):
         return value
@@ -84,7 +84,7 @@ def _tick_before(schedule: str, zone: ZoneInfo, moment: datetime) -> datetime:
 
 
 def _as_written(span: timedelta) -> str:
-    """Return a span of time as `_span` takes it."""
+    """Return a span of time as `time_span` takes it."""
     unit, one = next((unit, one) for unit in "dhm" if span % (one := timedelta(**{_UNITS[unit]: 1})) == timedelta(0))
     return f"{span // one}{unit}"
 
@@ -94,7 +94,7 @@ def _overlap(value: object) -> timedelta | int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     try:
-        return _span(value)
+        return time_span(value)
     except ValueError as error:
         raise ValueError(
             f"{value!r} is neither a span of time, like 30m or 1h, nor a number of ids, like 10000: "
@@ -155,7 +155,9 @@ class DestinationSettings(Settings):
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
-    grace: Annotated[timedelta, BeforeValidator(_span), PlainSerializer(_as_written, when_used="json")] | None = None
+    grace: Annotated[timedelta, BeforeValidator(time_span), PlainSerializer(_as_written, when_used="json")] | None = (
+        None
+    )
     """How long before the end of a billing period usage may have ended, and still passes after it; None for what ended
     in the data interval in which the billing period does, since no run of the schedule could bill it sooner."""
 
@@ -543,6 +545,23 @@ def _read_sql(path: Path, binds: frozenset[str], selects: str, faults: list[str]
     return sql
 
 
+def meta_faults(meta: object) -> Iterator[str]:
+    """Yield what is wrong with the ``meta`` of a rule in ``expectations.yaml``."""
+    if meta is None:
+        return
+    if not isinstance(meta, dict):
+        yield 'meta: must be a mapping, as in {reason: "the quantity is negative", severity: stop}'
+        return
+    for key in meta:
+        if key not in {"reason", "severity"}:
+            yield f"meta: unknown key {key}; known keys: reason, severity"
+    reason, severity = meta.get("reason"), meta.get("severity")
+    if "reason" in meta and not (isinstance(reason, str) and reason.strip()):
+        yield f"meta.reason: {reason!r} is no text; write why in quotes, or leave it out"
+    if "severity" in meta and severity not in {"quarantine", "stop"}:
+        yield f"meta.severity: {severity!r} is neither quarantine (the rows that fail) nor stop (the run)"
+
+
 def _binds(names: Iterable[str]) -> str:
     return ", ".join(sorted(f":{name}" for name in names))
 
@@ -565,4 +584,6 @@ def _read_expectations(path: Path, faults: list[str]) -> tuple[Mapping[str, Any]
                 f"{path.name}: expectations.{index}: unknown key {', '.join(sorted(unknown))}; "
                 "known keys: type, kwargs, meta"
             )
+        else:
+            faults.extend(f"{path.name}: expectations.{index}: {fault}" for fault in meta_faults(rule.get("meta")))
     return tuple(declared)
