@@ -188,7 +188,7 @@ class ArrivalHouse(House):
         if taken.events is None:
             return taken, None
         began = ledger.now()
-        found = validate(taken.events, source, taken.periods, destination.resolve, self.staging, taken.folder)
+        found = validate(taken.events, source, taken.periods, destination.resolve, self.staging, taken.folder, ledger)
         moves = placed(found.targets, source, began, ledger, self.staging, taken.folder)
         found, aside = replace(found, moves=moves), found.quarantined
         reading = ledger.record_validation(taken.number, found.digest, aside.rows, found.reasons, aside.manifest, began)

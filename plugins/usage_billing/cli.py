@@ -351,7 +351,7 @@ def _read_warehouse(
     events = extract(read, source, area, folder)
     began = book.now()
     destination.check()
-    found = validate(events, source, periods, getattr(destination, look), area, folder)
+    found = validate(events, source, periods, getattr(destination, look), area, folder, book)
     # Of the span that is adopted this ledger may know nothing yet; what it is, is known when all of it was found.
     billed_until = window.end if look == "locate" else EVER.start
     moves = placed(found.targets, source, began, book, area, folder, look_only=True, billed_until=billed_until)

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stage_helpers import DAYS, START, known, make_source, read, rows, stage
+from stage_helpers import DAYS, START, Remembered, known, make_source, read, rows, stage
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.records import Target
 from usage_billing.staging import Staging
-from usage_billing.validate import DUPLICATE, QuarantineOverLimit, reasons_table, validate
+from usage_billing.suite import DUPLICATE
+from usage_billing.validate import ValidationStopped, reasons_table, validate
 
 # A row_condition in YAML is text, which Great Expectations 1.x takes with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated as of GX Core:DeprecationWarning")
@@ -30,8 +31,9 @@ def staging(tmp_path):
 def judge(staging):
     """Validate parts and return what came of it."""
 
-    def run(*parts, resolve=known, periods=DAYS, **source):
-        return validate(stage(staging, *parts), make_source(**source), periods, resolve, staging, "run")
+    def run(*parts, resolve=known, periods=DAYS, history=None, **source):
+        extracted = stage(staging, *parts)
+        return validate(extracted, make_source(**source), periods, resolve, staging, "run", history or Remembered())
 
     return run
 
@@ -206,10 +208,10 @@ def test_too_many_bad_rows_need_a_decision_after_all_is_kept(judge, staging):
         ({"max_rows": 1, "max_share": 1}, "max_rows = 1"),
         ({"max_rows": 9, "max_share": 0.5}, "max_share = 0.5"),
     ]:
-        with pytest.raises(QuarantineOverLimit, match=told) as error:
+        with pytest.raises(ValidationStopped, match=told) as error:
             judge(part, expectations=[NOT_NEGATIVE], quarantine=limits)
         assert isinstance(error.value, NeedsDecision)
-        assert "2 of 3 rows are quarantined" in str(error.value)
+        assert "2 of 3 rows are quarantined, more than quarantine." in str(error.value)
         assert "negative  (b)" in str(error.value)
         assert set(reasons(staging, error.value.validated)) == {"b", "c"}
     judge(part, expectations=[NOT_NEGATIVE], quarantine={"max_rows": 2, "max_share": 0.67})
@@ -465,7 +467,7 @@ def test_any_rows_in_any_parts_are_judged_as_one_by_one(tmp_path_factory, table,
     parts = [rows(*table[at : at + batch_rows], quantity=pa.string()) for at in range(0, len(table), batch_rows)]
     resolve = lambda names: [Target(name, unknown="unknown" if name == "gone" else "") for name in names]  # noqa: E731
     source = make_source(expectations=SUITE, batch_rows=batch_rows)
-    found = validate(stage(staging, *(parts or [rows()])), source, DAYS, resolve, staging, "run")
+    found = validate(stage(staging, *(parts or [rows()])), source, DAYS, resolve, staging, "run", Remembered())
     tables = (read(staging, staged).to_pylist() for staged in (found.accepted, found.quarantined))
     sound, bad = ([plain(row) for row in listed] for listed in tables)
     expected_sound, expected_bad = oracle(table)

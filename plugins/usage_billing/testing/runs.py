@@ -266,7 +266,7 @@ class DagRun:
         source = destination.source
         periods = source.periods_of(run.spans)
         events, began = run.tables["events"], ledger.now()
-        found = validate(events, source, periods, destination.resolve, house.staging, run.folder)
+        found = validate(events, source, periods, destination.resolve, house.staging, run.folder, ledger)
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
         known = house.sightings.known_to(process)
         found, aside = replace(found, moves=moves), found.quarantined
