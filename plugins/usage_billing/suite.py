@@ -174,9 +174,8 @@ class Suite:
 
     def _shared_reasons(self) -> Iterator[str]:
         """Yield which rules could not be told from others that do not stop: rows are counted by their reason."""
-        rows: list[_Rule | _Own] = [rule for rule in self._rules if rule.looks_at == "rows"]
         told = defaultdict(list)
-        for rule in [*rows, *self._own.values()]:
+        for rule in self._about_rows():
             told[rule.reason].append(rule)
         for reason, rules in told.items():
             if reason and len({rule.stops for rule in rules}) > 1:
@@ -190,8 +189,10 @@ class Suite:
 
     def stopping(self) -> dict[str, str]:
         """Return the rules of which one bad row stops the run, but for `KNOWN_ACCOUNT`: label by reason."""
-        rules: list[_Rule | _Own] = [*(rule for rule in self._rules if rule.looks_at == "rows"), *self._own.values()]
-        return {rule.reason: rule.label for rule in rules if rule.stops and rule.reason}
+        return {rule.reason: rule.label for rule in self._about_rows() if rule.stops and rule.reason}
+
+    def _about_rows(self) -> list["_Rule | _Own"]:
+        return [*self._of("rows"), *self._own.values()]
 
     def stops_at_unknown_accounts(self) -> str:
         """Return the label of `KNOWN_ACCOUNT` if an unknown account stops the run, else nothing."""
