@@ -374,9 +374,6 @@ class Suite:
             raise Misconfigured.all_at_once(
                 f"{self._source.title}: expectations.yaml, rules that could not run", broken
             )
-        for rule, result in verdicts:
-            if unjudged := result.result.get("unjudged"):
-                log.info("%s, %s: passes for want of history: %s", self._source.title, rule.label, unjudged)
 
     def _frame(self, part: pa.Table, rules: Sequence[_Rule]) -> pd.DataFrame:
         """Return a part as `rules` see it: our column words, a quantity that stays exact, row numbers as labels."""
@@ -407,6 +404,10 @@ class Suite:
             result.expectation_config.meta["rule"]: result
             for result in validator.validate_expectation_suite(suite).results
         }
+        for rule in rules:
+            result = found.get(rule.number)
+            if unjudged := result.result.get("unjudged") if result else None:
+                log.info("%s, %s: passes for want of history: %s", self._source.title, rule.label, unjudged)
         return [(rule, found.get(rule.number)) for rule in rules]
 
     def _rows_of(self, rule: _Rule, result: Any, frame: pd.DataFrame) -> np.ndarray:
