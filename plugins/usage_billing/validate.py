@@ -1,8 +1,8 @@
 """Validate: which of the extracted rows may be billed, and for each other row every reason why not.
 
 Two kinds of rules judge a row: the package's own, always on, and the source's suite in Great Expectations' vocabulary
-(``expectations.yaml``). A rule that could not run stops the run: it never counts as passed. Nothing is dropped:
-accepted and quarantined rows add up to the rows read.
+(``expectations.yaml``). Others of the suite judge the reading as a whole, first. A rule that could not run stops the
+run: it never counts as passed. Nothing is dropped: accepted and quarantined rows add up to the rows read.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +102,7 @@ def validate(
         ValidationStopped: after writing, when ``quarantine.max_rows`` or ``quarantine.max_share`` is passed, a row
             fails a rule that stops the run, or the sums of accepted rows are not as expected.
     """
-    suite, began = Suite(source, extracted.rows), history.now()
+    began, suite = history.now(), Suite(source, extracted.rows)
     measures = Measures(extracted, source, periods, history, staging, folder)
     suite.check_whole(next(staging.read(extracted)), measures)
     with Spill() as sound, Spill() as unsound:
@@ -158,12 +158,18 @@ def _over_the_limits(validated: Validated, source: BillingSource, rows: int) -> 
 
 
 def _stopping_rows(validated: Validated, stopping: Mapping[str, str]) -> Iterator[str]:
-    """Yield each reason that a row was given and that stops the run; `stopping` has the rules' labels by reason."""
+    """Yield each rule that a row failed and that stops the run; `stopping` has the rules' labels by reason."""
+    told: dict[str, list[tuple[int, str]]] = {}
     for reason, count in sorted(validated.reasons.items()):
         if reason in stopping:
-            examples = ", ".join(validated.examples[reason])
-            like = f" (for example {examples})" if examples else ""
-            yield f"{stopping[reason]}, severity stop: {count} {'row' if count == 1 else 'rows'}: {reason}{like}"
+            told.setdefault(stopping[reason], []).append((count, reason))
+    for label, counts in told.items():
+        rows, (_, reason) = sum(count for count, _ in counts), max(counts)
+        examples = ", ".join(validated.examples[reason])
+        like = f" (for example {examples})" if examples else ""
+        # The site may say something else of each account; all of it stands in the table below.
+        more = f", among {len(counts)} reasons" if len(counts) > 1 else ""
+        yield f"{label}, severity stop: {rows} {'row' if rows == 1 else 'rows'}: {reason}{like}{more}"
 
 
 def _why_stopped(validated: Validated, source: BillingSource, rows: int, stops: Sequence[str]) -> str:

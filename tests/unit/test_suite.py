@@ -191,6 +191,16 @@ def test_the_packages_own_rules_cannot_be_left_out(judge, staging):
     assert reasons(staging, judge(edge, suite=[], history=SOON)) == {"after": ["time in the future"]}
 
 
+def test_what_a_site_says_of_many_accounts_is_one_line(judge):
+    """Each account may have words of its own; the line counts them, and the table below has them all."""
+    resolve = lambda names: [Target(name, unknown=f"no account {name}") for name in names]  # noqa: E731
+    part = rows(("a", 1, "x", 1), ("b", 1, "y", 1), ("c", 1, "y", 1))
+    with pytest.raises(ValidationStopped) as error:
+        judge(part, suite=[rule("account_to_be_known", severity="stop")], resolve=resolve)
+    assert "severity stop: 3 rows: no account y (for example b, c), among 2 reasons\n" in str(error.value)
+    assert "1  no account x  (a)" in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("name", "function"), [("quantity_to_fit_decimals", "unique"), ("quantity_to_not_be_null", "count")]
 )
