@@ -392,11 +392,11 @@ class Suite:
 
     def _results(self, rules: list[_Rule], frame: pd.DataFrame) -> list[tuple[_Rule, Any]]:
         """Run rules over a frame and return each with its result, None where Great Expectations gave none."""
+        if not rules:
+            return []
         from great_expectations import ExpectationSuite  # noqa: PLC0415 - See `_great_expectations`.
         from great_expectations.validator.v1_validator import Validator  # noqa: PLC0415
 
-        if not rules:
-            return []
         suite = ExpectationSuite(name=self._source.name, expectations=[rule.expectation for rule in rules])
         # What `Batch.validate` does inside, less a batch made beforehand: making one hashes the whole frame.
         validator = Validator(self._batches, batch_parameters={"dataframe": frame}, result_format="COMPLETE")

@@ -1,9 +1,13 @@
 """What a source's suite says of rows and of the reading as a whole, by Great Expectations itself."""
 
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -136,6 +140,22 @@ def test_a_wrong_word_about_a_rule_is_told_with_its_mend(judge, declared, told):
 def test_nothing_is_wrong_with_a_rule_without_meta():
     """Neither with none nor with an empty one."""
     assert [*meta_faults(None), *meta_faults({}), *meta_faults({"reason": "it is", "severity": "stop"})] == []
+
+
+def test_a_source_without_a_suite_pays_nothing_for_one(tmp_path):
+    """Great Expectations takes seconds to import: whoever has no rule of theirs does not wait for it."""
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from stage_helpers import *; from usage_billing.validate import validate\n"
+        "staging = Staging(Path(sys.argv[2]))\n"
+        "validate(stage(staging, rows(('a', 1, 'x', 1))), make_source(), DAYS, known, staging, 'run', Remembered())\n"
+        "print('great_expectations' in sys.modules)"
+    )
+    folder = Path(__file__).parents[1]
+    command = [sys.executable, "-c", program, str(folder), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(folder.parent / "plugins")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)  # noqa: S603
+    assert done.stdout.splitlines() == ["False"]
 
 
 # --- the package's own rules -----------------------------------------------------------------------------------------
