@@ -15,6 +15,7 @@ from statistics import median_low
 from typing import Any, ClassVar
 
 import pandas as pd
+import yaml
 from great_expectations.compatibility import pydantic
 from great_expectations.expectations.expectation import BatchExpectation
 
@@ -192,7 +193,8 @@ class ExpectQueryColumnsToBeUnchanged(WholeReading):
 
 
 def _yaml(text: str) -> str:
-    return text if text.isidentifier() else json.dumps(text)
+    """Return a text as YAML takes it for one: a column may be called `no`, and a type has brackets."""
+    return text if text.isidentifier() and yaml.safe_load(text) == text else json.dumps(text)
 
 
 def _decimal(value: object) -> Decimal | None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 
 from stage_helpers import DAYS, START, Remembered, known, make_source, read, rows, stage
 from usage_billing.errors import Misconfigured, NeedsDecision
@@ -396,6 +398,10 @@ def test_columns_that_changed_are_named_and_how_to_accept_them(drifted):
         assert told in str(error.value)
     accepted = {"legacy": "missing", "note": "int64", "price": "decimal128(9, 2)", "region": "string"}
     drifted(table, before=before, accepted=accepted)
+    with pytest.raises(NeedsDecision) as error:
+        drifted(columns(no=pa.timestamp("us")), before=KNOWN)
+    (line,) = re.findall(r"accepted: ({.*})", str(error.value))
+    drifted(columns(no=pa.timestamp("us")), before=KNOWN, accepted=yaml.safe_load(line))
     with pytest.raises(NeedsDecision, match="column note was string, and is double"):
         drifted(columns(note=pa.float64(), region=pa.string()), before={**KNOWN, "note": "string"}, accepted=accepted)
 
