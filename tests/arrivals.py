@@ -191,7 +191,7 @@ class ArrivalHouse(House):
         began = ledger.now()
         decided, resolve = WrittenOff.of(source, ledger), destination.resolve
         found = validate(
-            taken.events, source, taken.periods, resolve, self.staging, taken.folder, decided, taken.before
+            taken.events, source, taken.periods, resolve, self.staging, taken.folder, ledger, decided, taken.before
         )
         moves = placed(found.targets, source, began, ledger, self.staging, taken.folder)
         found, aside = replace(found, moves=moves), found.quarantined

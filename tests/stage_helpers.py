@@ -1,12 +1,13 @@
 """What the tests of the stages share: a billing source, tables of usage rows, and staging in a temporary folder."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
 import pyarrow as pa
 
-from usage_billing.records import Period, Staged, Target
+from usage_billing.records import Measured, Period, Staged, Target
 from usage_billing.sources import BillingSource, DestinationSettings, SourceSettings
 from usage_billing.staging import Staging
 
@@ -49,6 +50,28 @@ def rows(*values: tuple[Any, ...], quantity: pa.DataType | None = None, dimensio
         "quantity": pa.array(columns[3], kind),
     }
     return pa.table(table | {name: pa.array(columns[4 + at], pa.string()) for at, name in enumerate(dimensions)})
+
+
+@dataclass
+class Remembered:
+    """What a ledger would tell validation: the time, what usage periods had (the newest first), and their columns."""
+
+    moment: datetime = START + timedelta(days=30)
+    measured: Sequence[Measured] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def now(self) -> datetime:
+        """Return the time at which a reading is taken up."""
+        return self.moment
+
+    def measured_before(self, _name: str, before: datetime, most: int, since: datetime) -> list[Measured]:
+        """Return the last `most` usage periods between two moments."""
+        found = [each for each in self.measured if since <= each.period.start and each.period.end <= before]
+        return found[:most]
+
+    def columns_read(self, _name: str) -> dict[str, str]:
+        """Return the columns of the reading before."""
+        return self.columns
 
 
 def stage(staging: Staging, *parts: pa.Table, name: str = "extracted") -> Staged:

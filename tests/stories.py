@@ -151,8 +151,8 @@ class House:
         extracted = self.staging.write(folder, "events", [table])
         self.ledger.record_read(number, extracted.rows)
         began = self.ledger.now()
-        decided = WrittenOff.of(source, self.ledger)
-        found = validate(extracted, source, periods, getattr(destination, look), self.staging, folder, decided)
+        decided, look_up = WrittenOff.of(source, self.ledger), getattr(destination, look)
+        found = validate(extracted, source, periods, look_up, self.staging, folder, self.ledger, decided)
         billed_until = interval.end if look == "locate" else EVER.start
         looked_up = (found.targets, source, began, self.ledger, self.staging, folder)
         moves = placed(*looked_up, look_only=look_only, billed_until=billed_until)
@@ -166,7 +166,7 @@ class House:
         """Validate and aggregate for a look: without a number, and without a word to the ledger."""
         destination, periods = self.destination(source), source.periods(interval)
         extracted = self.staging.write("looked", "events", [as_table(source, list(events))])
-        found = validate(extracted, source, periods, destination.resolve, self.staging, "looked")
+        found = validate(extracted, source, periods, destination.resolve, self.staging, "looked", self.ledger)
         accepted, targets, aside = found.accepted, found.targets, found.quarantined
         looked_up_at = self.ledger.now()
         looked = (targets, source, looked_up_at, self.ledger, self.staging, "looked")

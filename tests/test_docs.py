@@ -18,7 +18,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -45,13 +45,14 @@ from usage_billing.ledger import Ledger
 from usage_billing.records import Arrived, Period, State
 from usage_billing.sandbox import Sandbox
 from usage_billing.sources import BillingSource, DestinationSettings, SourceSettings, load_source
+from usage_billing.suite import Suite
 
 CHECKOUT = Path(__file__).parents[1]
 README = CHECKOUT / "README.md"
 CONTRIBUTING = CHECKOUT / "CONTRIBUTING.md"
 CHANGELOG = CHECKOUT / "CHANGELOG.md"
-GLOSSARY, OPERATIONS, DESTINATIONS_DOCUMENT = (
-    CHECKOUT / "docs" / f"{name}.md" for name in ("glossary", "operations", "destinations")
+GLOSSARY, OPERATIONS, DESTINATIONS_DOCUMENT, EXPECTATIONS = (
+    CHECKOUT / "docs" / f"{name}.md" for name in ("glossary", "operations", "destinations", "expectations")
 )
 DOCUMENTS = (README, CONTRIBUTING, CHANGELOG, *sorted((CHECKOUT / "docs").rglob("*.md")))
 PACKAGE = CHECKOUT / "plugins" / "usage_billing"
@@ -536,6 +537,50 @@ def test_the_example_source_loads(example: Path) -> None:
     ]
 
 
+def test_the_documented_expectations_are_sound(example: Path) -> None:
+    """The example of all kinds of rules is one that the package takes, and none of its rules is left out."""
+    (documented,) = (each for each in blocks(EXPECTATIONS) if each.path)
+    (example / documented.path).write_text(documented.text)
+    source = storage(example)
+    suite = Suite(source, 1)
+    assert len(suite._rules) + 1 == len(source.expectations)
+    assert list(suite.stopping().values()) == ["expectations.0 (expect_column_values_to_be_between on quantity)"]
+    assert suite.reason("expect_account_to_be_known") == "nobody at the site pays for it"
+
+
+def test_the_tables_of_rules_are_the_packages(example: Path) -> None:
+    """Each of the package's rules is in a table, with the meters that have it, or its arguments and their defaults."""
+    source = storage(example)
+    documented = {quoted(name)[0]: meters for name, _, meters in table(EXPECTATIONS, "Rule of the package")}
+    functions = {"sum", "count", "max", "last", "unique"}
+    for function in functions:
+        meter = source.settings.meter.model_copy(update={"function": function, "decimals": 0})
+        having = replace(source, settings=source.settings.model_copy(update={"meter": meter}), expectations=())
+        named = {
+            name
+            for name, meters in documented.items()
+            if function in (functions - set(quoted(meters)) if meters.startswith("all") else set(quoted(meters)))
+        }
+        assert set(Suite(having, 0)._own) == named
+    told: dict[str, dict[str, Any]] = {}
+    for name, arguments, defaults, _ in table(EXPECTATIONS, "Rule about the reading"):
+        same = told["expect_period_row_counts_to_be_usual"] if arguments == "the same" else None
+        told.setdefault(quoted(name)[0], {}).update(same or _documented(arguments, defaults))
+    from usage_billing import expectations  # noqa: PLC0415 - Great Expectations takes seconds.
+
+    base = expectations.BatchExpectation.__fields__
+    classes = [expectations.ExpectPeriodRowCountsToBeUsual, expectations.ExpectPeriodQuantitySumsToBeUsual]
+    classes += [expectations.ExpectLatestTimeToBeRecent, expectations.ExpectQueryColumnsToBeUnchanged]
+    assert told == {
+        kind.expectation_type: {
+            key: ... if field.required else field.get_default() or None
+            for key, field in kind.__fields__.items()
+            if key not in base
+        }
+        for kind in classes
+    }
+
+
 def test_the_example_dag_has_the_six_tasks(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Airflow would look into the documented file, and find the six stages in it."""
     from airflow.utils.file import might_contain_dag  # noqa: PLC0415
@@ -589,12 +634,13 @@ def test_the_example_source_bills(example: Path, installed: SimpleNamespace, mon
         if row.component == "storage-gb" and row.billed
     }
     assert billed == {"acct-0001": Decimal("19.50"), "acct-0002": Decimal("19.75")}
-    by_state, open_items, by_token, extractions, approvals, editions = _documented_sql(installed.ledger)
+    by_state, open_items, by_token, extractions, measured, approvals, editions = _documented_sql(installed.ledger)
     assert by_state == [("storage", "accepted", 2)]
     assert (open_items, by_token, approvals) == ([], [], [])
     (row,) = extractions
     assert row[3:5] == (40, 1)
     assert "a reading is negative" in row[5]
+    assert [row[2:5] for row in measured] == [(40, 1, "")]
     assert [row[0] for row in editions] == ["storage"]
 
 

@@ -191,7 +191,7 @@ class Road:
         watch.lap("extract", events.rows)
         self._destination.check()
         resolve = self._destination.resolve
-        found = validate(events, self._source, self._periods, resolve, self._staging, self._folder)
+        found = validate(events, self._source, self._periods, resolve, self._staging, self._folder, self._ledger)
         watch.lap("validate", events.rows)
         site = self._destination.site
         totals = aggregate(

@@ -26,6 +26,7 @@ from usage_billing.errors import Misconfigured
 from usage_billing.records import Period, Staged
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging
+from usage_billing.trailing import keep_columns, seen
 
 # The DB-API standard names what these can do, but no type for them.
 _Connection = Any
@@ -201,13 +202,17 @@ def _times_array(values: Sequence[datetime | None]) -> pa.Array:
 def extract(reader: Iterable[pa.Table], source: BillingSource, staging: Staging, folder: str) -> Staged:
     """Stage the rows of `reader` below `folder` under our own words, in parts of at most ``batch_rows`` rows.
 
-    A row that is marked as deleted, a tombstone, is not staged: it is there to be seen arriving.
+    A row that is marked as deleted, a tombstone, is not staged: it is there to be seen arriving. Beside them stands
+    which columns the query returned, those that the source does not name too.
 
     Raises:
         Misconfigured: the query does not return what ``source.yaml`` says it does (see `normalise`).
     """
-    batches = (normalise(batch, source) for batch in reader)
-    return staging.write(folder, "extracted", _parts(batches, source.settings.batch_rows))
+    columns: dict[str, str] = {}
+    batches = (normalise(batch, source) for batch in seen(reader, columns))
+    staged = staging.write(folder, "extracted", _parts(batches, source.settings.batch_rows))
+    keep_columns(columns, staging, folder)
+    return staged
 
 
 def _parts(batches: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:

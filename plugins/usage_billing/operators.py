@@ -122,6 +122,8 @@ class ExtractOperator(StageOperator):
         number, periods = taken.number, taken.periods
         if not taken.events.rows:
             dry = _is_dry(context)
+            if not taken.deleted:
+                _judge_nothing_read(source, taken, book)
             if not dry:
                 # What an older extraction reserved is not owed now, and what it set aside is gone.
                 book.begin_comparison(source.name, Reading(number), periods, source.edition)
@@ -188,7 +190,7 @@ class ValidateOperator(StageOperator):
         """Check the destination, validate all rows, and log the quarantine by reason; take down where accounts lead."""
         from usage_billing.moves import placed  # noqa: PLC0415
         from usage_billing.quarantine import WrittenOff  # noqa: PLC0415
-        from usage_billing.validate import QuarantineOverLimit, validate  # noqa: PLC0415
+        from usage_billing.validate import ValidationStopped, validate  # noqa: PLC0415
 
         run, destination = self.handed_over()
         source = destination.source
@@ -196,12 +198,10 @@ class ValidateOperator(StageOperator):
         destination.check()
         periods = _compared(run, source)
         try:
-            decided = WrittenOff.of(source, ledger())
+            decided, book = WrittenOff.of(source, ledger()), ledger()
             events, before = run.tables["events"], run.tables.get("before")
-            found = validate(
-                events, source, periods, destination.resolve, staging(), run.folder, written_off=decided, before=before
-            )
-        except QuarantineOverLimit as stopped:
+            found = validate(events, source, periods, destination.resolve, staging(), run.folder, book, decided, before)
+        except ValidationStopped as stopped:
             self._tell(run, stopped.validated, began)
             context["quarantined"] = dict(stopped.validated.reasons)
             raise
@@ -209,7 +209,7 @@ class ValidateOperator(StageOperator):
         moves = placed(found.targets, source, began, ledger(), area, run.folder, look_only=dry)
         reading = self._tell(run, replace(found, moves=moves), began)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets).with_table("moves", moves)
-        aside = found.quarantined
+        run, aside = run.with_table("measured", found.measured), found.quarantined
         return run.with_table("quarantined", aside, rows_quarantined=aside.rows, validation=reading.validation)
 
     def _tell(self, run: Run, found: Any, began: datetime) -> Reading:
@@ -301,6 +301,7 @@ class DeliverOperator(StageOperator):
         from usage_billing.approve import Approved  # noqa: PLC0415
         from usage_billing.deliver import Manners, deliver  # noqa: PLC0415
         from usage_billing.guard import owed_by_period  # noqa: PLC0415
+        from usage_billing.trailing import remember  # noqa: PLC0415
         from usage_billing.workers import Means  # noqa: PLC0415
 
         run, destination = self.handed_over()
@@ -316,6 +317,9 @@ class DeliverOperator(StageOperator):
         # Only what was neither stopped nor turned down tells later plans what is usual.
         owed = owed_by_period(_comparison(run, source), destination, staging())
         book.record_owed(run.source, run.reading, owed)
+        # A run that was under way when this package was upgraded has none.
+        if measured := run.tables.get("measured"):
+            remember(run.source, run.reading, measured, staging(), run.folder, book)
         manners = Manners(threads=min(source.destination.threads, destination.client.settings.concurrency))
         with marked(book, staging(), source.name, run.number):
             done = deliver(
@@ -564,6 +568,19 @@ def _log_preview(log: Any, run: Run, destination: Destination) -> None:
 
 def _as_it_is(plan: Plan) -> Plan:
     return plan
+
+
+def _judge_nothing_read(source: BillingSource, taken: Any, book: Ledger) -> None:
+    """Judge an interval without rows by the source's suite, before it counts as one without usage.
+
+    Raises:
+        NeedsDecision: the suite expects rows.
+    """
+    from usage_billing.suite import judges_nothing_read  # noqa: PLC0415
+    from usage_billing.validate import check_nothing_read  # noqa: PLC0415
+
+    if judges_nothing_read(source):
+        check_nothing_read(taken.events, source, taken.periods, staging(), taken.folder, book)
 
 
 def _skip_or_ask(

@@ -23,11 +23,12 @@ from usage_billing.ledger import Ledger
 from usage_billing.moves import PLACE
 from usage_billing.periods import locate
 from usage_billing.quantities import plain_text
-from usage_billing.records import DUPLICATE, WRITTEN_OFF, Comparison, Period, Staged
+from usage_billing.records import WRITTEN_OFF, Comparison, Period, Staged
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging, array_of
 
 _FIXED = ("event_id", "time", "account", "quantity")
+_VERDICT = ("reasons", "duplicate")
 _KEY = ["subscription", "component", "period_start"]
 
 
@@ -40,7 +41,7 @@ def _spelt(rows: pa.Table) -> pa.Table:
     if "quantity" in rows.column_names and not pa.types.is_string(rows.schema.field("quantity").type):
         text = plain_text(array_of(rows, "quantity"))
         rows = rows.set_column(rows.column_names.index("quantity"), "quantity", text)
-    return rows.drop_columns("reasons") if "reasons" in rows.column_names else rows
+    return rows.select([name for name in rows.column_names if name not in _VERDICT])
 
 
 def _name(row: dict[str, object]) -> str:
@@ -159,8 +160,7 @@ def _open(quarantined: pa.Table) -> pa.Array:
 
 def _withholds(quarantined: pa.Table) -> pa.Array:
     """Say of each row whether it may be owed, once it is mended: a duplicate is not, and what was written off."""
-    reasons = quarantined.column("reasons").to_pylist()
-    return pa.array([WRITTEN_OFF not in some and some != [DUPLICATE] for some in reasons], pa.bool_())
+    return pc.and_not(_open(quarantined), array_of(quarantined, "duplicate"))
 
 
 def _numbers(rows: pa.Table, periods: Sequence[Period]) -> np.ndarray:
@@ -199,13 +199,14 @@ def listed(quarantined: Staged, periods: Sequence[Period], staging: Staging) -> 
 
     Columns: row_name, event_id, time (UTC or None), account, quantity (text), dimensions (JSON text), reasons
     (JSON text), period_start, period_end, and placed: whether that is its own usage period; a row whose time gives none
-    stands under the last one. And copies, 1 each: rows may say the same.
+    stands under the last one. And as_duplicate: whether another row of its event is all that speaks against it; and
+    copies, 1 each: rows may say the same.
     """
     for part in staging.read(quarantined):
         if not part.num_rows:
             continue
         numbers = _numbers(part, periods)
-        dimensions = [name for name in part.column_names if name not in {*_FIXED, "reasons"}]
+        dimensions = [name for name in part.column_names if name not in {*_FIXED, *_VERDICT}]
         frame = pd.DataFrame(
             {
                 "row_name": names_of(part).to_pylist(),
@@ -218,6 +219,7 @@ def listed(quarantined: Staged, periods: Sequence[Period], staging: Staging) -> 
                 "period_start": [periods[number].start for number in numbers],
                 "period_end": [periods[number].end for number in numbers],
                 "placed": numbers >= 0,
+                "as_duplicate": part.column("duplicate").to_pylist(),
                 "copies": 1,
             },
             dtype=object,

@@ -117,10 +117,6 @@ WITHHELD = "rows are in quarantine, and quarantine withholds, it never withdraws
 """The reason of a negative difference that waits for its run's quarantined rows, whatever else speaks against it."""
 
 
-DUPLICATE = "duplicate event id"
-"""The reason of a row whose event another row is billed for."""
-
-
 WRITTEN_OFF = "written off"
 """One reason more of a row that a person wrote off: it is not owed, and nothing waits for it."""
 
@@ -218,6 +214,19 @@ class Reading:
     def __str__(self) -> str:
         again = f", validated for the {self.validation}. time" if self.validation > 1 else ""
         return f"extraction {self.extraction}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a reading had of one usage period: its rows, those of them in quarantine, and the sum of the accepted ones.
+
+    `quantity` is None where the meter is no sum.
+    """
+
+    period: Period
+    rows: int
+    rows_quarantined: int = 0
+    quantity: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from pydantic import (
 
 from usage_billing.errors import Misconfigured
 from usage_billing.periods import Calendar, PeriodKind, begins, local_midnight, usage_periods
-from usage_billing.records import EVER, Edition, Period
+from usage_billing.records import EVER, WRITTEN_OFF, Edition, Period
 
 WINDOW_BINDS = frozenset({"window_start", "window_end"})
 ARRIVAL_BINDS = frozenset({"after"})
@@ -67,7 +67,7 @@ _SPAN = re.compile(r"(\d{1,4})([mhd])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
 
 
-def _span(value: object) -> timedelta:
+def time_span(value: object) -> timedelta:
     """Return a span of time as ``source.yaml`` writes it: ``30m``, ``24h`` or ``1d``."""
     if isinstance(value, timedelta):
         return value
@@ -84,7 +84,7 @@ def _tick_before(schedule: str, zone: ZoneInfo, moment: datetime) -> datetime:
 
 
 def _as_written(span: timedelta) -> str:
-    """Return a span of time as `_span` takes it."""
+    """Return a span of time as `time_span` takes it."""
     unit, one = next((unit, one) for unit in "dhm" if span % (one := timedelta(**{_UNITS[unit]: 1})) == timedelta(0))
     return f"{span // one}{unit}"
 
@@ -94,7 +94,7 @@ def _overlap(value: object) -> timedelta | int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     try:
-        return _span(value)
+        return time_span(value)
     except ValueError as error:
         raise ValueError(
             f"{value!r} is neither a span of time, like 30m or 1h, nor a number of ids, like 10000: "
@@ -155,7 +155,9 @@ class DestinationSettings(Settings):
     name: str
     connection: str
     threads: int = Field(default=4, ge=1, le=32)
-    grace: Annotated[timedelta, BeforeValidator(_span), PlainSerializer(_as_written, when_used="json")] | None = None
+    grace: Annotated[timedelta, BeforeValidator(time_span), PlainSerializer(_as_written, when_used="json")] | None = (
+        None
+    )
     """How long before the end of a billing period usage may have ended, and still passes after it; None for what ended
     in the data interval in which the billing period does, since no run of the schedule could bill it sooner."""
 
@@ -196,7 +198,7 @@ class SourceSettings(Settings):
     incremental: Literal["interval", "arrival"] = "interval"
     arrival_overlap: Annotated[timedelta | int, BeforeValidator(_overlap)] = timedelta(hours=1)
     rescan: int = Field(default=31, ge=1)
-    dedup_window: Annotated[timedelta, BeforeValidator(_span)] = timedelta(0)
+    dedup_window: Annotated[timedelta, BeforeValidator(time_span)] = timedelta(0)
     bill_from: date
     effective_from: date | None = None
     columns: Columns
@@ -241,7 +243,7 @@ class SourceSettings(Settings):
                 f"incremental is {self.incremental}, and columns.arrival is {self.columns.arrival or 'missing'}: "
                 "set both, incremental: arrival and the column of arrivals.sql by which it grows, or neither"
             )
-        reserved = {"event_id", "time", "account", "quantity", "reasons"} | (
+        reserved = {"event_id", "time", "account", "quantity", "reasons", "duplicate", "part", "row"} | (
             {"deleted"} if self.columns.deleted else set()
         )
         if clash := reserved.intersection(self.dimensions):
@@ -560,6 +562,25 @@ def _read_sql(path: Path, binds: frozenset[str], selects: str, faults: list[str]
     return sql
 
 
+def meta_faults(meta: object) -> Iterator[str]:
+    """Yield what is wrong with the ``meta`` of a rule in ``expectations.yaml``."""
+    if meta is None:
+        return
+    if not isinstance(meta, dict):
+        yield 'meta: must be a mapping, as in {reason: "the quantity is negative", severity: stop}'
+        return
+    for key in meta:
+        if key not in {"reason", "severity"}:
+            yield f"meta: unknown key {key}; known keys: reason, severity"
+    reason, severity = meta.get("reason"), meta.get("severity")
+    if "reason" in meta and not (isinstance(reason, str) and reason.strip()):
+        yield f"meta.reason: {reason!r} is no text; write why in quotes, or leave it out"
+    elif reason == WRITTEN_OFF:
+        yield f"meta.reason: {reason!r} is what is said of rows that a person wrote off; word it otherwise"
+    if "severity" in meta and severity not in {"quarantine", "stop"}:
+        yield f"meta.severity: {severity!r} is neither quarantine (the rows that fail) nor stop (the run)"
+
+
 def _binds(names: Iterable[str]) -> str:
     return ", ".join(sorted(f":{name}" for name in names))
 
@@ -582,4 +603,6 @@ def _read_expectations(path: Path, faults: list[str]) -> tuple[Mapping[str, Any]
                 f"{path.name}: expectations.{index}: unknown key {', '.join(sorted(unknown))}; "
                 "known keys: type, kwargs, meta"
             )
+        else:
+            faults.extend(f"{path.name}: expectations.{index}: {fault}" for fault in meta_faults(rule.get("meta")))
     return tuple(declared)

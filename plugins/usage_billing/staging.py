@@ -8,7 +8,7 @@ The folder may be any path object with ``/``, ``open``, ``mkdir`` and ``exists``
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,8 +54,8 @@ class Staging:
         self._write_bytes(manifest, json.dumps({"rows": rows, "digest": digest, "parts": listed}, indent=1).encode())
         return Staged(manifest=manifest, rows=rows, digest=digest)
 
-    def read(self, staged: Staged) -> Iterator[pa.Table]:
-        """Yield the parts of a staged table in order.
+    def read(self, staged: Staged, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the parts of a staged table in order, with all columns or only some.
 
         Raises:
             Misconfigured: the manifest or a part is missing, or is not what was written.
@@ -71,7 +71,7 @@ class Staging:
                 raise Misconfigured(
                     f"staging: {part['path']} was altered after it was written; clear the run from extract on"
                 )
-            yield pq.read_table(pa.BufferReader(content))
+            yield pq.read_table(pa.BufferReader(content), columns=columns)
 
     def recall(self, path: str) -> dict[str, Any] | None:
         """Return the values that `remember` wrote at `path`, or None if it never did.

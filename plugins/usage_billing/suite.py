@@ -1,9 +1,11 @@
 """The source's suite: its expectations, checked before a row is judged, and run by Great Expectations.
 
 A rule that could not run stops the run: it never counts as passed. Great Expectations itself leaves some of these out
-in silence.
+in silence. The package's own rules are always on; the suite may name them, to give a reason or to stop the run.
 """
 
+import logging
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -15,9 +17,30 @@ import pyarrow as pa
 
 from usage_billing import quantities
 from usage_billing.errors import Misconfigured, NeedsDecision
-from usage_billing.sources import BillingSource
+from usage_billing.sources import BillingSource, meta_faults
 from usage_billing.staging import array_of
+from usage_billing.trailing import Measures
 
+log = logging.getLogger(__name__)
+
+DUPLICATE = "duplicate event id"
+KNOWN_ACCOUNT = "expect_account_to_be_known"
+"""The own rule whose reason the billing site gives, in its words."""
+UNIQUE_ID = "expect_event_id_to_be_unique"
+QUANTITIES = ("expect_quantity_to_be_a_number", "expect_quantity_to_fit_digits", "expect_quantity_to_fit_decimals")
+"""The own rules about a quantity that is added or compared, in the order of `quantities.faults`."""
+
+_OWN = {
+    "expect_event_id_to_not_be_null": "no event id",
+    "expect_time_to_not_be_null": "no time",
+    "expect_account_to_not_be_null": "no account",
+    "expect_quantity_to_not_be_null": "no quantity",
+    **dict(zip(QUANTITIES, ("not a number", "too large", "more than {} decimal places"), strict=True)),
+    "expect_time_inside_usage_periods": "time outside the usage periods",
+    "expect_time_not_in_future": "time in the future",
+    KNOWN_ACCOUNT: "",
+    UNIQUE_ID: DUPLICATE,
+}
 _RANK = "quantity (rank)"
 
 
@@ -25,8 +48,9 @@ _RANK = "quantity (rank)"
 class _Rule:
     """One expectation of the suite, ready for Great Expectations.
 
-    `columns` are those it needs, none if it may need any; `judges_rows` if it names the rows that fail it; `on_ranks`
-    if it compares ranks in place of quantities.
+    `columns` are those it needs, none if it may need any; `looks_at` is rows if it names the rows that fail it, else
+    first (the first part, which has to be all), count (of the rows), or a table of `Measures`; `on_ranks` if it
+    compares ranks in place of quantities; `stops` if rows that fail it stop the run.
     """
 
     number: int
@@ -34,8 +58,9 @@ class _Rule:
     reason: str
     expectation: Any
     columns: frozenset[str]
-    judges_rows: bool
+    looks_at: str
     on_ranks: bool
+    stops: bool
 
 
 # Their verdict on one row hangs on other rows, so they mean nothing for a part of an extraction.
@@ -63,6 +88,36 @@ _SCHEMA = frozenset(
 _COMPARES = frozenset(
     {"expect_column_values_to_be_between", "expect_column_values_to_be_in_set", "expect_column_values_to_not_be_in_set"}
 )
+_SUMS = "expect_period_quantity_sums_to_be_usual"
+_WHOLE_READING = frozenset(
+    {
+        "expect_period_row_counts_to_be_usual",
+        _SUMS,
+        "expect_latest_time_to_be_recent",
+        "expect_query_columns_to_be_unchanged",
+    }
+)
+# Great Expectations takes these for itself: the first would change what it hands back, the others do nothing here.
+_NOT_HERE = frozenset(
+    {
+        "result_format", "batch_id", "catch_exceptions", "description", "id", "meta", "notes", "rendered_content",
+        "severity", "windows",
+    }
+)  # fmt: skip
+
+
+def judges_nothing_read(source: BillingSource) -> bool:
+    """Say whether the source's suite has a rule that an extraction without rows could fail."""
+    return any(rule["type"] in _ROW_COUNTS | _WHOLE_READING for rule in source.expectations)
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """One of the package's own rules, as the suite has it: by its name alone where the suite does not name it."""
+
+    label: str
+    reason: str
+    stops: bool = False
 
 
 class Suite:
@@ -78,6 +133,7 @@ class Suite:
         self._rows = rows
         self._bounds: list[Decimal] = []
         self._rules: list[_Rule] = []
+        self._own = {name: _Own(name, text) for name, text in _own_reasons(source).items()}
         if source.expectations:
             self._batches = _great_expectations()
             self._build()
@@ -91,10 +147,56 @@ class Suite:
         declared = list(enumerate(self._source.expectations))
         numbers = {number: self._numbers(number, rule, faults) for number, rule in declared}
         self._bounds = sorted({bound for bounds in numbers.values() for bound in bounds or []})
-        built = [self._rule(number, rule, faults) for number, rule in declared if numbers[number] is not None]
-        self._rules = [rule for rule in built if rule is not None]
+        for number, rule in declared:
+            if rule["type"] in _OWN:
+                self._name(number, rule, faults)
+            elif numbers[number] is not None and (built := self._rule(number, rule, faults)):
+                self._rules.append(built)
+        faults.extend(self._shared_reasons())
         if faults:
             raise Misconfigured.all_at_once(f"{self._source.title}: expectations.yaml", faults)
+
+    def _name(self, number: int, rule: Mapping[str, Any], faults: list[str]) -> None:
+        """Take in what the suite says of one of the package's own rules."""
+        label, own = _label(number, rule), self._own.get(rule["type"])
+        found = list(meta_faults(rule.get("meta")))
+        if own is None:
+            found.append(f"meter {self._source.settings.meter.function} has no such rule; remove it")
+        elif own.label != rule["type"]:
+            found.append(f"is there before, as {own.label}; keep one of them")
+        if rule.get("kwargs"):
+            found.append("takes no arguments: the rule is always on; leave kwargs out")
+        if found or own is None:
+            faults.extend(f"{label}: {fault}" for fault in found)
+            return
+        meta = rule.get("meta") or {}
+        self._own[rule["type"]] = _Own(label, meta.get("reason", own.reason), meta.get("severity") == "stop")
+
+    def _shared_reasons(self) -> Iterator[str]:
+        """Yield which rules could not be told from others that do not stop: rows are counted by their reason."""
+        told = defaultdict(list)
+        for rule in self._about_rows():
+            told[rule.reason].append(rule)
+        for reason, rules in told.items():
+            if reason and len({rule.stops for rule in rules}) > 1:
+                stopping = next(rule for rule in rules if rule.stops)
+                other = next(rule for rule in rules if not rule.stops)
+                yield f"{stopping.label}: stops, and {other.label} does not, and both say {reason!r}: give it another"
+
+    def reason(self, name: str) -> str:
+        """Return what a row is told that breaks one of the package's own rules; it is on whatever the suite says."""
+        return self._own[name].reason
+
+    def stopping(self) -> dict[str, str]:
+        """Return the rules of which one bad row stops the run, but for `KNOWN_ACCOUNT`: label by reason."""
+        return {rule.reason: rule.label for rule in self._about_rows() if rule.stops and rule.reason}
+
+    def _about_rows(self) -> list["_Rule | _Own"]:
+        return [*self._of("rows"), *self._own.values()]
+
+    def stops_at_unknown_accounts(self) -> str:
+        """Return the label of `KNOWN_ACCOUNT` if an unknown account stops the run, else nothing."""
+        return self._own[KNOWN_ACCOUNT].label if self._own[KNOWN_ACCOUNT].stops else ""
 
     def _on_ranks(self, rule: Mapping[str, Any]) -> bool:
         named = rule.get("kwargs", {}).get("column") == "quantity"
@@ -120,7 +222,7 @@ class Suite:
         try:
             implementation = registry.get_expectation_impl(rule["type"])
         except exceptions.ExpectationNotFoundError:
-            known = registry.list_registered_expectation_implementations()
+            known = [*registry.list_registered_expectation_implementations(), *_OWN]
             faults.append(f"{label}: no such expectation{_near(rule['type'], known)}")
             return None
         by_row = (
@@ -128,20 +230,26 @@ class Suite:
             expectation.ColumnPairMapExpectation,
             expectation.MulticolumnMapExpectation,
         )
-        judges_rows = issubclass(implementation, by_row) and rule["type"] not in _ACROSS_ROWS
-        found = [*self._column_faults(kwargs, rule["type"]), *_row_faults(kwargs, judges_rows=judges_rows)]
-        found.extend(self._reach_faults(rule["type"], judges_rows=judges_rows))
+        looks_at = _looks_at(rule["type"], implementation, by_row)
+        meta = rule.get("meta")
+        found = [*meta_faults(meta), *self._column_faults(kwargs, rule["type"]), *_kwargs_faults(kwargs, looks_at)]
+        found.extend(self._reach_faults(rule["type"], looks_at))
+        stops = isinstance(meta, Mapping) and meta.get("severity") == "stop"
+        if isinstance(meta, Mapping) and meta.get("severity") == "quarantine" and looks_at != "rows":
+            found.append("meta.severity: names no rows, so it cannot quarantine: it stops the run; remove the key")
         if self._on_ranks(rule):
             kwargs = self._ranked(kwargs)
         try:
-            built = implementation(**kwargs, meta={"rule": number})
+            accepted = {key: value for key, value in kwargs.items() if key not in _NOT_HERE}
+            built = implementation(**accepted, meta={"rule": number})
         except (ValueError, TypeError) as error:
             found.extend(_argument_faults(error))
         if found:
             faults.extend(f"{label}: {fault}" for fault in found)
             return None
-        columns = frozenset(_columns(kwargs)) if judges_rows and not kwargs.get("row_condition") else frozenset[str]()
-        return _Rule(number, label, _reason(rule), built, columns, judges_rows, self._on_ranks(rule))
+        simple = looks_at == "rows" and not kwargs.get("row_condition")
+        columns = frozenset(_columns(kwargs)) if simple else frozenset[str]()
+        return _Rule(number, label, _reason(rule), built, columns, looks_at, self._on_ranks(rule), stops)
 
     def _column_faults(self, kwargs: Mapping[str, Any], kind: str) -> Iterator[str]:
         settings = self._source.settings
@@ -158,8 +266,11 @@ class Suite:
         if "quantity" in str(kwargs.get("row_condition", "")):
             yield "row_condition cannot compare the quantity exactly; use a rule on the quantity itself"
 
-    def _reach_faults(self, kind: str, *, judges_rows: bool) -> Iterator[str]:
-        whole = judges_rows or kind in _ROW_COUNTS or kind in _SCHEMA or self._rows <= self._source.settings.batch_rows
+    def _reach_faults(self, kind: str, looks_at: str) -> Iterator[str]:
+        meter = self._source.settings.meter
+        if kind == _SUMS and meter.function != "sum":
+            yield f"meter {meter.function} is no sum; remove the rule"
+        whole = looks_at != "first" or kind in _SCHEMA or self._rows <= self._source.settings.batch_rows
         if not whole:
             yield (
                 f"looks at all {self._rows} rows at once, but batch_rows is {self._source.settings.batch_rows}; raise "
@@ -178,28 +289,91 @@ class Suite:
     def _rank(self, value: object) -> int:
         return 2 * self._bounds.index(_exact(value)) + 1
 
-    def check_whole(self, first: pa.Table) -> None:
-        """Judge the rules about the extraction as a whole, by its first part and its number of rows.
+    def check_whole(self, first: pa.Table, measures: Measures) -> None:
+        """Judge the rules about the extraction as a whole that need no verdict on its rows.
 
         Raises:
-            NeedsDecision: one of them failed.
-            Misconfigured: one of them looks at all rows, which came in several parts.
+            NeedsDecision: some of them failed; all of them are told.
+            Misconfigured: one of them could not run, or looks at all rows, which came in several parts.
         """
-        counts = [rule for rule in self._rules if rule.expectation.expectation_type in _ROW_COUNTS]
-        others = [rule for rule in self._rules if not rule.judges_rows and rule not in counts]
-        reaching = [rule for rule in others if rule.expectation.expectation_type not in _SCHEMA]
+        reaching = [rule for rule in self._of("first") if rule.expectation.expectation_type not in _SCHEMA]
         if reaching and len(first) != self._rows:
             # Parts are also cut where a driver changes a column's type.
             faults = [f"{rule.label}: looks at all rows at once, but they came in several types" for rule in reaching]
             raise Misconfigured.all_at_once(f"{self._source.title}: usage.sql, cast the quantity to one type", faults)
-        self._run(counts, pd.DataFrame(index=pd.RangeIndex(self._rows)))
-        self._run(others, self._frame(first, others))
+        frame = self._frame(first, self._of("first"))
+        self._tell(*self._judged(measures, "count", "periods", "columns"), self._results(self._of("first"), frame))
+
+    def check_nothing_read(self, measures: Measures) -> None:
+        """Judge an extraction without rows, by the rules that it could fail; raises as `check_whole` does."""
+        self._tell(*self._judged(measures, "count", "periods", "sums", "columns"))
+
+    def unusual_sums(self, measures: Measures) -> list[str]:
+        """Return what is unusual about the sums of the accepted rows.
+
+        Raises:
+            Misconfigured: a rule about them could not run.
+        """
+        (verdicts,) = self._judged(measures, "sums")
+        self._raise_if_broken(verdicts)
+        return [_failure(rule, result) for rule, result in verdicts if not result.success]
 
     def findings(self, part: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each row rule's reason with the numbers of the rows that fail it."""
-        rules = [rule for rule in self._rules if rule.judges_rows]
-        for rule, failed in self._run(rules, self._frame(part, rules)):
-            yield rule.reason, failed
+        """Yield each row rule's reason with the numbers of the rows that fail it.
+
+        Raises:
+            Misconfigured: a rule could not run.
+            NeedsDecision: a rule failed without saying which rows.
+        """
+        frame = self._frame(part, self._of("rows"))
+        verdicts = self._results(self._of("rows"), frame)
+        self._tell([(rule, result) for rule, result in verdicts if _complaint(rule, result) or _names_no_row(result)])
+        for rule, result in verdicts:
+            if not result.success:
+                yield rule.reason, self._rows_of(rule, result, frame)
+
+    def _of(self, looks_at: str) -> list[_Rule]:
+        return [rule for rule in self._rules if rule.looks_at == looks_at]
+
+    def _judged(self, measures: Measures, *looking_at: str) -> Iterator[list[tuple[_Rule, Any]]]:
+        for looks_at in looking_at:
+            if rules := self._of(looks_at):
+                if looks_at == "count":
+                    frame = pd.DataFrame(index=pd.RangeIndex(self._rows))
+                elif looks_at == "columns":
+                    frame = measures.by_column()
+                else:
+                    frame = measures.by_period(max(getattr(rule.expectation, "periods", 0) for rule in rules))
+                yield self._results(rules, frame)
+            else:
+                yield []
+
+    def _tell(self, *verdicts: Sequence[tuple[_Rule, Any]]) -> None:
+        """Raise one error that tells all rules that failed, and with them those that could not run."""
+        every = [verdict for some in verdicts for verdict in some]
+        failed = [
+            _failure(rule, result) for rule, result in every if not _complaint(rule, result) and not result.success
+        ]
+        if not failed:
+            self._raise_if_broken(every)
+            return
+        broken = [
+            f"{rule.label}: could not run: {fault}" for rule, result in every if (fault := _complaint(rule, result))
+        ]
+        lines = [f"{self._source.title}: the rows as a whole are not as expected; nothing was sent"]
+        lines.extend(f"  - {line}" for line in (*failed, *broken))
+        lines.append(
+            "Mend the warehouse and clear the run from extract on. If they are right as they are, loosen the rule in "
+            "expectations.yaml for this run before you clear it."
+        )
+        raise NeedsDecision("\n".join(lines))
+
+    def _raise_if_broken(self, verdicts: Sequence[tuple[_Rule, Any]]) -> None:
+        broken = [f"{rule.label}: {fault}" for rule, result in verdicts if (fault := _complaint(rule, result))]
+        if broken:
+            raise Misconfigured.all_at_once(
+                f"{self._source.title}: expectations.yaml, rules that could not run", broken
+            )
 
     def _frame(self, part: pa.Table, rules: Sequence[_Rule]) -> pd.DataFrame:
         """Return a part as `rules` see it: our column words, a quantity that stays exact, row numbers as labels."""
@@ -216,39 +390,25 @@ class Suite:
             frame[_RANK] = quantities.ranks(array_of(part, "quantity"), self._bounds)
         return frame
 
-    def _run(self, rules: list[_Rule], frame: pd.DataFrame) -> list[tuple[_Rule, np.ndarray]]:
-        """Run rules over a frame and return the rows that fail each.
-
-        Raises:
-            Misconfigured: a rule raised, or did not run.
-            NeedsDecision: a rule failed without saying which rows.
-        """
+    def _results(self, rules: list[_Rule], frame: pd.DataFrame) -> list[tuple[_Rule, Any]]:
+        """Run rules over a frame and return each with its result, None where Great Expectations gave none."""
         if not rules:
             return []
-        results = self._results(rules, frame)
-        broken = [f"{rule.label}: {fault}" for rule in rules if (fault := _complaint(rule, results.get(rule.number)))]
-        if broken:
-            raise Misconfigured.all_at_once(
-                f"{self._source.title}: expectations.yaml, rules that could not run", broken
-            )
-        failed = [rule for rule in rules if not results[rule.number].success]
-        stopped = [rule for rule in failed if not rule.judges_rows or _labels(results[rule.number]) is None]
-        if stopped:
-            lines = (f"{rule.label}: {rule.reason}; observed {_observed(results[rule.number])}" for rule in stopped)
-            raise NeedsDecision(
-                "\n".join([f"{self._source.title}: the rows as a whole are not as expected; nothing was sent", *lines])
-            )
-        return [(rule, self._rows_of(rule, results[rule.number], frame)) for rule in failed]
-
-    def _results(self, rules: list[_Rule], frame: pd.DataFrame) -> dict[int, Any]:
         from great_expectations import ExpectationSuite  # noqa: PLC0415 - See `_great_expectations`.
         from great_expectations.validator.v1_validator import Validator  # noqa: PLC0415
 
         suite = ExpectationSuite(name=self._source.name, expectations=[rule.expectation for rule in rules])
         # What `Batch.validate` does inside, less a batch made beforehand: making one hashes the whole frame.
         validator = Validator(self._batches, batch_parameters={"dataframe": frame}, result_format="COMPLETE")
-        found = validator.validate_expectation_suite(suite)
-        return {result.expectation_config.meta["rule"]: result for result in found.results}
+        found = {
+            result.expectation_config.meta["rule"]: result
+            for result in validator.validate_expectation_suite(suite).results
+        }
+        for rule in rules:
+            result = found.get(rule.number)
+            if unjudged := result.result.get("unjudged") if result else None:
+                log.info("%s, %s: passes for want of history: %s", self._source.title, rule.label, unjudged)
+        return [(rule, found.get(rule.number)) for rule in rules]
 
     def _rows_of(self, rule: _Rule, result: Any, frame: pd.DataFrame) -> np.ndarray:
         rows = np.asarray(_labels(result), dtype="int64")
@@ -260,11 +420,13 @@ class Suite:
 
 def _great_expectations() -> Any:
     """Return what makes batches of data frames, in a context of its own without files, telemetry, bars or chatter."""
-    # Its import takes seconds, which only the task that validates should pay.
-    import logging  # noqa: PLC0415
-
+    # Its import tells dozens of lines of its own, in each task log.
+    logging.getLogger("great_expectations").setLevel(logging.CRITICAL)
+    # And takes seconds, which only the task that validates should pay.
     import great_expectations  # noqa: PLC0415
     from great_expectations.data_context.types.base import ProgressBarsConfig  # noqa: PLC0415
+
+    import usage_billing.expectations  # noqa: F401, PLC0415 - Registers them.
 
     # Some of its modules set a level of their own, so silencing the topmost logger is not enough.
     for name in list(logging.root.manager.loggerDict):
@@ -309,8 +471,33 @@ def _listed(value: object) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else []
 
 
-def _row_faults(kwargs: Mapping[str, Any], *, judges_rows: bool) -> Iterator[str]:
-    if judges_rows and kwargs.get("mostly", 1) != 1:
+def _own_reasons(source: BillingSource) -> dict[str, str]:
+    """Return the package's own rules that a source's rows are judged by, each with its reason."""
+    meter = source.settings.meter
+    left_out: set[str] = set()
+    if meter.function not in {"sum", "max", "last"}:
+        left_out.update(QUANTITIES)
+    if meter.function == "count":
+        left_out.add("expect_quantity_to_not_be_null")
+    told = {
+        name: f"quantity: {text}".format(meter.decimals) if name in QUANTITIES else text for name, text in _OWN.items()
+    }
+    return {name: text for name, text in told.items() if name not in left_out}
+
+
+def _looks_at(kind: str, implementation: Any, by_row: tuple[Any, ...]) -> str:
+    if kind in _WHOLE_READING:
+        return str(implementation.looks_at)
+    if issubclass(implementation, by_row) and kind not in _ACROSS_ROWS:
+        return "rows"
+    return "count" if kind in _ROW_COUNTS else "first"
+
+
+def _kwargs_faults(kwargs: Mapping[str, Any], looks_at: str) -> Iterator[str]:
+    for key in sorted(_NOT_HERE.intersection(kwargs)):
+        where = "it belongs under meta, as quarantine or stop" if key == "severity" else "remove it"
+        yield f"{key}: Great Expectations would take it, and it would change nothing here: {where}"
+    if looks_at == "rows" and kwargs.get("mostly", 1) != 1:
         yield "every row is judged by itself: remove mostly; quarantine.max_share in source.yaml limits the bad ones"
 
 
@@ -352,7 +539,15 @@ def _complaint(rule: _Rule, result: Any) -> str:
     messages = {str(entry.get("exception_message")) for entry in raised if entry.get("raised_exception", True)}
     if messages:
         return f"raised: {'; '.join(sorted(messages))}; mend its arguments, or the column's type in usage.sql"
-    return "gave no result; check its arguments" if rule.judges_rows and not result.result else ""
+    return "gave no result; check its arguments" if rule.looks_at == "rows" and not result.result else ""
+
+
+def _names_no_row(result: Any) -> bool:
+    return not result.success and _labels(result) is None
+
+
+def _failure(rule: _Rule, result: Any) -> str:
+    return f"{rule.label}: {rule.reason}; observed {_observed(result)}"
 
 
 def _labels(result: Any) -> list[int] | None:

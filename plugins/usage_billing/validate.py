@@ -1,28 +1,30 @@
 """Validate: which of the extracted rows may be billed, and for each other row every reason why not.
 
 Two kinds of rules judge a row: the package's own, always on, and the source's suite in Great Expectations' vocabulary
-(``expectations.yaml``). A rule that could not run stops the run: it never counts as passed. Nothing is dropped:
-accepted and quarantined rows add up to the rows read.
+(``expectations.yaml``). Others of the suite judge the reading as a whole, first. A rule that could not run stops the
+run: it never counts as passed. Nothing is dropped: accepted and quarantined rows add up to the rows read.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from usage_billing import quantities
 from usage_billing.errors import NeedsDecision
 from usage_billing.periods import locate
 from usage_billing.quarantine import WrittenOff
-from usage_billing.records import DUPLICATE, WRITTEN_OFF, Period, Staged, Target
+from usage_billing.records import WRITTEN_OFF, Period, Staged, Target
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Spill, Staging, array_of
-from usage_billing.suite import Suite
+from usage_billing.suite import KNOWN_ACCOUNT, QUANTITIES, UNIQUE_ID, Suite
+from usage_billing.trailing import History, Measures
 
 EXAMPLES = 3
 """How many event ids are kept for each reason, for the task log."""
@@ -46,9 +48,11 @@ class Validated:
 
     ``accepted`` has the extracted columns with exact quantities (``decimal128(38, decimals)``; text for a meter that
     counts distinct values; none for one that counts events). ``quarantined`` has all extracted columns, the quantity
-    as text, and ``reasons`` (list of text). ``targets`` has one row per known account: ``account``, ``subscription``,
+    as text, ``duplicate`` (whether another row of its event is all that speaks against it) and ``reasons`` (list of
+    text). ``targets`` has one row per known account: ``account``, ``subscription``,
     ``component``, ``price_point``, ``address`` (JSON text), ``open_from`` and ``open_until`` (UTC or null). ``reasons``
     counts rows by reason, and ``examples`` names some event ids of each. ``moves`` is what `moves.placed` adds.
+    ``measured`` is what `trailing.remember` takes, once the reading goes on.
     """
 
     accepted: Staged
@@ -56,6 +60,7 @@ class Validated:
     targets: Staged
     reasons: Mapping[str, int]
     examples: Mapping[str, tuple[str, ...]]
+    measured: Staged
     moves: Staged | None = None
 
     @property
@@ -65,8 +70,11 @@ class Validated:
         return sha256("".join(table.digest for table in tables).encode()).hexdigest()
 
 
-class QuarantineOverLimit(NeedsDecision):
-    """More rows were quarantined than the source allows; everything was written, and `validated` refers to it."""
+class ValidationStopped(NeedsDecision):
+    """The rows, once judged, stop the run: too many are quarantined, one that never may be was, or they add up oddly.
+
+    Everything was written, and `validated` refers to it.
+    """
 
     def __init__(self, message: str, validated: Validated) -> None:
         super().__init__(message)
@@ -80,6 +88,7 @@ def validate(
     resolve: Resolver,
     staging: Staging,
     folder: str,
+    history: History,
     written_off: WrittenOff | None = None,
     before: Staged | None = None,
 ) -> Validated:
@@ -90,16 +99,20 @@ def validate(
 
     `resolve` is `Destination.resolve`: it is asked once per distinct account. Memory holds one part and what is known
     of each account, plus 8 bytes per duplicate. Of rows with one event id that are sound otherwise, the earliest is
-    kept, then the one that sorts first by all its columns: never the one that was read first.
+    kept, then the one that sorts first by all its columns: never the one that was read first. `history`, the ledger,
+    tells what is usual, and writes nothing.
 
     Raises:
         Misconfigured: a rule of the suite is wrong, or could not run; all such rules at once.
-        NeedsDecision: a rule about all rows failed; nothing was written.
-        QuarantineOverLimit: after writing, when ``quarantine.max_rows`` or ``quarantine.max_share`` is passed.
+        NeedsDecision: rules about the reading as a whole failed; no row was judged, and nothing was written.
+        ValidationStopped: after writing, when ``quarantine.max_rows`` or ``quarantine.max_share`` is passed, a row
+            fails a rule that stops the run, or the sums of accepted rows are not as expected.
     """
+    began, suite = history.now(), Suite(source, extracted.rows)
+    measures = Measures(extracted, source, periods, history, staging, folder)
+    suite.check_whole(next(staging.read(extracted)), measures)
     with Spill() as sound, Spill() as unsound:
-        decided = written_off or WrittenOff()
-        judge = _Judge(source, periods, _Accounts(resolve), Suite(source, extracted.rows), decided)
+        judge = _Judge(source, periods, _Accounts(resolve), suite, began, written_off or WrittenOff())
         rivals = extracted.rows + (before.rows if before else 0)
         partitions = min(-(-rivals // source.settings.batch_rows), _MAX_PARTITIONS) or 1
         for number, part in enumerate(staging.read(before)) if before else ():
@@ -117,24 +130,69 @@ def validate(
             f"{extracted.rows} rows read, but {accepted.rows} accepted + {quarantined.rows} quarantined"
         )
     targets = staging.write(folder, "targets", [judge.accounts.table()])
-    validated = Validated(accepted, quarantined, targets, split.reasons, split.examples)
-    _check_limits(validated, source, extracted.rows)
+    measures.add_accepted(accepted, staging)
+    measured = measures.staged(staging, folder)
+    validated = Validated(accepted, quarantined, targets, split.reasons, split.examples, measured)
+    over = _over_the_limits(validated, source, extracted.rows)
+    stops = [*over, *_stopping_rows(validated, judge.stopping()), *suite.unusual_sums(measures)]
+    if stops:
+        raise ValidationStopped(_why_stopped(validated, source, extracted.rows, stops), validated)
     return validated
 
 
-def _check_limits(validated: Validated, source: BillingSource, rows: int) -> None:
+def check_nothing_read(
+    extracted: Staged,
+    source: BillingSource,
+    periods: Sequence[Period],
+    staging: Staging,
+    folder: str,
+    history: History,
+) -> None:
+    """Judge an extraction without rows, which is not validated if there is nothing to take back either.
+
+    Raises:
+        NeedsDecision: that there is nothing is not as the source's suite expects.
+        Misconfigured: a rule of the suite is wrong, or could not run.
+    """
+    suite = Suite(source, 0)
+    suite.check_nothing_read(Measures(extracted, source, periods, history, staging, folder))
+
+
+def _over_the_limits(validated: Validated, source: BillingSource, rows: int) -> list[str]:
     limits = source.settings.quarantine
     count = validated.quarantined.rows - validated.reasons.get(WRITTEN_OFF, 0)
     over = [f"more than quarantine.max_rows = {limits.max_rows}"] if count > limits.max_rows else []
     if Decimal(count) > Decimal(str(limits.max_share)) * rows:
         over.append(f"more than quarantine.max_share = {limits.max_share}")
-    if over:
-        raise QuarantineOverLimit(
-            f"{source.title}: {count} of {rows} rows are quarantined, {' and '.join(over)}; nothing was sent.\n"
-            f"{reasons_table(validated)}\n"
-            f"The rows are in {validated.quarantined.manifest}. Mend the data or source.yaml, or raise the limit.",
-            validated,
-        )
+    return [f"{count} of {rows} rows are quarantined, {' and '.join(over)}"] if over else []
+
+
+def _stopping_rows(validated: Validated, stopping: Mapping[str, str]) -> Iterator[str]:
+    """Yield each rule that a row failed and that stops the run; `stopping` has the rules' labels by reason."""
+    told: dict[str, list[tuple[int, str]]] = {}
+    for reason, count in sorted(validated.reasons.items()):
+        if reason in stopping:
+            told.setdefault(stopping[reason], []).append((count, reason))
+    for label, counts in told.items():
+        rows, (_, reason) = sum(count for count, _ in counts), max(counts)
+        examples = ", ".join(validated.examples[reason])
+        like = f" (for example {examples})" if examples else ""
+        # The site may say something else of each account; all of it stands in the table below.
+        more = f", among {len(counts)} reasons" if len(counts) > 1 else ""
+        yield f"{label}, severity stop: {rows} {'row' if rows == 1 else 'rows'}: {reason}{like}{more}"
+
+
+def _why_stopped(validated: Validated, source: BillingSource, rows: int, stops: Sequence[str]) -> str:
+    aside = validated.quarantined
+    lines = [f"{source.title}: validation stops the run; nothing was sent", *(f"  - {stop}" for stop in stops)]
+    if aside.rows:
+        lines.extend([f"{aside.rows} of {rows} rows are quarantined:", reasons_table(validated)])
+        lines.append(f"The rows are in {aside.manifest}.")
+    lines.append(
+        "Mend the data and clear the run from extract on; or, if they are right as they are, raise the limit in "
+        "source.yaml, or loosen the rule in expectations.yaml for this run, and clear validate."
+    )
+    return "\n".join(lines)
 
 
 def reasons_table(validated: Validated) -> str:
@@ -166,6 +224,10 @@ class _Accounts:
                 raise AssertionError("the destination answered for other accounts than it was asked for")
             self._targets.update(zip(asked, targets, strict=True))
 
+    def why_unknown(self) -> set[str]:
+        """Return what the site said of the accounts that cannot be billed."""
+        return {target.unknown for target in self._targets.values() if target.unknown}
+
     def table(self) -> pa.Table:
         """Return the known accounts' targets, sorted by account."""
         known = [target for _, target in sorted(self._targets.items()) if not target.unknown]
@@ -193,50 +255,58 @@ class _Judge:
         periods: Sequence[Period],
         accounts: _Accounts,
         suite: Suite,
+        began: datetime,
         written_off: WrittenOff,
     ) -> None:
         self.accounts = accounts
         self.written_off = written_off
+        self.duplicate = suite.reason(UNIQUE_ID)
+        self._began = np.datetime64(began.astimezone(UTC).replace(tzinfo=None), "us")
         self._meter = source.settings.meter
         self._periods = periods
         self._suite = suite
-        self._checked_whole = False
+        # What the suite says of an unknown account stands before the words of the site.
+        said = suite.reason(KNOWN_ACCOUNT)
+        self._unknown = f"{said}: " if said else ""
 
     def findings(self, part: pa.Table) -> pa.Table:
         """Return ``row`` and ``reason`` for all that is wrong with the rows of a part, sorted by row."""
-        if not self._checked_whole:
-            self._suite.check_whole(part)
-            self._checked_whole = True
-        return self._found(part, [*self._own(part), self._outside(part)])
+        return self._found(part, [*self._own(part), *self._misplaced(part)])
 
     def findings_before(self, part: pa.Table) -> pa.Table:
         """Return the same of rows that lie before the usage periods, as they should."""
         return self._found(part, self._own(part))
 
     def _found(self, part: pa.Table, own: Iterable[tuple[str, np.ndarray]]) -> pa.Table:
-        found = [_finding(reason, np.flatnonzero(mask)) for reason, mask in own]
+        found = [_finding(self._suite.reason(name), np.flatnonzero(mask)) for name, mask in own]
         found.extend(_finding(reason, rows) for reason, rows in self._suite.findings(part))
         unknown = self.accounts.unknown(array_of(part, "account"))
         rows = np.flatnonzero(unknown.is_valid().to_numpy(zero_copy_only=False))
-        found.append(pa.table([pa.array(rows), unknown.take(pa.array(rows))], schema=_FINDINGS))
+        words = pc.binary_join_element_wise(self._unknown, unknown.take(pa.array(rows)), "")
+        found.append(pa.table([pa.array(rows), words], schema=_FINDINGS))
         found.append(_finding(WRITTEN_OFF, self.written_off.among(part)))
         table = pa.concat_tables(found)
         # Two rules may give one reason; a row has it once. The stable sort keeps the order of the rules.
         return _distinct(table.take(pa.array(np.argsort(table["row"].to_numpy(), kind="stable"))))
 
     def _own(self, part: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-        for word, reason in (("event_id", "no event id"), ("time", "no time"), ("account", "no account")):
-            yield reason, _is_null(part, word)
-        if self._meter.function != "count":
-            yield "no quantity", _is_null(part, "quantity")
+        for word in ("event_id", "time", "account", *(["quantity"] if self._meter.function != "count" else [])):
+            yield f"expect_{word}_to_not_be_null", _is_null(part, word)
         if self._meter.function in {"sum", "max", "last"}:
-            for reason, mask in quantities.faults(array_of(part, "quantity"), self._meter.decimals).items():
-                yield f"quantity: {reason}", mask
+            masks = quantities.faults(array_of(part, "quantity"), self._meter.decimals).values()
+            yield from zip(QUANTITIES, masks, strict=True)
 
-    def _outside(self, part: pa.Table) -> tuple[str, np.ndarray]:
+    def _misplaced(self, part: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
         times = array_of(part, "time")
-        outside = locate(times.to_numpy(zero_copy_only=False), self._periods) < 0
-        return "time outside the usage periods", outside & times.is_valid().to_numpy(zero_copy_only=False)
+        moments, given = times.to_numpy(zero_copy_only=False), times.is_valid().to_numpy(zero_copy_only=False)
+        yield "expect_time_inside_usage_periods", given & (locate(moments, self._periods) < 0)
+        yield "expect_time_not_in_future", given & (moments > self._began)
+
+    def stopping(self) -> dict[str, str]:
+        """Return what stops the run where a row is told so: the labels of rules by their reasons."""
+        label = self._suite.stops_at_unknown_accounts()
+        told = {self._unknown + words: label for words in self.accounts.why_unknown()} if label else {}
+        return {**told, **self._suite.stopping()}
 
     def sound(self, part: pa.Table, unsound: np.ndarray) -> pa.Table:
         """Return the rows of a part that are not `unsound`, with the quantity as it is handed on."""
@@ -338,27 +408,35 @@ class _Split:
         """Yield the other rows of each part, with their reasons."""
         for number, part in enumerate(self._staging.read(self._extracted)):
             findings = self._findings(number, part)
-            rows = part.take(pa.array(_rows(findings)))
+            numbers = _rows(findings)
+            rows = part.take(pa.array(numbers))
             if "quantity" in rows.column_names:
                 text = quantities.plain_text(array_of(rows, "quantity"))
                 rows = rows.set_column(rows.column_names.index("quantity"), "quantity", text)
             self._count(findings, part)
+            rows = rows.append_column("duplicate", pa.array(np.isin(numbers, self._twice(number)), pa.bool_()))
             yield rows.append_column("reasons", _lists(findings))
 
     def _findings(self, number: int, part: pa.Table) -> pa.Table:
         found = self._unsound.read(number) if number in self._with_findings else _FINDINGS.empty_table()
-        start, end = np.searchsorted(self._duplicates["part"].to_numpy(), [number, number + 1])
-        twice = self._duplicates["row"].to_numpy()[start:end]
+        twice = self._twice(number)
         if not len(twice):
             return found
         decided = self._judge.written_off.among_duplicates(part, twice)
         # No row is in both tables: only sound rows compete for an event id.
-        both = pa.concat_tables([found, _finding(DUPLICATE, twice), _finding(WRITTEN_OFF, decided)])
+        both = pa.concat_tables([found, _finding(self._judge.duplicate, twice), _finding(WRITTEN_OFF, decided)])
         return both.take(pa.array(np.argsort(both["row"].to_numpy(), kind="stable")))
 
+    def _twice(self, number: int) -> np.ndarray:
+        """Return which rows of a part are set aside for another row of their event, and for nothing else."""
+        start, end = np.searchsorted(self._duplicates["part"].to_numpy(), [number, number + 1])
+        return self._duplicates["row"].to_numpy()[start:end]
+
     def _count(self, findings: pa.Table, part: pa.Table) -> None:
-        ids = part.column("event_id").take(findings["row"])
-        frame = pd.DataFrame({"reason": findings["reason"].to_pandas(), "event_id": ids.to_pandas()})
+        frame = findings.to_pandas().assign(event_id=part.column("event_id").take(findings["row"]).to_pandas())
+        # What else is wrong with a row that was written off is nobody's concern any more.
+        off = frame.loc[frame["reason"] == WRITTEN_OFF, "row"]
+        frame = frame[(frame["reason"] == WRITTEN_OFF) | ~frame["row"].isin(off)]
         for key, group in frame.groupby("reason", sort=False)["event_id"]:
             reason = str(key)
             self.reasons[reason] = self.reasons.get(reason, 0) + len(group)

@@ -32,6 +32,7 @@ from usage_billing.records import (
     Arrived,
     Choice,
     Decision,
+    Measured,
     Period,
     Reading,
     Receipt,
@@ -128,8 +129,9 @@ def test_whoever_fed_a_component_before_the_upgrade_goes_on(world: SimpleNamespa
     reserved(world, {"s1": "7"})
     engine = create_engine(world.url)
     with engine.begin() as connection:
-        for table in ("fed_component", "edition", "placement", "quarantined_row"):
+        for table in ("fed_component", "edition", "placement", "quarantined_row", "measured_period", "read_columns"):
             connection.exec_driver_sql(f"DROP TABLE {table}")
+        connection.exec_driver_sql("ALTER TABLE extraction DROP COLUMN spans")
         for name, value in (("site", "maxio:us:acme"), ("definition", json.dumps(DEFINITION))):
             connection.exec_driver_sql(f"ALTER TABLE source ADD COLUMN {name} TEXT DEFAULT '{value}' NOT NULL")
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '0006'"))  # noqa: S608
@@ -323,6 +325,58 @@ def test_what_was_usual_is_of_the_same_definition(world: SimpleNamespace) -> Non
     assert world.ledger.compared_before("calls", DAY.end, DAY.end) is None
 
 
+def day(number: int) -> Period:
+    """Return a day of October 2026."""
+    return Period(DAY.start + timedelta(days=number - 1), DAY.end + timedelta(days=number - 1))
+
+
+def test_what_a_reading_had_is_remembered_of_the_newest(world: SimpleNamespace) -> None:
+    """A period read again takes the place of before, an older reading takes none; exact to the last digit."""
+    ledger, (older, newer) = world.ledger, (extraction(world), extraction(world))
+    sums = Decimal("12345678901234567890.123456789"), Decimal("-0.000000001")
+    first = [Measured(DAY, 10, 1, sums[0]), Measured(day(2), 20, 0, None)]
+    ledger.record_measured("calls", older, first, {"calls": "int64"})
+    assert ledger.measured_before("calls", day(3).start, 9) == first[::-1]
+    again = Measured(day(2), 21, 2, sums[1])
+    ledger.record_measured("calls", newer, [again], {"calls": "string", "region": "string"})
+    ledger.record_measured("calls", older, first, {"calls": "int64"})
+    ledger.record_measured("calls", Reading(newer.extraction - 1, 7), first[1:], {"calls": "int64"})
+    assert ledger.measured_before("calls", day(3).start, 9) == [again, first[0]]
+    assert ledger.columns_read("calls") == {"calls": "string", "region": "string"}
+    validated_anew = Reading(newer.extraction, newer.validation + 1)
+    ledger.record_measured("calls", validated_anew, [Measured(day(2), 22)], {})
+    assert ledger.measured_before("calls", day(3).start, 1) == [Measured(day(2), 22)]
+    assert ledger.columns_read("calls") == {"calls": "string", "region": "string"}
+
+
+def test_what_was_measured_is_told_of_whole_periods_before_with_rows(world: SimpleNamespace) -> None:
+    """Newest first, no more than asked for, of one source, since its definition began; a day without rows is none."""
+    ledger, reading = world.ledger, extraction(world)
+    ledger.register("others", "maxio:us:acme", DEFINITION)
+    days = [Measured(day(number), 0 if number == 3 else number) for number in range(1, 6)]
+    ledger.record_measured("calls", reading, days, {})
+    ledger.record_measured("others", reading, [Measured(DAY, 99)], {})
+
+    def rows(*asked: object) -> list[int]:
+        return [each.rows for each in ledger.measured_before("calls", *asked)]
+
+    assert rows(day(6).start, 9) == [5, 4, 2, 1]
+    assert rows(day(6).start, 2) == [5, 4]
+    assert rows(day(5).start + MINUTE, 9) == [4, 2, 1]
+    assert rows(day(5).start, 9, day(2).start) == [4, 2]
+    assert rows(day(5).start, 9, day(5).start) == []
+    assert ledger.columns_read("calls") == {}
+
+
+def test_a_ledger_of_before_it_measured_learns_from_then_on(url: str) -> None:
+    """The upgrade changes nothing else, and asks for nothing."""
+    upgraded(url, "0009")
+    assert Ledger.create(url) is True
+    ledger = Ledger.connect(url)
+    assert ledger.measured_before("calls", DAY.end, 9) == []
+    ledger.close()
+
+
 def test_a_ledger_of_before_the_editions_keeps_its_definitions(url: str) -> None:
     """Each becomes the only edition of its source; what names no bill any more leaves it, and is kept beside it."""
     upgraded(url, "0007")
@@ -380,6 +434,7 @@ def set_aside(name: str, **more: object) -> dict[str, object]:
     """Return one quarantined row as a plan lists it."""
     row = {"row_name": name, "event_id": f"event of {name}", "time": DAY.start, "account": "s1", "quantity": "5"}
     row |= {"dimensions": "{}", "reasons": json.dumps(["no account"]), "placed": True, "copies": 1}
+    row |= {"as_duplicate": False}
     return row | {"period_start": DAY.start, "period_end": DAY.end} | more
 
 
@@ -411,7 +466,7 @@ def test_the_quarantine_is_that_of_the_last_reading(world: SimpleNamespace) -> N
 def test_what_is_written_off_stays_so_and_is_replayed_until_a_reading_knows_it(world: SimpleNamespace) -> None:
     """Its copies of the next reading are not in quarantine; a duplicate is written off as one."""
     first, second = extraction(world), extraction(world)
-    twice = set_aside("b", reasons=json.dumps(["duplicate event id"]))
+    twice = set_aside("b", as_duplicate=True)
     listing(world, first, [set_aside("a"), twice, set_aside("c")])
     world.ledger.write_off_rows("calls", ["a", "b", "a"], "ann", "a test")
     assert list(world.ledger.quarantined("calls")["row_name"]) == ["c"]

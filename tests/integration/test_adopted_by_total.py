@@ -191,8 +191,10 @@ def test_two_sources_of_one_component_are_adopted_one_after_the_other(house: Liv
 def test_after_the_renewal_the_open_period_is_judged_and_the_closed_one_held(house: LivingHouse, october: str) -> None:
     """October's own count says that all of it is there; if it did not, some of it could lie in November."""
     last, first = a_day(SOURCE, 30), november(SOURCE)
+    house.at(datetime(2026, 10, 31, 12, tzinfo=UTC))  # No day is read before it is over.
     bill(house, last, "10")
     house.sandbox.move_clock("2026-11-02T12:00:00Z")
+    house.at(datetime(2026, 11, 2, 12, tzinfo=UTC))
     bill(house, first, "5")
     house.begin_anew()
     house.at(datetime(2026, 11, 3, 12, tzinfo=UTC))

@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from stories import SITES, Event, House, a_house, shipped
+from usage_billing.ledger import Ledger
 from usage_billing.periods import PeriodKind, local_midnight
 from usage_billing.records import Period
 from usage_billing.sources import BillingSource
@@ -27,8 +28,10 @@ ZONES = {"api_calls": "America/New_York", "platform_events": "America/New_York",
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    """A house with the shipped worlds."""
+    """A house with the shipped worlds, whose ledger lives on the sandbox's time."""
     with a_house(tmp_path) as opened:
+        opened.ledger.close()
+        opened.ledger = Ledger.connect(opened.ledger_url, clock=opened.sandbox.now)
         yield opened
 
 

@@ -274,6 +274,7 @@ def test_a_chunk_is_read_before_it_is_claimed(house: House, monkeypatch: pytest.
 @BOTH
 def test_a_replay_that_could_land_after_the_renewal_is_not_sent(on_time: House, source: BillingSource) -> None:
     """Seconds before its billing period ends a doubt waits; after the renewal it is a person's, and nothing is lost."""
+    on_time.sandbox.move_clock(LAST_DAY.end)  # No day is read before it is over.
     comparison, folder = on_time.totals(source, LAST_DAY, events("7", LAST_DAY, ["orbit-01"]))
     (target,) = on_time.destination(source).resolve(["orbit-01"])
     assert target.open_until is not None
@@ -301,6 +302,7 @@ def test_what_could_land_after_the_renewal_is_held_when_it_is_looked_at_again(
     on_time: House, source: BillingSource
 ) -> None:
     """It was right when it was planned; a second before the end nothing of it may leave any more."""
+    on_time.sandbox.move_clock(LAST_DAY.end)  # No day is read before it is over.
     comparison, folder = on_time.totals(source, LAST_DAY, events("7", LAST_DAY, ["orbit-01"]))
     (target,) = on_time.destination(source).resolve(["orbit-01"])
     assert target.open_until is not None

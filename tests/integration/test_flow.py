@@ -197,7 +197,7 @@ def billed(installation: SimpleNamespace) -> dict[str, Decimal]:
 def test_operators_hand_over_plain_json_and_bill(installation: SimpleNamespace) -> None:
     """Each operator works alone on what the one before returned, after a trip through JSON."""
     reference = run_tasks()
-    tables = {"events", "accepted", "quarantined", "targets", "moves", "totals", "proposals"}
+    tables = {"events", "accepted", "quarantined", "measured", "targets", "moves", "totals", "proposals"}
     assert set(reference["tables"]) == tables
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
     run_tasks()
@@ -682,3 +682,107 @@ def test_a_rescan_needs_no_interval_and_finds_what_vanished(
     assert reference["spans"] == [["2026-10-01T04:00:00+00:00", "2026-10-08T04:00:00+00:00"]]
     run_tasks(interval=(None, None), rescan=True)
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(9)}
+
+
+def a_later_day(after: int) -> tuple[datetime, datetime]:
+    """Return the interval of a day so many days after the first one."""
+    return (DAY[0] + timedelta(days=after), DAY[1] + timedelta(days=after))
+
+
+def calls_of(installation: SimpleNamespace, after: int, count: int) -> None:
+    """Put so many calls of one unit into the warehouse, for a day so many days after the first one."""
+    change(
+        installation,
+        f"INSERT INTO api_calls SELECT 'd{after}-' || i, TIMESTAMPTZ '2026-10-05 12:00:00+00' + to_days({after}),"  # noqa: S608
+        f" 'acct-0001', 1 FROM range({count}) AS t(i)",
+    )
+
+
+@pytest.fixture
+def usual(installation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The same installation, whose source expects of each day about what the three before it had; they were billed."""
+    folder = tmp_path / "sources" / "api_calls"
+    shutil.copytree(CHECKOUT / "include" / "sources" / "api_calls", folder)
+    installation.rules = folder / "expectations.yaml"
+    share = "periods: 5, at_least: 3, min_share: 0.6, max_share: 2"
+    with installation.rules.open("a") as file:
+        file.write(f"  - type: expect_period_row_counts_to_be_usual\n    kwargs: {{{share}}}\n")
+        file.write(f"  - type: expect_period_quantity_sums_to_be_usual\n    kwargs: {{{share}}}\n")
+        file.write("  - type: expect_query_columns_to_be_unchanged\n")
+    monkeypatch.setenv("AIRFLOW__USAGE_BILLING__SOURCES_FOLDER", str(folder.parent))
+    change(installation, "DELETE FROM api_calls")
+    for after in range(3):
+        calls_of(installation, after, 10)
+        run_tasks(interval=a_later_day(after))
+    assert billed(installation) == {"acct-0001": Decimal(30)}
+    return installation
+
+
+def test_half_the_usual_rows_stop_the_run_and_the_whole_day_goes_through(usual: SimpleNamespace) -> None:
+    """Nothing is sent, by the sandbox's count; the half day is not what is usual from then on; mended, it is billed."""
+    before = usual.sandbox.requests("maxio:us:acme")["writing"]
+    calls_of(usual, 3, 5)
+    for _ in range(3):
+        with pytest.raises(NeedsDecision, match="has 5 rows, and the usual of the last 3 usage periods is 10"):
+            run_tasks(interval=a_later_day(3))
+    with pytest.raises(NeedsDecision, match="has 5 rows"):
+        run_tasks(interval=a_later_day(3), dry_run=True)
+    assert usual.sandbox.requests("maxio:us:acme")["writing"] == before
+    measured = ledger().measured_before("api_calls", a_later_day(9)[1], 9)
+    assert [each.rows for each in measured] == [10, 10, 10]
+    change(usual, "DELETE FROM api_calls WHERE request_id LIKE 'd3-%'")
+    calls_of(usual, 3, 12)
+    run_tasks(interval=a_later_day(3))
+    assert billed(usual) == {"acct-0001": Decimal(42)}
+    assert ledger().measured_before("api_calls", a_later_day(9)[1], 1)[0].quantity == Decimal(12)
+
+
+def test_a_day_without_rows_stops_where_there_usually_are_some(usual: SimpleNamespace) -> None:
+    """It is no day without usage to skip in silence; loosened for this run, it is."""
+    with pytest.raises(NeedsDecision, match="has 0 rows, and the usual") as error:
+        run_tasks("extract", interval=a_later_day(3))
+    assert "has 0 in all, and the usual" in str(error.value)
+    usual.rules.write_text(usual.rules.read_text().replace("min_share: 0.6, ", ""))
+    with pytest.raises(AirflowSkipException, match="nothing to bill"):
+        run_tasks("extract", interval=a_later_day(3))
+
+
+def test_sums_that_are_unusual_stop_the_run_once_the_rows_are_judged(usual: SimpleNamespace) -> None:
+    """As many rows as ever, of which each says a hundred times as much."""
+    calls_of(usual, 3, 10)
+    change(usual, "UPDATE api_calls SET calls = 100 WHERE request_id LIKE 'd3-%'")
+    before = usual.sandbox.requests("maxio:us:acme")["writing"]
+    with pytest.raises(
+        NeedsDecision, match="has 1000 in all, and the usual of the last 3 usage periods is 10"
+    ) as error:
+        run_tasks(interval=a_later_day(3))
+    assert "validation stops the run; nothing was sent" in str(error.value)
+    assert usual.sandbox.requests("maxio:us:acme")["writing"] == before
+
+
+def test_neither_a_look_nor_a_run_that_ends_before_it_delivers_becomes_the_usual(usual: SimpleNamespace) -> None:
+    """A dry run, a preview and a run whose plan was stopped leave nothing that later runs are judged by."""
+    calls_of(usual, 3, 12)
+    fourth = a_later_day(3)
+    with pytest.raises(AirflowSkipException, match="a dry run ends here"):
+        run_tasks(interval=fourth, dry_run=True)
+    assert main(["preview", "api_calls", "--from", "2026-10-08", "--to", "2026-10-09"]) == 0
+    run_tasks("plan", interval=fourth)
+    assert len(ledger().measured_before("api_calls", fourth[1], 9)) == 3
+    run_tasks(interval=fourth)
+    assert [each.rows for each in ledger().measured_before("api_calls", fourth[1], 9)] == [12, 10, 10, 10]
+
+
+def test_another_type_in_the_warehouse_stops_the_run_until_it_is_accepted(usual: SimpleNamespace) -> None:
+    """The query's own column turns from a whole number into text: told by name, accepted in the suite, then usual."""
+    calls_of(usual, 3, 10)
+    change(usual, "ALTER TABLE api_calls ALTER calls TYPE VARCHAR")
+    with pytest.raises(NeedsDecision, match=r"column calls was decimal128\(18, 3\), and is string"):
+        run_tasks(interval=a_later_day(3))
+    text = usual.rules.read_text()
+    usual.rules.write_text(f"{text}    kwargs: {{accepted: {{calls: string}}}}\n")
+    run_tasks(interval=a_later_day(3))
+    usual.rules.write_text(text)
+    calls_of(usual, 4, 10)
+    run_tasks(interval=a_later_day(4))
+    assert billed(usual) == {"acct-0001": Decimal(50)}

@@ -1005,7 +1005,9 @@ def test_a_task_that_finds_a_ledger_of_another_schema_stops(installation: Simple
 def test_the_command_mends_what_the_task_refused(
     installation: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second ledger stops the extract task; after adopt the day sends nothing, and ties out."""
+    """A second ledger stops the extract task; after adopt the day sends nothing, and ties out; then it is usual."""
+    from usage_billing import installation as ours  # noqa: PLC0415
+
     main(["ledger", "init"])
     run_tasks()
     before = writing(installation)
@@ -1022,8 +1024,10 @@ def test_the_command_mends_what_the_task_refused(
         run_tasks()
     assert main(span) == 0
     assert "2 entered, 0 settled, 0 known before" in capsys.readouterr().out
+    assert ours.ledger().measured_before("api_calls", DAY[1], 9) == []
     run_tasks()
     assert writing(installation) == before
+    assert [each.rows for each in ours.ledger().measured_before("api_calls", DAY[1], 9)] == [2]
 
 
 def test_the_command_ends_with_1_and_the_name_of_what_matches_nothing(

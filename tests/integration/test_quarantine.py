@@ -16,8 +16,9 @@ import pytest
 from stories import Event, House, a_day, a_house, shipped
 from usage_billing.errors import Misconfigured
 from usage_billing.quarantine import write_down
-from usage_billing.records import DUPLICATE, WITHHELD, WRITTEN_OFF, Period, State
+from usage_billing.records import WITHHELD, WRITTEN_OFF, Period, State
 from usage_billing.sources import BillingSource
+from usage_billing.suite import DUPLICATE
 
 ACCOUNTS = {
     "api_calls": ("acct-0001", "acct-0002"),

@@ -16,8 +16,9 @@ import pytest
 from arrivals import ArrivalHouse, an_arrival_house, arriving
 from stories import GENTLE, a_day
 from usage_billing.destinations.maxio.events import MaxioEventsSettings
-from usage_billing.records import DUPLICATE, Period
+from usage_billing.records import Period
 from usage_billing.sources import BillingSource, SourceSettings
+from usage_billing.suite import DUPLICATE
 
 ACCOUNT = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 # The table has one row for each key: what stands before the sign is the event's id.

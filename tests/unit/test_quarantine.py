@@ -1,5 +1,6 @@
 """Where quarantined rows may have been billed, and how rows are named."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from stage_helpers import DAYS, START, make_source, rows, stage
 from usage_billing.ledger import Ledger
 from usage_billing.quarantine import Withheld, WrittenOff, concerned, names_of
-from usage_billing.records import DUPLICATE, WRITTEN_OFF, Comparison, Reading, Staged
+from usage_billing.records import WRITTEN_OFF, Comparison, Reading, Staged
 from usage_billing.staging import Staging
 
 SOURCE = make_source()
@@ -61,6 +62,13 @@ def withheld(staging: Staging, ledger: Ledger, aside: pa.Table | None) -> set[tu
     return {(name, day.start) for (name, day), waits in zip(AT, found.covers(keys), strict=True) if waits}
 
 
+def set_aside(*values: tuple[object, ...], reasons: Sequence[str] = ("no good",), duplicate: bool = False) -> pa.Table:
+    """Return rows as validation sets them aside."""
+    table = rows(*values)
+    table = table.append_column("duplicate", pa.array([duplicate] * len(table), pa.bool_()))
+    return table.append_column("reasons", pa.array([list(reasons)] * len(table), pa.list_(pa.string())))
+
+
 def test_a_row_withholds_what_it_may_have_been_billed_as(staging: Staging, ledger: Ledger) -> None:
     """By its account, whichever of its subscription's that is, and wherever it ever led; by its own usage period."""
     first, second, third = (day.start for day in DAYS)
@@ -76,18 +84,17 @@ def test_a_row_withholds_what_it_may_have_been_billed_as(staging: Staging, ledge
         (("e", None, None, "x"), whole | {("s2", day.start) for day in DAYS}),
     ]
     for row, waits in cases:
-        aside = rows(row).append_column("reasons", pa.array([["no good"]]))
-        assert withheld(staging, ledger, aside) == waits, row
-    together = rows(*(row for row, _ in cases[:4])).append_column("reasons", pa.array([["no good"]] * 4))
+        assert withheld(staging, ledger, set_aside(row)) == waits, row
+    together = set_aside(*(row for row, _ in cases[:4]))
     assert withheld(staging, ledger, together) == {("s1", first), ("s2", first), ("s2", second)}
 
 
 def test_nothing_waits_for_what_is_not_owed_and_all_for_a_run_of_before(staging: Staging, ledger: Ledger) -> None:
     """Where a run does not say which rows they are, they may be any."""
-    off = rows(("e", 1, "a", "x")).append_column("reasons", pa.array([["no good", WRITTEN_OFF]]))
+    off = set_aside(("e", 1, "a", "x"), reasons=["no good", WRITTEN_OFF])
     assert withheld(staging, ledger, off) == set()
     assert withheld(staging, ledger, off[:0]) == set()
-    twice = rows(("e", 1, "a", "x")).append_column("reasons", pa.array([[DUPLICATE]]))
+    twice = set_aside(("e", 1, "a", "x"), duplicate=True)
     assert withheld(staging, ledger, twice) == set(), "its event is on the bill"
     assert len(withheld(staging, ledger, None)) == len(AT)
     assert concerned(stage(staging, off, name="quarantined"), staging).empty

@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from stage_helpers import known
+from stage_helpers import Remembered, known
 from stories import CHECKOUT, SITES, shipped
 from usage_billing.aggregate import aggregate
 from usage_billing.extract import extract, open_reader
@@ -65,7 +65,7 @@ def totals(source: BillingSource, interval: Period, folder: Path) -> dict[tuple[
     window = Period(periods[0].start, periods[-1].end)
     reader = open_reader(SampleWarehouse(source), source.sql, window, source.settings.batch_rows)
     events = extract(reader, source, staging, "sample")
-    found = validate(events, source, periods, known, staging, "sample")
+    found = validate(events, source, periods, known, staging, "sample", Remembered())
     assert found.quarantined.rows, "a sample without a bad row shows half of the source"
     staged = aggregate(found.accepted, found.targets, source, SITES[source.name], periods, staging, "sample")
     rows = [row for part in staging.read(staged) for row in part.to_pylist()]

@@ -375,3 +375,17 @@ def test_a_span_of_time_is_kept_as_it_is_read(load, grace):
     """The ledger keeps the section of the destination as JSON, from which an edition is read again."""
     destination = load(source=SOURCE.replace("stream: calls", f"stream: calls, grace: {grace}")).destination
     assert SiteSettings.model_validate(destination.model_dump(mode="json")) == destination
+
+
+def test_what_is_wrong_about_the_meta_of_a_rule_is_told_at_once(load):
+    """When the files are read, so that the DAG tells it and not the first run; each with its place and its mend."""
+    wrong = (
+        "  - {type: expect_column_to_exist, meta: {severity: warn, reason: no}}\n"
+        "  - {type: expect_column_to_exist, meta: {reasons: a}}\n"
+    )
+    neither = "is neither quarantine (the rows that fail) nor stop (the run)"
+    assert faults(load, suite=SUITE + wrong) == [
+        "expectations.yaml: expectations.1: meta.reason: False is no text; write why in quotes, or leave it out",
+        f"expectations.yaml: expectations.1: meta.severity: 'warn' {neither}",
+        "expectations.yaml: expectations.2: meta: unknown key reasons; known keys: reason, severity",
+    ]

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stage_helpers import DAYS, START, known, make_source, read, rows, stage
+from stage_helpers import DAYS, START, Remembered, known, make_source, read, rows, stage
 from usage_billing.errors import Misconfigured, NeedsDecision, NotApplied
 from usage_billing.records import Target
 from usage_billing.staging import Staging
-from usage_billing.validate import DUPLICATE, QuarantineOverLimit, reasons_table, validate
+from usage_billing.suite import DUPLICATE
+from usage_billing.validate import ValidationStopped, reasons_table, validate
 
 # A row_condition in YAML is text, which Great Expectations 1.x takes with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated as of GX Core:DeprecationWarning")
@@ -30,8 +31,9 @@ def staging(tmp_path):
 def judge(staging):
     """Validate parts and return what came of it."""
 
-    def run(*parts, resolve=known, periods=DAYS, **source):
-        return validate(stage(staging, *parts), make_source(**source), periods, resolve, staging, "run")
+    def run(*parts, resolve=known, periods=DAYS, history=None, **source):
+        extracted = stage(staging, *parts)
+        return validate(extracted, make_source(**source), periods, resolve, staging, "run", history or Remembered())
 
     return run
 
@@ -63,7 +65,9 @@ def test_sound_rows_pass_with_exact_quantities(judge, staging):
     assert table["quantity"].to_pylist() == [Decimal("1.50"), Decimal("2.00"), Decimal("7.00")]
     assert table.schema.field("quantity").type == pa.decimal128(38, 2)
     assert (found.quarantined.rows, found.reasons) == (0, {})
-    assert read(staging, found.quarantined).column_names == ["event_id", "time", "account", "quantity", "reasons"]
+    assert read(staging, found.quarantined).column_names == [
+        *("event_id", "time", "account", "quantity", "duplicate", "reasons")
+    ]
 
 
 def test_every_reason_of_a_row_is_told(judge, staging):
@@ -129,7 +133,7 @@ def test_a_quarantined_row_can_be_replayed(judge, staging):
     first = judge(
         rows(("a", 1, "x", Decimal("-1.500")), ("b", None, "y", Decimal("2.000"))), expectations=[NOT_NEGATIVE]
     )
-    again = judge(read(staging, first.quarantined).drop_columns("reasons"))
+    again = judge(read(staging, first.quarantined).drop_columns(["duplicate", "reasons"]))
     assert read(staging, again.accepted).to_pylist() == [
         {"event_id": "a", "time": START + timedelta(hours=1), "account": "x", "quantity": Decimal("-1.50")}
     ]
@@ -206,10 +210,10 @@ def test_too_many_bad_rows_need_a_decision_after_all_is_kept(judge, staging):
         ({"max_rows": 1, "max_share": 1}, "max_rows = 1"),
         ({"max_rows": 9, "max_share": 0.5}, "max_share = 0.5"),
     ]:
-        with pytest.raises(QuarantineOverLimit, match=told) as error:
+        with pytest.raises(ValidationStopped, match=told) as error:
             judge(part, expectations=[NOT_NEGATIVE], quarantine=limits)
         assert isinstance(error.value, NeedsDecision)
-        assert "2 of 3 rows are quarantined" in str(error.value)
+        assert "2 of 3 rows are quarantined, more than quarantine." in str(error.value)
         assert "negative  (b)" in str(error.value)
         assert set(reasons(staging, error.value.validated)) == {"b", "c"}
     judge(part, expectations=[NOT_NEGATIVE], quarantine={"max_rows": 2, "max_share": 0.67})
@@ -404,12 +408,20 @@ SUITE = [
     NOT_NEGATIVE,
     rule("column_values_to_be_in_set", reason="odd", column="quantity", value_set=[0.1, 7, -0.1]),
     rule("column_values_to_not_match_regex", reason="e", column="event_id", regex="e"),
+    rule("time_not_in_future", reason="not yet"),
+    rule("quantity_to_be_a_number", reason="what is this"),
+    rule("account_to_be_known", reason="nobody"),
+    rule("event_id_to_be_unique", reason="again"),
 ]
+NOW = START + timedelta(hours=70, minutes=30)
 
 
-def oracle(table):
+def oracle(table, suite):
     """Judge rows one by one, slowly; return accepted rows and (row, reasons) of the others."""
     judged = []
+    reasons = {declared["meta"]["reason"] for declared in suite}
+    renamed = {default: ours for default, ours in RENAMED.items() if ours.partition(":")[0] in reasons}
+    duplicate = renamed.get(DUPLICATE, DUPLICATE)
     for identifier, hours, account, quantity in table:
         number = None if quantity in {None, "?"} else Decimal(quantity)
         told = {
@@ -421,12 +433,20 @@ def oracle(table):
             "quantity: too large": number is not None and abs(number) >= 10**16,
             "quantity: more than 2 decimal places": number is not None and (Fraction(number) * 100).denominator != 1,
             "time outside the usage periods": hours is not None and not 0 <= hours < 72,
-            "negative": number is not None and number < 0,
-            "odd": number is not None and number not in {Decimal("0.1"), Decimal(7), Decimal("-0.1")},
-            "e": identifier == "e",
+            "time in the future": hours is not None and hours > 70.5,
+            "negative": "negative" in reasons and number is not None and number < 0,
+            "odd": "odd" in reasons
+            and number is not None
+            and number not in {Decimal("0.1"), Decimal(7), Decimal("-0.1")},
+            "e": "e" in reasons and identifier == "e",
             "unknown": account == "gone",
         }
-        judged.append(((identifier, hours, account, quantity), [reason for reason, holds in told.items() if holds]))
+        judged.append(
+            (
+                (identifier, hours, account, quantity),
+                [renamed.get(reason, reason) for reason, holds in told.items() if holds],
+            )
+        )
     kept = {}
     for row, told in judged:
         key = (row[1], row[2], row[3] and Decimal(row[3]) if not told else None)
@@ -440,14 +460,23 @@ def oracle(table):
             sound.append((row[0], row[1], row[2], Decimal(row[3])))
             kept[row[0]] = None
         else:
-            bad.append((row, [DUPLICATE]))
+            bad.append((row, [duplicate]))
     return sound, bad
 
 
+RENAMED = {
+    "time in the future": "not yet",
+    "quantity: not a number": "what is this",
+    "unknown": "nobody: unknown",
+    DUPLICATE: "again",
+}
+
+
 def comparable(row, told):
-    """Return a row and its reasons; of two equal rows with one event id, either may be the duplicate."""
+    """Return a row and its reasons, in any order; of two equal rows with one event id, either may be the duplicate."""
     *words, quantity = row
-    return repr((words, Decimal(quantity).normalize() if told == [DUPLICATE] else quantity, told))
+    twice = told in ([DUPLICATE], [RENAMED[DUPLICATE]])
+    return repr((words, Decimal(quantity).normalize() if twice else quantity, sorted(told)))
 
 
 def plain(row):
@@ -456,19 +485,24 @@ def plain(row):
     return (row["event_id"], hours, row["account"], row["quantity"]), row.get("reasons")
 
 
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(table=st.lists(ROW, max_size=12), batch_rows=st.integers(2, 12), seed=st.integers(0, 9))
-def test_any_rows_in_any_parts_are_judged_as_one_by_one(tmp_path_factory, table, batch_rows, seed):
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    table=st.lists(ROW, max_size=12),
+    batch_rows=st.integers(1, 12),
+    seed=st.integers(0, 9),
+    suite=st.lists(st.sampled_from(SUITE), unique_by=lambda declared: declared["meta"]["reason"]),
+)
+def test_any_rows_in_any_parts_are_judged_by_any_suite_as_one_by_one(tmp_path_factory, table, batch_rows, seed, suite):
     """Accepted rows, quarantined rows and all reasons equal those of a slow judge, whatever the order and the parts."""
     random.Random(seed).shuffle(table)  # noqa: S311 - An order, not a secret.
     staging = Staging(tmp_path_factory.mktemp("staging"))
     parts = [rows(*table[at : at + batch_rows], quantity=pa.string()) for at in range(0, len(table), batch_rows)]
     resolve = lambda names: [Target(name, unknown="unknown" if name == "gone" else "") for name in names]  # noqa: E731
-    source = make_source(expectations=SUITE, batch_rows=batch_rows)
-    found = validate(stage(staging, *(parts or [rows()])), source, DAYS, resolve, staging, "run")
+    source = make_source(expectations=suite, batch_rows=batch_rows)
+    found = validate(stage(staging, *(parts or [rows()])), source, DAYS, resolve, staging, "run", Remembered(NOW))
     tables = (read(staging, staged).to_pylist() for staged in (found.accepted, found.quarantined))
     sound, bad = ([plain(row) for row in listed] for listed in tables)
-    expected_sound, expected_bad = oracle(table)
+    expected_sound, expected_bad = oracle(table, suite)
     assert sorted(row for row, _ in sound) == sorted(expected_sound)
     assert sorted(comparable(*row) for row in bad) == sorted(comparable(*row) for row in expected_bad)
     assert sum(found.reasons.values()) == sum(len(told) for _, told in expected_bad)

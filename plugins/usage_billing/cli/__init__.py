@@ -357,7 +357,7 @@ def _read_warehouse(
     destination.check()
     decided = WrittenOff.of(source, book)
     before = rows_before(periods, source, warehouse, area, folder)
-    found = validate(events, source, periods, getattr(destination, look), area, folder, decided, before)
+    found = validate(events, source, periods, getattr(destination, look), area, folder, book, decided, before)
     # Of the span that is adopted this ledger may know nothing yet; what it is, is known when all of it was found.
     billed_until = window.end if look == "locate" else EVER.start
     moves = placed(found.targets, source, began, book, area, folder, look_only=True, billed_until=billed_until)

@@ -22,6 +22,7 @@ from sqlalchemy import (
     Engine,
     RowMapping,
     Select,
+    Table,
     case,
     func,
     insert,
@@ -45,8 +46,10 @@ from usage_billing.ledger.tables import (
     fed_component,
     lease,
     ledger,
+    measured_period,
     placement,
     quarantined_row,
+    read_columns,
     source,
     touched_period,
     watermark,
@@ -64,6 +67,7 @@ from usage_billing.records import (
     Delivery,
     Edition,
     Extraction,
+    Measured,
     Period,
     Reading,
     Receipt,
@@ -474,6 +478,65 @@ class Ledger:
         with self._reading() as connection:
             owed = connection.execute(queries.owed_in(name, Period(since, before), most)).scalars()
             return [Decimal(quantity) for quantity in owed]
+
+    def record_measured(
+        self, name: str, reading: Reading, measured: Sequence[Measured], columns: Mapping[str, str]
+    ) -> None:
+        """Write down what a reading that goes on had of its usage periods, and which columns its query returned.
+
+        What a later reading had stays as it is.
+        """
+        named = {"source": name, "extraction": reading.extraction, "validation": reading.validation}
+        rows = [
+            {
+                **named,
+                "period_start": each.period.start,
+                "period_end": each.period.end,
+                "rows_read": each.rows,
+                "rows_quarantined": each.rows_quarantined,
+                "quantity": "" if each.quantity is None else f"{each.quantity:f}",
+            }
+            for each in measured
+        ]
+        with self._writing() as connection:
+            if rows:
+                connection.execute(self._of_the_newest(measured_period, rows[0]), rows)
+            if columns:
+                row = {**named, "columns": json.dumps(dict(columns), sort_keys=True)}
+                connection.execute(self._of_the_newest(read_columns, row), [row])
+
+    def _of_the_newest(self, table: Table, row: Mapping[str, Any]) -> Any:
+        """Return the statement that writes such rows, each in the place of what no later reading had."""
+        key = [column.name for column in table.primary_key]
+        statement = self._insert(table)
+        given = tuple_(statement.excluded.extraction, statement.excluded.validation)
+        return statement.on_conflict_do_update(
+            index_elements=key,
+            set_={name: statement.excluded[name] for name in row if name not in key},
+            where=queries.read_as(table) <= given,
+        )
+
+    def measured_before(self, name: str, before: datetime, most: int, since: datetime = EVER.start) -> list[Measured]:
+        """Return what the last `most` usage periods from `since` to `before` had that had any rows, newest first."""
+        if before <= since:
+            return []
+        with self._reading() as connection:
+            rows = connection.execute(queries.measured_in(name, Period(since, before), most)).all()
+        return [
+            Measured(
+                Period(row.period_start, row.period_end),
+                row.rows_read,
+                row.rows_quarantined,
+                Decimal(row.quantity) if row.quantity else None,
+            )
+            for row in rows
+        ]
+
+    def columns_read(self, name: str) -> dict[str, str]:
+        """Return which columns the query of a source returned in the newest reading that went on: type by name."""
+        with self._reading() as connection:
+            found = connection.execute(select(read_columns.c.columns).where(read_columns.c.source == name)).scalar()
+        return dict(json.loads(found)) if found else {}
 
     def compared_before(self, name: str, moment: datetime, since: datetime = EVER.start) -> Period | None:
         """Return the last compared usage period of a source from `since` to `moment`, None if there is none."""

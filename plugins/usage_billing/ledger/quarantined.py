@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Select, and_, case, delete, or_, select, upda
 
 from usage_billing.errors import Misconfigured
 from usage_billing.ledger.tables import quarantined_row
-from usage_billing.records import DUPLICATE, WRITTEN_OFF, Period, Reading
+from usage_billing.records import WRITTEN_OFF, Period, Reading
 
 _row = quarantined_row.c
 _OPEN = _row.written_off_at.is_(None)
@@ -45,6 +45,8 @@ def put(
         word: insert.excluded[word] for word in ("period_start", "period_end", "placed", "reasons", "dimensions")
     }
     changes |= {"extraction": reading.extraction, "validation": reading.validation}
+    # As what it was written off, it stays.
+    changes["as_duplicate"] = case((_OPEN, insert.excluded.as_duplicate), else_=_row.as_duplicate)
     # A row without a usage period may stand under another one, from where it comes here.
     changes["copies"] = insert.excluded.copies + case((mine, _row.copies), else_=0)
     upsert = insert.on_conflict_do_update(index_elements=["source", "row_name"], set_=changes)
@@ -83,9 +85,7 @@ def write_off(
         raise Misconfigured.all_at_once("nothing was written off", faults)
     decided = {"written_off_by": by, "note": note, "written_off_at": now}
     for row in wanted:
-        twice = set(json.loads(there[row].reasons)) == {DUPLICATE}
-        ours = and_(_row.source == name, _row.row_name == row)
-        connection.execute(update(quarantined_row).where(ours).values(decided | {"as_duplicate": twice}))
+        connection.execute(update(quarantined_row).where(_row.source == name, _row.row_name == row).values(decided))
 
 
 def listing(name: str, window: Period | None) -> Select[Any]:

@@ -35,6 +35,7 @@ from usage_billing.ledger.tables import (
     delivery,
     fed_component,
     lease,
+    measured_period,
     placement,
     touched_period,
 )
@@ -106,19 +107,29 @@ def newer_comparisons(source: str, reading: Reading, span: Period) -> Select[Any
 
 def compared_in(source: str, span: Period) -> Select[Any]:
     """Select the last usage period of a source that was compared and lies in a span."""
-    return select(compared_period).where(_lies_in(source, span)).order_by(compared_period.c.period_end.desc()).limit(1)
+    return (
+        select(compared_period)
+        .where(_lies_in(compared_period, source, span))
+        .order_by(compared_period.c.period_end.desc())
+        .limit(1)
+    )
 
 
 def owed_in(source: str, span: Period, most: int) -> Select[Any]:
     """Select what the last usage periods of a source that lie in a span owed, where that is known and not nothing."""
     known = and_(compared_period.c.owed != "", compared_period.c.owed != "0")
-    owed = select(compared_period.c.owed).where(_lies_in(source, span), known)
+    owed = select(compared_period.c.owed).where(_lies_in(compared_period, source, span), known)
     return owed.order_by(compared_period.c.period_end.desc()).limit(most)
 
 
-def _lies_in(source: str, span: Period) -> ColumnElement[bool]:
-    inside = and_(compared_period.c.period_start >= span.start, compared_period.c.period_end <= span.end)
-    return and_(compared_period.c.source == source, inside)
+def measured_in(source: str, span: Period, most: int) -> Select[Any]:
+    """Select what the last usage periods of a source that lie in a span had, where they had any rows."""
+    had_any = and_(_lies_in(measured_period, source, span), measured_period.c.rows_read > 0)
+    return select(measured_period).where(had_any).order_by(measured_period.c.period_end.desc()).limit(most)
+
+
+def _lies_in(table: Any, source: str, span: Period) -> ColumnElement[bool]:
+    return and_(table.c.source == source, table.c.period_start >= span.start, table.c.period_end <= span.end)
 
 
 def last_compared(source: str) -> Select[Any]:

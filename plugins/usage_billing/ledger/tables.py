@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 from usage_billing.records import Choice, Decision, State, check_aware
 
-SCHEMA_VERSION = "0010"
+SCHEMA_VERSION = "0011"
 VERSION_TABLE = "usage_ledger_version"
 
 OPEN_STATES = (State.RESERVED, State.SENDING, State.IN_DOUBT, State.HELD)
@@ -178,6 +178,31 @@ quarantined_row = Table(
     Column("as_duplicate", Boolean, nullable=False, server_default=false(), comment="For another row of its event."),
 )
 Index("quarantined_row_by_period", quarantined_row.c.source, quarantined_row.c.period_start)
+_sum = "Of what was accepted; empty where the meter is no sum."
+
+# What tells later readings what is usual: of each usage period the newest reading that went on, none that was stopped.
+measured_period = Table(
+    "measured_period",
+    metadata,
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+    Column("period_start", UtcDateTime, primary_key=True),
+    Column("period_end", UtcDateTime, primary_key=True),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("validation", Integer, nullable=False, server_default="0"),
+    Column("rows_read", Integer, nullable=False),
+    Column("rows_quarantined", Integer, nullable=False),
+    Column("quantity", Text, nullable=False, server_default="", comment=_sum),
+)
+
+# What the query of a source returned in the newest reading that went on, whatever the source names of it.
+read_columns = Table(
+    "read_columns",
+    metadata,
+    Column("source", String(80), ForeignKey("source.name"), primary_key=True),
+    Column("extraction", Integer, ForeignKey("extraction.number"), nullable=False),
+    Column("validation", Integer, nullable=False, server_default="0"),
+    Column("columns", Text, nullable=False, comment="The type of each column by its name, as JSON."),
+)
 
 _decisions = ", ".join(f"'{decision}'" for decision in Decision)
 

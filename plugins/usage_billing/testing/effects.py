@@ -26,6 +26,7 @@ _READS_ONLY = frozenset(
         "standing", "has", "reserved", "resumable", "released", "doubts", "in_the_air", "may_send", "accepted",
         "accepted_at", "open_items", "outdated", "validated_at", "extractions", "known", "holder_of", "watermark",
         "touched", "editions", "displaced", "placements", "moving",
+        "measured_before", "columns_read", "quarantined", "rows_written_off", "replayable", "read_in",
     }
 )  # fmt: skip
 

@@ -269,8 +269,8 @@ class DagRun:
         periods = source.periods_of(run.spans)
         events, began = run.tables["events"], ledger.now()
         decided = WrittenOff.of(source, ledger)
-        before = run.tables.get("before")
-        found = validate(events, source, periods, destination.resolve, house.staging, run.folder, decided, before)
+        before, folder = run.tables.get("before"), run.folder
+        found = validate(events, source, periods, destination.resolve, house.staging, folder, ledger, decided, before)
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
         known = house.sightings.known_to(process)
         found, aside = replace(found, moves=moves), found.quarantined
