@@ -425,6 +425,7 @@ def test_usage_that_its_grace_let_pass_is_adopted_where_it_lies(living: LivingHo
     source = lenient("voip_minutes", grace="24h")
     day = a_day(source, 31)
     living.sandbox.move_clock(today)
+    living.at(living.sandbox.now())
     living.run(source, day, used(source, day, "7"))
     assert living.reconcile(source, day).ties_out
     living.begin_anew()
@@ -441,10 +442,12 @@ def test_usage_that_a_renewal_overtook_is_not_billed_again_after_a_loss(living: 
     source = lenient(name, late_usage="now")
     day = a_day(source, 30)
     living.sandbox.move_clock("2026-10-31T12:00:00Z")
+    living.at(living.sandbox.now())
     comparison, folder = living.totals(source, day, used(source, day, "7"))
     plan = living.plan(source, comparison, folder)
     written_down(living, source, comparison, plan)
     living.sandbox.move_clock(AFTER_THE_RENEWAL)
+    living.at(living.sandbox.now())
     living.deliver(source, comparison, folder, first=plan)
     assert billed(living, source) == 7
     living.begin_anew()
