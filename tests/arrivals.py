@@ -61,6 +61,11 @@ class Warehouse:
             values,
         )
 
+    def put_as_it_is(self, event_id: str, time: str | None, account: str | None, quantity: str | None) -> None:
+        """Write a row of whatever text, as a warehouse without types has it."""
+        values = (event_id, time, account, quantity)
+        self._table.execute("INSERT INTO usage (event_id, time, account, quantity) VALUES (?, ?, ?, ?)", values)
+
     def delete(self, event_id: str, tombstone: int | str | None = None) -> None:
         """Mark a row as deleted, or let it vanish without a trace."""
         if tombstone is None:

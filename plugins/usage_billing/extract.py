@@ -236,7 +236,8 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
     ``event_id``, ``account`` and each dimension as text, ``time`` as ``timestamp[us, UTC]``, ``quantity`` (where the
     meter has one) as it came: integers, decimals or text. Finer times are cut to the microsecond. A time without a
     zone is read in ``naive_times``; if the clocks make it ambiguous, as the earlier one. Rows whose ``deleted`` is true
-    are left out.
+    are left out. Where times come as text there is a column ``unread``: the text of each that is none, or has no zone
+    that anybody knows; its ``time`` is null.
 
     Raises:
         Misconfigured: with every fault at once: missing columns, inexact or unsuitable types, times without a zone.
@@ -244,11 +245,11 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
     faults = _missing(table, source)
     if faults:
         raise Misconfigured.all_at_once(f"usage.sql of {source.title}", faults)
-    columns = {}
+    columns: dict[str, pa.ChunkedArray] = {}
     for word, name in _words(source).items():
         column = _plain(table.column(name))
         if word == "time":
-            columns[word] = as_times(column, name, source.settings.naive_times, faults)
+            columns |= _time(column, name, source.settings.naive_times, faults)
         elif word == "quantity":
             columns[word] = _quantity(column, name, faults)
         elif word == "deleted":
@@ -304,6 +305,27 @@ def _flag(column: pa.ChunkedArray, name: str, faults: list[str]) -> pa.ChunkedAr
         return pc.fill_null(column.cast(pa.bool_()), False)  # noqa: FBT003
     faults.append(f"{name}: {kind} is no yes or no; cast it to BOOLEAN in usage.sql")
     return column
+
+
+def _time(column: pa.ChunkedArray, name: str, naive: ZoneInfo | None, faults: list[str]) -> dict[str, pa.ChunkedArray]:
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return {"time": as_times(column, name, naive, faults)}
+    found: list[str] = []
+    times = as_times(column, name, naive, found)
+    if not found:
+        return {"time": times, "unread": pa.chunked_array([pa.nulls(len(column), pa.string())])}
+    # One row that cannot be read is for the quarantine: no more than itself is unknown. Slow, and only then.
+    texts = column.cast(pa.string()).combine_chunks().dictionary_encode()
+    each = pa.array([_moment(text, naive) for text in texts.dictionary.to_pylist()], TIME)
+    times = each.take(texts.indices)
+    unread = pc.if_else(pc.is_null(times), column.cast(pa.string()).combine_chunks(), pa.scalar(None, pa.string()))
+    return {"time": pa.chunked_array([times]), "unread": pa.chunked_array([unread])}
+
+
+def _moment(text: str, naive: ZoneInfo | None) -> datetime | None:
+    faults: list[str] = []
+    (found,) = as_times(pa.chunked_array([[text]], pa.string()), "", naive, faults).to_pylist()
+    return None if faults else found
 
 
 def as_times(column: pa.ChunkedArray, name: str, naive: ZoneInfo | None, faults: list[str]) -> pa.ChunkedArray:

@@ -206,6 +206,7 @@ def listed(quarantined: Staged, periods: Sequence[Period], staging: Staging) -> 
         if not part.num_rows:
             continue
         numbers = _numbers(part, periods)
+        # What stands for a time and is none is told beside the dimensions, in the part that has such times.
         dimensions = [name for name in part.column_names if name not in {*_FIXED, *_VERDICT}]
         frame = pd.DataFrame(
             {

@@ -243,7 +243,7 @@ class SourceSettings(Settings):
                 f"incremental is {self.incremental}, and columns.arrival is {self.columns.arrival or 'missing'}: "
                 "set both, incremental: arrival and the column of arrivals.sql by which it grows, or neither"
             )
-        reserved = {"event_id", "time", "account", "quantity", "reasons", "duplicate", "part", "row"} | (
+        reserved = {"event_id", "time", "account", "quantity", "reasons", "duplicate", "unread", "part", "row"} | (
             {"deleted"} if self.columns.deleted else set()
         )
         if clash := reserved.intersection(self.dimensions):

@@ -33,6 +33,7 @@ QUANTITIES = ("expect_quantity_to_be_a_number", "expect_quantity_to_fit_digits",
 _OWN = {
     "expect_event_id_to_not_be_null": "no event id",
     "expect_time_to_not_be_null": "no time",
+    "expect_time_to_be_readable": "a time that is none, or has no zone (naive_times in source.yaml says which)",
     "expect_account_to_not_be_null": "no account",
     "expect_quantity_to_not_be_null": "no quantity",
     **dict(zip(QUANTITIES, ("not a number", "too large", "more than {} decimal places"), strict=True)),

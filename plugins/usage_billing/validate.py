@@ -290,7 +290,11 @@ class _Judge:
         return _distinct(table.take(pa.array(np.argsort(table["row"].to_numpy(), kind="stable"))))
 
     def _own(self, part: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-        for word in ("event_id", "time", "account", *(["quantity"] if self._meter.function != "count" else [])):
+        unread = ~_is_null(part, "unread") if "unread" in part.column_names else np.zeros(len(part), dtype=bool)
+        yield "expect_event_id_to_not_be_null", _is_null(part, "event_id")
+        yield "expect_time_to_not_be_null", _is_null(part, "time") & ~unread
+        yield "expect_time_to_be_readable", unread
+        for word in ("account", *(["quantity"] if self._meter.function != "count" else [])):
             yield f"expect_{word}_to_not_be_null", _is_null(part, word)
         if self._meter.function in {"sum", "max", "last"}:
             masks = quantities.faults(array_of(part, "quantity"), self._meter.decimals).values()
@@ -312,7 +316,7 @@ class _Judge:
         """Return the rows of a part that are not `unsound`, with the quantity as it is handed on."""
         keep = np.ones(part.num_rows, dtype=bool)
         keep[unsound] = False
-        rows = part.filter(pa.array(keep))
+        rows = part.select([name for name in part.column_names if name != "unread"]).filter(pa.array(keep))
         if "quantity" not in rows.column_names:
             return rows
         if self._meter.function == "count":

@@ -169,7 +169,7 @@ def test_sqlite_compares_text_in_utc(lite, staging):
     )
     staged = extract(open_reader(lite, SQL, WINDOW, 1), make_source(naive_times="UTC"), staging, "run")
     first, second = staging.read(staged)
-    assert first.to_pylist() == [{"event_id": "a", "time": START, "account": "7", "quantity": 5}]
+    assert first.to_pylist() == [{"event_id": "a", "time": START, "unread": None, "account": "7", "quantity": 5}]
     assert second["quantity"].to_pylist() == ["2.50"]
 
 
@@ -313,10 +313,25 @@ def test_a_time_as_text_is_read_with_its_own_zone_or_the_sources(given, moment):
     assert normalise(table(time=[given]), make_source(naive_times="Europe/Berlin"))["time"].to_pylist() == [moment]
 
 
-@pytest.mark.parametrize("given", ["yesterday", "01.10.2026", "2026-10-01 25:00:00"])
-def test_a_text_that_is_no_time_is_told_with_its_value(given):
-    """The run stops before a time is guessed."""
-    assert given in faults(table(time=[given]), naive_times="UTC")
+@pytest.mark.parametrize("given", ["yesterday", "01.10.2026", "2026-10-01 25:00:00", ""])
+def test_a_text_that_is_no_time_is_kept_as_it_is_and_no_time_is_guessed(given):
+    """Only its own row is unknown; all others are read."""
+    rows = table(time=["2026-10-01 00:00:00", given, None], event_id=["a", "b", "c"], account="xyz", quantity=[1, 2, 3])
+    found = normalise(rows, make_source(naive_times="UTC"))
+    assert found["time"].to_pylist() == [START, None, None]
+    assert found["unread"].to_pylist() == [None, given, None]
+
+
+@pytest.mark.parametrize(("naive", "read"), [(None, [START, None]), ("Europe/Berlin", [START, START])])
+def test_a_text_without_a_zone_among_others_is_read_only_if_the_source_says_how(naive, read):
+    """Whichever rows come in one batch: each is read by itself."""
+    texts = ["2026-10-01 00:00:00Z", "2026-10-01 02:00:00"]
+    whole = table(time=texts, event_id=["a", "b"], account=["x", "x"], quantity=[1, 1])
+    for parts in ([whole], [whole[:1], whole[1:]]):
+        found = [normalise(part, make_source(naive_times=naive)) for part in parts]
+        assert [time for part in found for time in part["time"].to_pylist()] == read
+        unread = [text for part in found for text in part["unread"].to_pylist()]
+        assert unread == [None, texts[1] if naive is None else None]
 
 
 def test_times_with_and_without_zone_in_one_column_are_told():
