@@ -4,7 +4,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from airflow.sdk import BaseHook, ObjectStoragePath, conf
@@ -90,13 +90,17 @@ def _area(name: str) -> ObjectStoragePath:
 
 
 def destination_of(source: BillingSource) -> Destination:
-    """Return the destination that `source` is billed to, with the archive of what it sent.
+    """Return the destination that `source` is billed to, with the archive of what it sent and the user's mapping.
 
     Raises:
         Misconfigured: the source's connection does not exist, is of another type, or has faults.
     """
     found = hooks.destination(source)
     found.archive = archive()
+    if source.accounts_sql:
+        from usage_billing.accounts import Accounts  # noqa: PLC0415 - pandas and pyarrow, not at every parse.
+
+        found.mapping = Accounts(source, partial(BaseHook.get_hook, source.settings.warehouse))
     return found
 
 

@@ -200,7 +200,9 @@ class ValidateOperator(StageOperator):
         try:
             decided, book = WrittenOff.of(source, ledger()), ledger()
             events, before = run.tables["events"], run.tables.get("before")
-            found = validate(events, source, periods, destination.resolve, staging(), run.folder, book, decided, before)
+            found = validate(
+                events, source, periods, destination.resolve_accounts, staging(), run.folder, book, decided, before
+            )
         except ValidationStopped as stopped:
             self._tell(run, stopped.validated, began)
             context["quarantined"] = dict(stopped.validated.reasons)

@@ -99,7 +99,7 @@ def _as_of_today(
     held: pd.DataFrame, destination: Destination, moves: Moves, now: datetime
 ) -> tuple[pd.DataFrame, pd.Series]:
     """Return the next revisions as the site would bill them today, and of each why it cannot go, or an empty text."""
-    targets = {target.account: target for target in destination.resolve(sorted(held["account"].unique()))}
+    targets = {target.account: target for target in destination.resolve_accounts(sorted(held["account"].unique()))}
     today = [_today(row, targets[row["account"]], moves) for row in held.to_dict("records")]
     revisions = held["revision"] + 1
     rows = held.assign(

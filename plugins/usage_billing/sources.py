@@ -303,6 +303,7 @@ class BillingSource:
     sql: str
     expectations: tuple[Mapping[str, Any], ...]
     arrivals_sql: str = ""
+    accounts_sql: str = ""
     span: Period = EVER
     edition: int = 0
     owes_from: date | None = None
@@ -456,11 +457,17 @@ def load_source(folder: Path, destination_settings: Callable[[str], type[Destina
     faults.extend(_claims_of_one_history(folder, values.get("formerly")))
     sql = _read_sql(folder / "usage.sql", WINDOW_BINDS, "the usage rows between :window_start and :window_end", faults)
     arrivals_sql = _read_arrivals(folder / "arrivals.sql", values.get("incremental") == "arrival", faults)
+    accounts_sql = _read_accounts(folder / "accounts.sql", faults)
     expectations = _read_expectations(folder / "expectations.yaml", faults)
     if faults or settings is None or destination is None:
         raise Misconfigured.all_at_once(f"billing source {folder.name!r} ({folder})", faults)
     return BillingSource(
-        settings=settings, destination=destination, sql=sql, expectations=expectations, arrivals_sql=arrivals_sql
+        settings=settings,
+        destination=destination,
+        sql=sql,
+        expectations=expectations,
+        arrivals_sql=arrivals_sql,
+        accounts_sql=accounts_sql,
     )
 
 
@@ -546,6 +553,14 @@ def _read_arrivals(path: Path, needed: bool, faults: list[str]) -> str:  # noqa:
     if path.exists():
         faults.append(f"{path.name}: is there, but source.yaml does not say incremental: arrival; add it, or remove it")
     return ""
+
+
+def _read_accounts(path: Path, faults: list[str]) -> str:
+    return (
+        _read_sql(path, frozenset(), "account and target: what the site calls its customer", faults)
+        if path.exists()
+        else ""
+    )
 
 
 def _read_sql(path: Path, binds: frozenset[str], selects: str, faults: list[str]) -> str:

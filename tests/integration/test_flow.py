@@ -607,6 +607,70 @@ def test_a_person_lists_the_quarantine_and_writes_off_what_is_not_owed(
 
 
 @pytest.fixture
+def mapped(lenient: SimpleNamespace) -> SimpleNamespace:
+    """The same installation, where the warehouse knows its customers by names of its own, and a table says whose."""
+    folder = Path(os.environ["AIRFLOW__USAGE_BILLING__SOURCES_FOLDER"]) / "api_calls"
+    (folder / "accounts.sql").write_text("SELECT number AS account, reference AS target FROM customers")
+    change(lenient, "CREATE TABLE customers (number INTEGER, reference VARCHAR)")
+    change(lenient, "INSERT INTO customers VALUES (1, 'acct-0001'), (2, 'acct-0002')")
+    change(lenient, "UPDATE api_calls SET account_ref = right(account_ref, 1)")
+    return lenient
+
+
+def test_accounts_lead_where_a_table_of_the_users_says(
+    mapped: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who is not in it, or leads to two or none, is set aside by name; once that is mended a replay bills it."""
+    change(mapped, "DELETE FROM customers WHERE number = 2")
+    run_tasks()
+    assert billed(mapped) == {"acct-0001": Decimal(7)}
+    for mend, words in (
+        ("INSERT INTO customers VALUES (2, 'acct-0002'), (2, 'acct-0003')", "has 2 targets in accounts.sql"),
+        ("DELETE FROM customers WHERE number = 2", "is not in accounts.sql"),
+        ("INSERT INTO customers VALUES (2, NULL)", "has no target in accounts.sql"),
+        ("UPDATE customers SET reference = 'acct-9999' WHERE number = 2", "subscription 'acct-9999' is unknown to"),
+    ):
+        change(mapped, mend)
+        run_tasks(interval=(None, None), replay=True)
+        capsys.readouterr()
+        assert main(["quarantine", "list", "api_calls"]) == 0
+        assert words in capsys.readouterr().out
+        assert billed(mapped) == {"acct-0001": Decimal(7)}
+    change(mapped, "UPDATE customers SET reference = 'acct-0002' WHERE number = 2")
+    run_tasks(interval=(None, None), replay=True)
+    assert billed(mapped) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_a_changed_mapping_is_a_move_that_a_person_decides(mapped: SimpleNamespace) -> None:
+    """What was billed stays where it is until they say so; then the credit goes first."""
+    run_tasks()
+    change(mapped, "UPDATE customers SET reference = 'acct-0003' WHERE number = 2")
+    run_tasks()
+    assert billed(mapped) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+    assert main(["ledger", "move", "api_calls", "2", "--choose", "move", "--because", "sold"]) == 0
+    run_tasks()
+    assert billed(mapped) == {"acct-0001": Decimal(7), "acct-0003": Decimal(10)}
+    before = mapped.sandbox.requests("maxio:us:acme")["writing"]
+    run_tasks()
+    assert mapped.sandbox.requests("maxio:us:acme")["writing"] == before
+
+
+def test_a_mapping_of_another_shape_stops_the_run(mapped: SimpleNamespace) -> None:
+    """It says which column is missing, or of what type."""
+    path = Path(os.environ["AIRFLOW__USAGE_BILLING__SOURCES_FOLDER"]) / "api_calls" / "accounts.sql"
+    path.write_text("SELECT number AS account, reference FROM customers")
+    with pytest.raises(Misconfigured, match="target: the query returns no such column, or several; it returns account"):
+        run_tasks()
+    path.write_text("SELECT 1.5::DOUBLE AS account, reference AS target FROM customers")
+    with pytest.raises(Misconfigured, match="account: double has no one spelling as text; cast it to text"):
+        run_tasks()
+    path.write_text("SELECT account, target FROM customers WHERE since < :window_start")
+    with pytest.raises(Misconfigured, match=r"accounts\.sql: unknown bind :window_start"):
+        run_tasks()
+    assert billed(mapped) == {}
+
+
+@pytest.fixture
 def by_arrival(installation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The same installation, where the calls go by arrival, and the rows so far arrived as numbers 1 to 4."""
     folder = tmp_path / "sources" / "api_calls"

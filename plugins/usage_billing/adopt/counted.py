@@ -37,7 +37,8 @@ def by_total(search: Search) -> Adoption:
     destination, ledger = search.destination, search.ledger
     forgotten = _forgotten(search)
     # No run of today sends anything to these, so none of them would be replayed.
-    resting = {target.account: target.unknown for target in destination.resolve(accounts(forgotten)) if target.unknown}
+    today = destination.resolve_accounts(accounts(forgotten))
+    resting = {target.account: target.unknown for target in today if target.unknown}
     if destination.stream:
         return _by_token(search, forgotten, resting)
     nowhere = pd.Series(pd.NaT, index=forgotten.index, dtype="datetime64[ns, UTC]")

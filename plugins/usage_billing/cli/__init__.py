@@ -335,7 +335,7 @@ def _read_warehouse(
 ) -> Comparison:
     """Read whole usage periods by the ordinary stages; the extraction has a number only under a lease.
 
-    `look` names the destination's method by which accounts are looked up.
+    `look` names how accounts are looked up, ``resolve`` or ``locate``: see `Destination.resolve_accounts`.
     """
     from airflow.sdk import BaseHook  # noqa: PLC0415
 
@@ -357,7 +357,9 @@ def _read_warehouse(
     destination.check()
     decided = WrittenOff.of(source, book)
     before = rows_before(periods, source, warehouse, area, folder)
-    found = validate(events, source, periods, getattr(destination, look), area, folder, book, decided, before)
+    found = validate(
+        events, source, periods, getattr(destination, f"{look}_accounts"), area, folder, book, decided, before
+    )
     # Of the span that is adopted this ledger may know nothing yet; what it is, is known when all of it was found.
     billed_until = window.end if look == "locate" else EVER.start
     moves = placed(found.targets, source, began, book, area, folder, look_only=True, billed_until=billed_until)

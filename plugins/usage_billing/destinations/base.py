@@ -7,7 +7,7 @@ through this class alone, and the contract suite in ``tests/contract`` holds eac
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from hashlib import sha256
@@ -33,6 +33,13 @@ class Moved:
 
     deliveries: int
     text: str
+
+
+class Mapped(Protocol):
+    """What a destination needs of a mapping of accounts."""
+
+    def leading(self, accounts: Sequence[str], /) -> Mapping[str, tuple[str, str]]:
+        """Return, by account, the name at the site, and why there is none: one of the two is empty."""
 
 
 class AcceptedHere(Protocol):
@@ -72,6 +79,9 @@ class Destination(ABC):
     """Whether others feed what `totals` counts, as the source says: then more there than here is no difference."""
     archive: Archive | None = None
     """Where chunks of events are kept; whoever makes a destination with a `stream` hands one in."""
+
+    mapping: Mapped | None = None
+    """What the site calls the customer of each account, where the user has a mapping of their own."""
 
     book: AcceptedHere | None = None
     """The ledger, where a site's count lags behind what was accepted; whoever plans or sends hands it in."""
@@ -165,6 +175,28 @@ class Destination(ABC):
         For looking at what was billed; nothing is sent to such a target.
         """
         return self.resolve(accounts)
+
+    def resolve_accounts(self, accounts: Sequence[str]) -> list[Target]:
+        """Return where each account of the warehouse is billed, in the order given: `resolve` by the user's mapping.
+
+        Raises what `resolve` raises, and `Misconfigured` where the mapping cannot be read.
+        """
+        return self._led(accounts, self.resolve)
+
+    def locate_accounts(self, accounts: Sequence[str]) -> list[Target]:
+        """Return where each account of the warehouse is or was billed: as `locate`, by the user's mapping."""
+        return self._led(accounts, self.locate)
+
+    def _led(self, accounts: Sequence[str], ask: Callable[[Sequence[str]], list[Target]]) -> list[Target]:
+        if self.mapping is None:
+            return ask(accounts)
+        led = self.mapping.leading(accounts)
+        names = sorted({name for name, _ in led.values() if name})
+        found = dict(zip(names, ask(names) if names else [], strict=True))
+        return [
+            replace(found[name], account=account) if name else Target(account, unknown=why)
+            for account, (name, why) in ((account, led[account]) for account in accounts)
+        ]
 
     @abstractmethod
     def hold_reason(self, proposals: pd.DataFrame) -> pd.Series:

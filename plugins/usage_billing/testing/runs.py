@@ -270,7 +270,9 @@ class DagRun:
         events, began = run.tables["events"], ledger.now()
         decided = WrittenOff.of(source, ledger)
         before, folder = run.tables.get("before"), run.folder
-        found = validate(events, source, periods, destination.resolve, house.staging, folder, ledger, decided, before)
+        found = validate(
+            events, source, periods, destination.resolve_accounts, house.staging, folder, ledger, decided, before
+        )
         moves = placed(found.targets, source, began, ledger, house.staging, run.folder)
         known = house.sightings.known_to(process)
         found, aside = replace(found, moves=moves), found.quarantined
