@@ -167,6 +167,11 @@ def quarantine_withdraws() -> AbstractContextManager[object]:
     return patch.object(Withheld, "covers", lambda _self, rows: np.zeros(len(rows), dtype=bool))
 
 
+def quarantine_is_not_listed() -> AbstractContextManager[object]:
+    """Nobody writes down which rows are in quarantine by now: the list of before stands."""
+    return patch.object(Ledger, "list_quarantine", lambda *_args: 0)
+
+
 def claim_without_comparison() -> AbstractContextManager[object]:
     """A delivery is put in the air whatever its state."""
 
@@ -435,6 +440,7 @@ MUTATIONS: dict[Mutation, tuple[str, ...]] = {
     plan_blind_for_doubts: (METERED, EVENTS, CHARGEOVER),
     vanished_keys_forgotten: (METERED, EVENTS, CHARGEOVER),
     quarantine_withdraws: (METERED, EVENTS),
+    quarantine_is_not_listed: EVERY,
     claim_without_comparison: (METERED, EVENTS, CHARGEOVER),
     float_arithmetic: (METERED, EVENTS, CHARGEOVER),
     floor_forgotten: (METERED,),

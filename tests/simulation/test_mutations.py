@@ -23,7 +23,7 @@ FIRST = {
     "abandoned_taken_for_nothing": 13,
     "plan_blind_for_doubts": 3,
     "vanished_keys_forgotten": 1,
-    "quarantine_withdraws": 15,
+    "quarantine_withdraws": 4,
     "claim_without_comparison": 234,
     "float_arithmetic": 3,
     "floor_forgotten": 21,
