@@ -425,8 +425,10 @@ def test_what_was_read_is_known_to_the_span_whatever_became_of_it(world: SimpleN
     assert world.ledger.read_in("calls", Period(days[1].start, noon)) == (Period(days[2].start, noon),)
     assert world.ledger.read_in("calls", days[4]) == ()
     assert world.ledger.read_in("others", days[0]) == ()
-    with create_engine(world.url).begin() as connection:
+    engine = create_engine(world.url)
+    with engine.begin() as connection:
         connection.execute(text("UPDATE extraction SET spans = ''"))
+    engine.dispose()
     assert world.ledger.read_in("calls", Period(days[0].start, days[5].end)) == (Period(days[0].start, days[3].end),)
 
 

@@ -538,7 +538,9 @@ def test_whoever_is_to_act_is_told_once_and_why(
 
     change(installation, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
     told = ends("failed")
-    assert told.startswith("validate: api_calls: 1 of 3 rows are quarantined")
+    assert told.startswith(
+        "validate: api_calls: validation stops the run; nothing was sent\n  - 1 of 3 rows are quarant"
+    )
     assert told.endswith("\n1 subscription 'acct-9999' is unknown to maxio:us:acme")
     change(installation, "UPDATE api_calls SET account_ref = 'acct-0002' WHERE request_id = 'r3'")
     installation.sandbox.fault("maxio:us:acme", "server_error", status=422)

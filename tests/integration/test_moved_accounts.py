@@ -441,14 +441,14 @@ def test_what_a_person_writes_off_of_the_credit_lets_the_bill_go(house: MovingHo
 
 
 def test_quarantine_withholds_the_credit_and_the_bill_waits(house: MovingHouse) -> None:
-    """A row that is put aside may be one of the old subscription's: nothing is taken away while it is."""
+    """A row that is put aside may be one of those that its account used before: nothing is taken away while it is."""
     limits = SOURCE.settings.quarantine.model_copy(update={"max_share": 1.0})
     source = replace(SOURCE, settings=SOURCE.settings.model_copy(update={"quarantine": limits}))
     day = a_day(source, 5)
     moved(house, source)
     bill(house, source, 5, {1: 100})
     house.choose(source, 1, Choice.MOVE)
-    unfit = [Event("unfit", named(source, 7), "-1", day.start)]
+    unfit = [Event("unfit", named(source, 1), "-1", day.start)]
     before = house.writing_requests(source)
     house.run(source, day, [*usage(source, day, {1: 100}), *unfit])
     assert house.writing_requests(source) == before
