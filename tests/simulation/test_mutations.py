@@ -17,7 +17,7 @@ SEEDS = 12
 """How many seeds a fault may go unnoticed; the first one is chosen so that few are needed."""
 FIRST = {
     "doubts_settled_at_once": 10,
-    "lease_forgotten": 20,
+    "lease_forgotten": 152,
     "events_sent_again_after_a_month": 11,
     "conflict_taken_for_success": 350,
     "abandoned_taken_for_nothing": 13,
