@@ -142,6 +142,15 @@ def arriving(name: str, overlap: int | timedelta = 0, **changes: Any) -> Billing
     return replace(source, settings=settings, sql=USAGE, arrivals_sql=ARRIVALS, expectations=())
 
 
+def by_interval(name: str, usage_sql: str, **changes: Any) -> BillingSource:
+    """Return such a source that goes by interval all the same, and may set everything aside."""
+    found = arriving(name)
+    columns = found.settings.columns.model_copy(update={"arrival": None})
+    limits = found.settings.quarantine.model_copy(update={"max_share": 1.0})
+    values = {"incremental": "interval", "columns": columns, "quarantine": limits} | changes
+    return replace(found, settings=found.settings.model_copy(update=values), sql=usage_sql, arrivals_sql="")
+
+
 UTC_ZONE = shipped("platform_events").settings.timezone
 
 

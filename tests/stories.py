@@ -37,6 +37,9 @@ CHECKOUT = Path(__file__).parents[1]
 WORLDS = sorted((CHECKOUT / "include" / "sandbox" / "worlds").glob("*.yaml"))
 SITES = {"api_calls": "maxio:us:acme", "platform_events": "maxio:us:orbit", "voip_minutes": "chargeover:telco"}
 
+ACCOUNT = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
+"""An account of each source that its site knows."""
+
 KEY_SUFFIX = ""
 """What is added to every key: a test that revokes the keys sets it."""
 

@@ -19,6 +19,7 @@ import yaml
 from great_expectations.compatibility import pydantic
 from great_expectations.expectations.expectation import BatchExpectation
 
+from usage_billing import quantities
 from usage_billing.sources import time_span
 from usage_billing.trailing import UNSEEN
 
@@ -72,7 +73,7 @@ class _ToBeUsual(WholeReading):
     @pydantic.validator("min_share", "max_share", pre=True)
     def _is_a_share(cls, value: object) -> object:  # noqa: N805
         # As it was written: a float's own text, never the number behind it.
-        share = None if isinstance(value, bool) else _decimal(value)
+        share = None if isinstance(value, bool) else quantities.finite(value)
         if value is not None and (share is None or share < 0):
             raise ValueError(f"{value!r} is no share: half of the usual is 0.5, twice as much is 2")
         return share
@@ -195,14 +196,6 @@ class ExpectQueryColumnsToBeUnchanged(WholeReading):
 def _yaml(text: str) -> str:
     """Return a text as YAML takes it for one: a column may be called `no`, and a type has brackets."""
     return text if text.isidentifier() and yaml.safe_load(text) == text else json.dumps(text)
-
-
-def _decimal(value: object) -> Decimal | None:
-    try:
-        number = Decimal(repr(value) if isinstance(value, float) else str(value))
-    except ArithmeticError:
-        return None
-    return number if number.is_finite() else None
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:

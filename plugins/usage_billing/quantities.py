@@ -6,7 +6,7 @@ here.
 """
 
 from collections.abc import Sequence
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, InvalidOperation
 from typing import cast
 
 import numpy as np
@@ -225,3 +225,12 @@ def plain_text(column: pa.Array) -> pa.Array:
 def _plain(value: Decimal) -> str:
     text = format(value, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def finite(value: object) -> Decimal | None:
+    """Return a number as it is written, a float as its own text, and None for what is no finite number."""
+    try:
+        number = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None

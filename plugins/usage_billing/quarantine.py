@@ -10,7 +10,7 @@ sent until the row is mended, gone, or written off by name.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from hashlib import sha256
 from typing import Self
 
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from usage_billing.ledger import Ledger
 from usage_billing.moves import PLACE
 from usage_billing.periods import locate
-from usage_billing.quantities import plain_text
+from usage_billing.quantities import finite, plain_text
 from usage_billing.records import WRITTEN_OFF, Comparison, Period, Staged
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Staging, array_of
@@ -52,11 +52,8 @@ def _name(row: dict[str, object]) -> str:
 
 def _number(text: object) -> object:
     """Return a number as it is always spelt; another query may give it as another type."""
-    try:
-        number = Decimal(str(text))
-    except InvalidOperation:
-        return text
-    return f"{number.normalize():f}" if number.is_finite() else text
+    number = finite(text)
+    return text if number is None else f"{number.normalize():f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,14 +140,25 @@ _NO_ACCOUNTS = _NO_KEYS[["component", "period_start"]].rename(columns={"componen
 
 def _set_aside(comparison: Comparison, staging: Staging) -> pd.DataFrame | None:
     """Return account and number of the usage period (-1: none) of the rows that withhold something."""
-    if comparison.quarantined is None:
+    aside = _named(comparison, staging)
+    if aside is None:
         return None
     parts = [pd.DataFrame({"account": pd.Series(dtype=object), "number": pd.Series(dtype="int64")})]
-    for part in staging.read(comparison.quarantined):
+    for part in staging.read(aside, ["account", "time", *_VERDICT]):
         waits = part.filter(_withholds(part))
         numbers = _numbers(waits, comparison.periods)
         parts.append(pd.DataFrame({"account": waits.column("account").to_pandas(), "number": numbers}))
     return pd.concat(parts, ignore_index=True).drop_duplicates(ignore_index=True)
+
+
+def _named(comparison: Comparison, staging: Staging) -> Staged | None:
+    """Return the rows that were set aside, None for a run that was under way when this package was upgraded.
+
+    Such a one does not say of all that withholding, and a name, hang on.
+    """
+    aside = comparison.quarantined
+    known = aside is not None and {*_VERDICT} <= {*next(staging.read(aside)).column_names}
+    return aside if known else None
 
 
 def _open(quarantined: pa.Table) -> pa.Array:
@@ -188,9 +196,8 @@ def write_down(comparison: Comparison, source: BillingSource, ledger: Ledger, st
     Raises what `Ledger.begin_comparison` raises; a later reading of a usage period has the say there.
     """
     ledger.begin_comparison(source.name, comparison.reading, comparison.periods, source.edition)
-    # A run that was under way when this package was upgraded does not say which rows they are.
-    if comparison.quarantined is not None:
-        rows = listed(comparison.quarantined, comparison.periods, staging)
+    if (aside := _named(comparison, staging)) is not None:
+        rows = listed(aside, comparison.periods, staging)
         ledger.list_quarantine(source.name, comparison.reading, comparison.periods, rows)
 
 
@@ -239,40 +246,31 @@ def concerned(quarantined: Staged, staging: Staging) -> pd.DataFrame:
     parts = []
     for part in staging.read(quarantined):
         waits = part.filter(_open(part))
-        texts = {name: _texts(waits, name) for name in ("account", "quantity")}
-        reasons = [json.dumps(some) for some in waits.column("reasons").to_pylist()]
-        parts.append(by_account(pd.DataFrame({**texts, "reasons": reasons}, dtype=object).assign(copies=1)))
+        reasons = [some[0] for some in waits.column("reasons").to_pylist()]
+        parts.append(_usage(_texts(waits, "account"), reasons, [1] * len(reasons), _texts(waits, "quantity")))
     return _together(pd.concat(parts, ignore_index=True))
 
 
 def by_account(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return how much each account has among rows (account, quantity, copies, reasons as `listed` has them).
+    """Return how much each account has among rows (columns of `Ledger.quarantined`).
 
     Columns: account, reason (each row's first), rows, and usage: what is a number, added (`Decimal`),
     whatever the meter makes of it. Most rows first.
     """
-    usage = [_decimal(text) * copies for text, copies in zip(rows["quantity"], rows["copies"].tolist(), strict=True)]
     reasons = [json.loads(text)[0] for text in rows["reasons"]]
-    counts = rows["copies"].astype("int64")
-    told = {
-        "account": rows["account"],
-        "reason": reasons,
-        "rows": counts,
-        "usage": pd.Series(usage, rows.index, object),
-    }
-    return _together(pd.DataFrame(told))
+    columns = (rows[name].tolist() for name in ("copies", "quantity"))
+    return _together(_usage(rows["account"].tolist(), reasons, *columns))
+
+
+def _usage(accounts: list[str], reasons: list[str], copies: list[int], quantities: list[str]) -> pd.DataFrame:
+    usage = [(finite(text) or Decimal(0)) * count for text, count in zip(quantities, copies, strict=True)]
+    counts = pd.Series(copies, dtype="int64")
+    return pd.DataFrame(
+        {"account": accounts, "reason": reasons, "rows": counts, "usage": pd.Series(usage, dtype=object)}
+    )
 
 
 def _together(frame: pd.DataFrame) -> pd.DataFrame:
     groups = frame.groupby(["account", "reason"], sort=True)
     found = groups.agg(rows=("rows", "sum"), usage=("usage", lambda values: sum(values, Decimal(0)))).reset_index()
     return found.sort_values(["rows", "account"], ascending=[False, True], ignore_index=True)
-
-
-def _decimal(text: object) -> Decimal:
-    """Return a quantity that is a number, and 0 for any other."""
-    try:
-        number = Decimal(str(text))
-    except InvalidOperation:
-        return Decimal(0)
-    return number if number.is_finite() else Decimal(0)

@@ -556,11 +556,9 @@ def _read_arrivals(path: Path, needed: bool, faults: list[str]) -> str:  # noqa:
 
 
 def _read_accounts(path: Path, faults: list[str]) -> str:
-    return (
-        _read_sql(path, frozenset(), "account and target: what the site calls its customer", faults)
-        if path.exists()
-        else ""
-    )
+    if path.exists():
+        return _read_sql(path, frozenset(), "account and target: what the site calls its customer", faults)
+    return ""
 
 
 def _read_sql(path: Path, binds: frozenset[str], selects: str, faults: list[str]) -> str:

@@ -97,10 +97,10 @@ def validate(
     Rows that a person has `written_off` are never accepted: `WRITTEN_OFF` is one reason more of theirs, and no limit
     counts them. Rows `before` the usage periods only compete for their event ids; they are in neither part.
 
-    `resolve` is `Destination.resolve`: it is asked once per distinct account. Memory holds one part and what is known
-    of each account, plus 8 bytes per duplicate. Of rows with one event id that are sound otherwise, the earliest is
-    kept, then the one that sorts first by all its columns: never the one that was read first. `history`, the ledger,
-    tells what is usual, and writes nothing.
+    `resolve` is `Destination.resolve_accounts`: it is asked once per distinct account. Memory holds one part and what
+    is known of each account, plus 8 bytes per duplicate. Of rows with one event id that are sound otherwise, the
+    earliest is kept, then the one that sorts first by all its columns: never the one that was read first. `history`,
+    the ledger, tells what is usual, and writes nothing.
 
     Raises:
         Misconfigured: a rule of the suite is wrong, or could not run; all such rules at once.

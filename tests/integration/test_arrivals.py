@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from arrivals import MOMENT, ArrivalHouse, Warehouse, an_arrival_house, arriving
-from stories import SITES, a_day
+from stories import ACCOUNT, SITES, a_day
 from usage_billing.deliver import Manners
 from usage_billing.errors import NotApplied, Stale
 from usage_billing.periods import local_midnight
@@ -21,7 +21,6 @@ from usage_billing.reconcile import reconcile
 from usage_billing.records import Period
 from usage_billing.sources import BillingSource
 
-ACCOUNT = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 OTHER = {"api_calls": "acct-0002", "platform_events": "orbit-02", "voip_minutes": "pkg-002"}
 ALONE = Manners(threads=1, lease_lasts=timedelta(seconds=3), patience=timedelta(seconds=20))
 

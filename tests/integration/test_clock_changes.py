@@ -13,13 +13,12 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from stories import SITES, Event, House, a_house, shipped
+from stories import ACCOUNT, SITES, Event, House, a_house, shipped
 from usage_billing.ledger import Ledger
 from usage_billing.periods import PeriodKind, local_midnight
 from usage_billing.records import Period
 from usage_billing.sources import BillingSource
 
-ACCOUNTS = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 DAYS = {"autumn": (date(2026, 11, 1), 25), "spring": (date(2027, 3, 14), 23)}
 """When America's clocks change, and how many hours the day has then."""
 ZONES = {"api_calls": "America/New_York", "platform_events": "America/New_York", "voip_minutes": "America/Chicago"}
@@ -52,7 +51,7 @@ def every_half_hour(source: BillingSource, day: Period, quantity: str = "3") -> 
     """Return an event at each half hour of the day, on the clock that never changes."""
     dimensions = ("eu", "premium")[: len(source.settings.dimensions)]
     count = (day.end - day.start) // timedelta(minutes=30)
-    account = ACCOUNTS[source.name]
+    account = ACCOUNT[source.name]
     return [
         Event(f"e-{number}", account, quantity, day.start + number * timedelta(minutes=30), dimensions)
         for number in range(count)
@@ -61,7 +60,7 @@ def every_half_hour(source: BillingSource, day: Period, quantity: str = "3") -> 
 
 @pytest.mark.parametrize("season", sorted(DAYS))
 @pytest.mark.parametrize("kind", ["hour", "day"])
-@pytest.mark.parametrize("name", sorted(ACCOUNTS))
+@pytest.mark.parametrize("name", sorted(ACCOUNT))
 def test_every_hour_of_the_day_is_billed_once(house: House, name: str, kind: PeriodKind, season: str) -> None:
     """Two events of 3 in each of 23 or 25 hours; as many records as there are periods; again, and nothing is sent."""
     source, hours = counting(name, kind), DAYS[season][1]
@@ -73,7 +72,7 @@ def test_every_hour_of_the_day_is_billed_once(house: House, name: str, kind: Per
     house.run(source, day, events)
 
     periods = hours if kind == "hour" else 1
-    assert house.billed(source) == {ACCOUNTS[name]: Decimal(6 * hours)}
+    assert house.billed(source) == {ACCOUNT[name]: Decimal(6 * hours)}
     assert house.states(source, day) == {"accepted": periods}
     assert len(house.sandbox.records(SITES[name])) == periods
     assert house.reconcile(source, day).ties_out
@@ -82,7 +81,7 @@ def test_every_hour_of_the_day_is_billed_once(house: House, name: str, kind: Per
     assert house.writing_requests(source) == before
 
 
-@pytest.mark.parametrize("name", sorted(ACCOUNTS))
+@pytest.mark.parametrize("name", sorted(ACCOUNT))
 def test_a_correction_of_one_of_the_two_repeated_hours_is_that_hours_alone(house: House, name: str) -> None:
     """A late row of the second 01:00 adds to it, and the first one is left as it is: the key tells them apart."""
     source = counting(name, "hour")
@@ -96,7 +95,7 @@ def test_a_correction_of_one_of_the_two_repeated_hours_is_that_hours_alone(house
 
     house.run(source, day, [*events, late])
 
-    assert house.billed(source) == {ACCOUNTS[name]: Decimal(6 * 25 + 5)}
+    assert house.billed(source) == {ACCOUNT[name]: Decimal(6 * 25 + 5)}
     revisions = Counter(house.ledger.accepted(source.name, day)["period_start"])
     assert [start.to_pydatetime() for start, count in revisions.items() if count == 2] == [second.start]
     assert house.reconcile(source, day).ties_out
@@ -131,7 +130,7 @@ def test_runs_of_an_hour_each_bill_the_whole_day(house: House, season: str) -> N
         house.run(source, interval, [one for one in events if interval.start <= one.time < interval.end])
         start = interval.end
 
-    assert house.billed(source) == {ACCOUNTS["api_calls"]: Decimal(6 * DAYS[season][1])}
+    assert house.billed(source) == {ACCOUNT["api_calls"]: Decimal(6 * DAYS[season][1])}
     assert start.astimezone(UTC) == day.end
 
 
@@ -156,7 +155,7 @@ def test_weeks_and_months_are_an_hour_longer_or_shorter(
 
     house.run(source, span, events)
 
-    assert house.billed(source) == {ACCOUNTS["api_calls"]: Decimal(quantity)}
+    assert house.billed(source) == {ACCOUNT["api_calls"]: Decimal(quantity)}
     assert house.states(source, span) == {"accepted": 1}
 
 
@@ -169,5 +168,5 @@ def test_a_zone_that_changes_by_half_an_hour_has_a_short_last_hour(house: House)
 
     house.run(source, day, every_half_hour(source, day))
 
-    assert house.billed(source) == {ACCOUNTS["api_calls"]: Decimal(3 * 49)}
+    assert house.billed(source) == {ACCOUNT["api_calls"]: Decimal(3 * 49)}
     assert house.states(source, day) == {"accepted": 25}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from arrivals import ArrivalHouse, an_arrival_house, arriving
+from arrivals import ArrivalHouse, an_arrival_house, by_interval
 from stories import a_day, small_batches
 from usage_billing.errors import Misconfigured
 from usage_billing.records import Period
@@ -71,18 +71,13 @@ def house(tmp_path: Path) -> Iterator[ArrivalHouse]:
 @pytest.fixture
 def source() -> BillingSource:
     """Calls by day, which may all be set aside."""
-    found = arriving("api_calls")
-    columns = found.settings.columns.model_copy(update={"arrival": None})
-    limits = found.settings.quarantine.model_copy(update={"max_share": 1.0})
-    values = {"incremental": "interval", "columns": columns, "quarantine": limits}
-    values |= {"dedup_window": timedelta(days=2), "naive_times": None}
     negative = {
         "type": "expect_column_values_to_be_between",
         "kwargs": {"column": "quantity", "min_value": 0},
         "meta": {"reason": "it takes back"},
     }
-    settings = found.settings.model_copy(update=values)
-    return replace(found, settings=settings, sql=USAGE, arrivals_sql="", expectations=(negative,))
+    found = by_interval("api_calls", USAGE, dedup_window=timedelta(days=2), naive_times=None)
+    return replace(found, expectations=(negative,))
 
 
 def the_month(source: BillingSource) -> Period:

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from stories import SITES, Event, House, a_day, a_house, shipped
+from stories import ACCOUNT, SITES, Event, House, a_day, a_house, shipped
 from usage_billing.records import DECIDED, State
 from usage_billing.sources import BillingSource
 
-ACCOUNTS = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 BY = f"{DECIDED}2026-10-20 by ann: the site's owner has mended it"
 
 
@@ -37,7 +36,7 @@ def source(request: pytest.FixtureRequest) -> BillingSource:
 
 def event(source: BillingSource, quantity: str = "7") -> list[Event]:
     """Make one event of the fifth of October."""
-    return [Event("e1", ACCOUNTS[source.name], quantity, a_day(source, 5).start + timedelta(hours=8))]
+    return [Event("e1", ACCOUNT[source.name], quantity, a_day(source, 5).start + timedelta(hours=8))]
 
 
 def refused(house: House, source: BillingSource, times: int = 1) -> str:
@@ -69,7 +68,7 @@ def test_what_is_released_goes_once_as_a_new_revision(house: House, source: Bill
         else:
             house.sweep(source)
 
-    assert house.billed(source) == {ACCOUNTS[source.name]: Decimal(7)}
+    assert house.billed(source) == {ACCOUNT[source.name]: Decimal(7)}
     assert house.writing_requests(source) == sent + 1
     assert house.states(source, day) == {"superseded": 1, "accepted": 1}
     assert house.reconcile(source, day).ties_out
@@ -99,7 +98,7 @@ def test_another_quantity_is_not_what_was_released(house: House, source: Billing
     house.ledger.decide(token, State.HELD, BY)
     house.run(source, day, event(source, "9"))
     house.sweep(source)
-    assert house.billed(source) == {ACCOUNTS[source.name]: Decimal(9)}
+    assert house.billed(source) == {ACCOUNT[source.name]: Decimal(9)}
     assert house.states(source, day) == {"superseded": 1, "accepted": 1}
 
 

@@ -5,7 +5,6 @@ The verdict is the sandbox's count, against a plain reckoning of which row keeps
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from datetime import datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -13,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from arrivals import ArrivalHouse, an_arrival_house, arriving
-from stories import GENTLE, a_day
+from arrivals import ArrivalHouse, an_arrival_house, by_interval
+from stories import ACCOUNT, GENTLE, a_day
 from usage_billing.destinations.maxio.events import MaxioEventsSettings
+from usage_billing.errors import Stale
 from usage_billing.records import Period
 from usage_billing.sources import BillingSource, SourceSettings
 from usage_billing.suite import DUPLICATE
 
-ACCOUNT = {"api_calls": "acct-0001", "platform_events": "orbit-01", "voip_minutes": "pkg-001"}
 # The table has one row for each key: what stands before the sign is the event's id.
 USAGE = (
     "SELECT substr(event_id, 1, instr(event_id || '#', '#') - 1) AS event_id, time, account, quantity, region, tier, "
@@ -44,11 +43,7 @@ def source(request: pytest.FixtureRequest) -> BillingSource:
 
 def repeating(name: str, **changes: Any) -> BillingSource:
     """Return a source that goes by interval, and looks two days back for events that come again."""
-    found = arriving(name)
-    columns = found.settings.columns.model_copy(update={"arrival": None})
-    limits = found.settings.quarantine.model_copy(update={"max_share": 1.0})
-    values = {"incremental": "interval", "columns": columns, "quarantine": limits, "dedup_window": TWO_DAYS} | changes
-    return replace(found, settings=found.settings.model_copy(update=values), sql=USAGE, arrivals_sql="")
+    return by_interval(name, USAGE, **{"dedup_window": TWO_DAYS} | changes)
 
 
 def put(house: ArrivalHouse, source: BillingSource, row: str, day: int, quantity: int, hour: int = 12) -> datetime:
@@ -155,7 +150,7 @@ def test_an_older_run_of_the_later_day_that_ends_late_sends_nothing(house: Arriv
     done = house.increment(source, a_day(source, 5))
     assert done.comparison is not None
     assert done.comparison.periods == (a_day(source, 5), a_day(source, 7)), "it was read, though nothing was compared"
-    with pytest.raises(Exception, match="stale"):
+    with pytest.raises(Stale, match="stale"):
         house.settle(source, taken, comparison, GENTLE)
     assert billed(house, source) == 3
 

@@ -97,6 +97,7 @@ def test_nothing_waits_for_what_is_not_owed_and_all_for_a_run_of_before(staging:
     twice = set_aside(("e", 1, "a", "x"), duplicate=True)
     assert withheld(staging, ledger, twice) == set(), "its event is on the bill"
     assert len(withheld(staging, ledger, None)) == len(AT)
+    assert len(withheld(staging, ledger, off.drop_columns("duplicate"))) == len(AT)
     assert concerned(stage(staging, off, name="quarantined"), staging).empty
 
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 from usage_billing.cli import quarantine
 from usage_billing.cli.common import check_known, days_of
 from usage_billing.errors import Misconfigured, NeedsDecision, UsageBillingError
-from usage_billing.periods import local_midnight as local_midnight
 from usage_billing.records import EVER, Comparison, Period, Reading, joined
 
 if TYPE_CHECKING:
     from usage_billing.adopt import Adoption
     from usage_billing.destinations.base import Destination
     from usage_billing.ledger import Lease
-    from usage_billing.ledger import Ledger as Ledger
     from usage_billing.sources import BillingSource
     from usage_billing.staging import Staging
 

@@ -194,8 +194,9 @@ class Destination(ABC):
         names = sorted({name for name, _ in led.values() if name})
         found = dict(zip(names, ask(names) if names else [], strict=True))
         return [
-            replace(found[name], account=account) if name else Target(account, unknown=why)
-            for account, (name, why) in ((account, led[account]) for account in accounts)
+            Target(account, unknown=why) if why else replace(found[name], account=account)
+            for account in accounts
+            for name, why in [led[account]]
         ]
 
     @abstractmethod
