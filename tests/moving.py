@@ -108,13 +108,13 @@ class _Mapped(ChargeOverUsage):
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Resolve what the accounts lead to."""
-        return self._called(accounts, super().resolve(self._led(accounts)))
+        return self._called(accounts, super().resolve(self._moved_names(accounts)))
 
     def locate(self, accounts: Sequence[str]) -> list[Target]:
         """Locate what the accounts lead to."""
-        return self._called(accounts, super().locate(self._led(accounts)))
+        return self._called(accounts, super().locate(self._moved_names(accounts)))
 
-    def _led(self, accounts: Sequence[str]) -> list[str]:
+    def _moved_names(self, accounts: Sequence[str]) -> list[str]:
         led = self.house.led
         return [led.get(account, account.replace("tel", "pkg")) for account in accounts]
 
