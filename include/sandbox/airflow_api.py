@@ -61,6 +61,16 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Page:
+    """What is behind the button of a task: what somebody signed in gets, and what somebody signed out."""
+
+    address: str
+    status: int
+    status_signed_out: int
+    text: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class AirflowApi:
     """Airflow's API at `url` (without a slash at the end), as user `user`."""
 
@@ -178,6 +188,15 @@ class AirflowApi:
         return [
             _task(instance) for instance in self._pages(f"/dags/{dag_id}/dagRuns/~/taskInstances", "task_instances")
         ]
+
+    def behind_button(self, task: Task, button: str) -> Page:
+        """Follow the button of one task as a person does."""
+        run_id = quote(task.run_id, safe="")
+        links = self._get(f"/dags/{task.dag_id}/dagRuns/{run_id}/taskInstances/{task.task_id}/links")["extra_links"]
+        address = f"{self.url}/{links[button]}"
+        shown = self.session.get(address, timeout=TIMEOUT_SECONDS)
+        signed_out = requests.get(address, timeout=TIMEOUT_SECONDS)
+        return Page(address, shown.status_code, signed_out.status_code, shown.text)
 
     def _pages(self, path: str, key: str, **query: str) -> list[Any]:
         """All entries of a listing, which hands out a hundred at a time."""

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import requests
-from airflow_api import NotSignedIn
+from airflow_api import NotSignedIn, Page
 from billing import Runs, bill, tell_unpausing
 from programs import Interrupted, ProgramFailed, interruptible
 from stage import Clock, Stage, TookTooLong, choose_ports, set_stage, shown
@@ -33,7 +33,7 @@ def demo(state: State, clock: Clock) -> bool:
         failed = [each.run_id for ended in runs.values() for each in ended if each.state != "success"]
         tell_unpausing(stage, runs)
         print(f"\n{table(verdicts)}\n")
-        _keep(state, runs, verdicts)
+        _keep(state, runs, verdicts, _validation_results(stage))
     good = not failed and not any(verdict.difference for verdict in verdicts)
     print(_summary(verdicts, good=good))
     return good
@@ -64,9 +64,17 @@ def _judge(stage: Stage, source: DemoSource, written_before: int) -> Verdict:
     return judge(source, stage.state.warehouse, stage.state.ledger, stage.sandbox.billed(source), written)
 
 
-def _keep(state: State, runs: Runs, verdicts: Sequence[Verdict]) -> None:
+def _validation_results(stage: Stage) -> list[Page]:
+    """The page behind the button of each task that validated."""
+    tasks = [task for source in SOURCES for task in stage.airflow.tasks(source.dag_id)]
+    validated = [task for task in tasks if task.task_id == "validate" and task.state == "success"]
+    return [stage.airflow.behind_button(task, "Validation result") for task in validated]
+
+
+def _keep(state: State, runs: Runs, verdicts: Sequence[Verdict], pages: Sequence[Page]) -> None:
     """Leave the outcome for programs: `result.json`, quantities as strings."""
     result = {
+        "validation_results": [asdict(page) for page in pages],
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "runs": [asdict(each) for ended in runs.values() for each in ended],
     }

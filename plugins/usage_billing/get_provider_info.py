@@ -34,6 +34,7 @@ def get_provider_info() -> dict[str, Any]:
         "name": "Usage billing",
         "description": "Bill usage from any warehouse to Maxio and ChargeOver, every unit exactly once.",
         "connection-types": [_maxio(), _chargeover()],
+        "extra-links": ["usage_billing.links.ValidationResultLink"],
         "config": {"usage_billing": _config()},
     }
 

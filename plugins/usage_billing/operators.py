@@ -23,6 +23,7 @@ from usage_billing.errors import InDoubt, Misconfigured, NeedsDecision, Refused,
 from usage_billing.installation import billing_source, destination_in, edition_of, editions, ledger, staging
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
+from usage_billing.links import TaskTry, ValidationResultLink
 from usage_billing.periods import Calendar
 from usage_billing.quantities import to_decimal
 from usage_billing.records import EVER, Comparison, Edition, Period, Plan, Reading, Run, Staged, State, Tally, joined
@@ -186,8 +187,13 @@ class ReplayOperator(ExtractOperator):
 class ValidateOperator(StageOperator):
     """Part sound rows from rows that may not be billed, each with every reason; look each account up at the site."""
 
+    operator_extra_links = (ValidationResultLink(),)
+    page = ""
+    """Where this try's validation result is shown, once it is written."""
+
     def stage(self, context: Context) -> Run:
         """Check the destination, validate all rows, and log the quarantine by reason; take down where accounts lead."""
+        from usage_billing.data_docs import ValidationResult  # noqa: PLC0415
         from usage_billing.moves import placed  # noqa: PLC0415
         from usage_billing.quarantine import WrittenOff  # noqa: PLC0415
         from usage_billing.validate import ValidationStopped, validate  # noqa: PLC0415
@@ -196,23 +202,42 @@ class ValidateOperator(StageOperator):
         source = destination.source
         began = ledger().now()
         destination.check()
-        periods = _compared(run, source)
+        periods, result = _compared(run, source), ValidationResult()
         try:
             decided, book = WrittenOff.of(source, ledger()), ledger()
             events, before = run.tables["events"], run.tables.get("before")
-            found = validate(
-                events, source, periods, destination.resolve_accounts, staging(), run.folder, book, decided, before
-            )
+            resolve = destination.resolve_accounts
+            found = validate(events, source, periods, resolve, staging(), run.folder, book, decided, before, result)
         except ValidationStopped as stopped:
             self._tell(run, stopped.validated, began)
             context["quarantined"] = dict(stopped.validated.reasons)
             raise
+        except (NeedsDecision, Misconfigured) as stopped:
+            result.stops = str(stopped).splitlines()
+            raise
+        finally:
+            self._show(context, result, source, began)
         area, dry = staging(), _is_dry(context)
         moves = placed(found.targets, source, began, ledger(), area, run.folder, look_only=dry)
         reading = self._tell(run, replace(found, moves=moves), began)
         run = run.with_table("accepted", found.accepted).with_table("targets", found.targets).with_table("moves", moves)
         run, aside = run.with_table("measured", found.measured), found.quarantined
         return run.with_table("quarantined", aside, rows_quarantined=aside.rows, validation=reading.validation)
+
+    def _show(self, context: Context, result: Any, source: BillingSource, began: datetime) -> None:
+        """Write what was found as a page for this try of the task, if it got as far as the suite."""
+        task = context.get("ti")
+        if task is None or not result.own:
+            return
+        this = TaskTry(task.dag_id, task.run_id, task.task_id, task.map_index, task.try_number)
+        try:
+            page = result.page(source.title, f"{this.run_id}, try {this.try_number}", began)
+            staging().keep(this.document, page.encode())
+        except Exception:
+            # Nothing is billed by it; and where the run stops, it has to stop for its own reason.
+            self.log.exception("the page with the validation result could not be written")
+        else:
+            self.page = this.address
 
     def _tell(self, run: Run, found: Any, began: datetime) -> Reading:
         aside = found.quarantined

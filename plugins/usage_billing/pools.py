@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from airflow.listeners import hookimpl
-from airflow.plugins_manager import AirflowPlugin
 
 log = logging.getLogger(__name__)
 
@@ -93,10 +92,3 @@ def _note(record: Any, text: str) -> None:
     wanted = "\n\n".join(part for part in (theirs, text) if part)[-_NOTE_LENGTH:]
     if wanted != now:
         record.note = wanted
-
-
-class PoolsPlugin(AirflowPlugin):
-    """Brings the listener into the scheduler; the entry point ``airflow.plugins`` names it."""
-
-    name = "usage_billing_pools"
-    listeners = (PoolWatch(),)

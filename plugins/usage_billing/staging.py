@@ -79,10 +79,11 @@ class Staging:
         Raises:
             Misconfigured: something else is there.
         """
-        if not (self._root / path).exists():
+        content = self.kept(path)
+        if content is None:
             return None
         try:
-            values: dict[str, Any] = json.loads(self._read_bytes(path))
+            values: dict[str, Any] = json.loads(content)
         except ValueError as broken:
             raise Misconfigured(f"staging: {path} below {self._root} is not what was written there") from broken
         return values
@@ -92,7 +93,15 @@ class Staging:
 
         Writers of one path take turns by a lease: the file's own name keeps nobody out.
         """
-        write_durably(self._root, path, json.dumps(dict(values), indent=1).encode())
+        self.keep(path, json.dumps(dict(values), indent=1).encode())
+
+    def keep(self, path: str, content: bytes) -> None:
+        """Write a document at `path`, in place of the one before; a reader never sees half of it."""
+        write_durably(self._root, path, content)
+
+    def kept(self, path: str) -> bytes | None:
+        """Return the document that `keep` wrote at `path`, None if there is none, or none any more."""
+        return self._read_bytes(path) if (self._root / path).exists() else None
 
     def _write_part(self, folder: str, name: str, part: pa.Table) -> dict[str, Any]:
         buffer = io.BytesIO()

@@ -7,6 +7,7 @@ in silence. The package's own rules are always on; the suite may name them, to g
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -16,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from usage_billing import quantities
+from usage_billing.data_docs import SHOWN, OwnVerdict, ValidationResult, Verdict
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.sources import BillingSource, meta_faults
 from usage_billing.staging import array_of
@@ -129,9 +131,10 @@ class Suite:
     integers, compared exactly and in bulk.
     """
 
-    def __init__(self, source: BillingSource, rows: int) -> None:
+    def __init__(self, source: BillingSource, rows: int, result: ValidationResult | None = None) -> None:
         self._source = source
         self._rows = rows
+        self._verdicts: dict[int, Verdict] = (result or ValidationResult()).verdicts
         self._bounds: list[Decimal] = []
         self._rules: list[_Rule] = []
         self._own = {name: _Own(name, text) for name, text in _own_reasons(source).items()}
@@ -153,6 +156,9 @@ class Suite:
                 self._name(number, rule, faults)
             elif numbers[number] is not None and (built := self._rule(number, rule, faults)):
                 self._rules.append(built)
+                stops = built.stops or built.looks_at != "rows"
+                kwargs = rule.get("kwargs", {})
+                self._verdicts[number] = Verdict(built.label, rule["type"], kwargs, built.reason, stops)
         faults.extend(self._shared_reasons())
         if faults:
             raise Misconfigured.all_at_once(f"{self._source.title}: expectations.yaml", faults)
@@ -172,6 +178,19 @@ class Suite:
             return
         meta = rule.get("meta") or {}
         self._own[rule["type"]] = _Own(label, meta.get("reason", own.reason), meta.get("severity") == "stop")
+
+    def own_verdicts(
+        self, reasons: Mapping[str, int] | None = None, unknown: AbstractSet[str] = frozenset()
+    ) -> list[OwnVerdict]:
+        """Return the package's own rules, each with the rows that failed it, if the rows by reason are known.
+
+        `unknown` are the reasons that stand for `KNOWN_ACCOUNT`.
+        """
+        told = {name: unknown if name == KNOWN_ACCOUNT else {own.reason} for name, own in self._own.items()}
+        return [
+            OwnVerdict(own.label, own.reason, own.stops, _rows_told(told[name], reasons))
+            for name, own in self._own.items()
+        ]
 
     def _shared_reasons(self) -> Iterator[str]:
         """Yield which rules could not be told from others that do not stop: rows are counted by their reason."""
@@ -319,8 +338,8 @@ class Suite:
         self._raise_if_broken(verdicts)
         return [_failure(rule, result) for rule, result in verdicts if not result.success]
 
-    def findings(self, part: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield each row rule's reason with the numbers of the rows that fail it.
+    def findings(self, part: pa.Table, *, counts: bool = True) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each row rule's reason with the numbers of the rows that fail it; its verdict `counts` them, or not.
 
         Raises:
             Misconfigured: a rule could not run.
@@ -330,8 +349,11 @@ class Suite:
         verdicts = self._results(self._of("rows"), frame)
         self._tell([(rule, result) for rule, result in verdicts if _complaint(rule, result) or _names_no_row(result)])
         for rule, result in verdicts:
-            if not result.success:
-                yield rule.reason, self._rows_of(rule, result, frame)
+            rows = self._rows_of(rule, result, frame)
+            if counts:
+                self._verdicts[rule.number].of_rows(len(part), len(rows), _unexpected(rule, result, part, rows))
+            if len(rows):
+                yield rule.reason, rows
 
     def _of(self, looks_at: str) -> list[_Rule]:
         return [rule for rule in self._rules if rule.looks_at == looks_at]
@@ -407,12 +429,18 @@ class Suite:
         }
         for rule in rules:
             result = found.get(rule.number)
-            if unjudged := result.result.get("unjudged") if result else None:
+            unjudged = result.result.get("unjudged") if result else None
+            if unjudged:
                 log.info("%s, %s: passes for want of history: %s", self._source.title, rule.label, unjudged)
+            verdict = self._verdicts[rule.number]
+            verdict.fault = _complaint(rule, result)
+            if result and not verdict.fault and rule.looks_at != "rows":
+                told = f"no history yet: {unjudged}" if unjudged else _observed(result)
+                verdict.of_the_whole(success=result.success, observed=told)
         return [(rule, found.get(rule.number)) for rule in rules]
 
     def _rows_of(self, rule: _Rule, result: Any, frame: pd.DataFrame) -> np.ndarray:
-        rows = np.asarray(_labels(result), dtype="int64")
+        rows = np.asarray(_labels(result) or [], dtype="int64")
         if rule.on_ranks:
             # What is null or no number has no rank; that is told by the package's own rules.
             rows = rows[frame[_RANK].to_numpy()[rows] >= 0]
@@ -554,6 +582,19 @@ def _failure(rule: _Rule, result: Any) -> str:
 def _labels(result: Any) -> list[int] | None:
     labels: list[int] | None = result.result.get("unexpected_index_list")
     return labels
+
+
+def _unexpected(rule: _Rule, result: Any, part: pa.Table, rows: np.ndarray) -> Sequence[object]:
+    """Return some values that a rule did not expect: quantities as they were read, never their ranks."""
+    if rule.on_ranks:
+        shown: list[object] = quantities.plain_text(array_of(part, "quantity").take(pa.array(rows[:SHOWN]))).to_pylist()
+        return shown
+    found = result.result.get("partial_unexpected_list") or []
+    return [None if pd.api.types.is_scalar(value) and pd.isna(value) else value for value in found]
+
+
+def _rows_told(words: AbstractSet[str], reasons: Mapping[str, int] | None) -> int | None:
+    return None if reasons is None else sum(reasons.get(word, 0) for word in words)
 
 
 def _observed(result: Any) -> str:

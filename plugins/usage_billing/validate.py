@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from usage_billing import quantities
+from usage_billing.data_docs import ValidationResult
 from usage_billing.errors import NeedsDecision
 from usage_billing.periods import locate
 from usage_billing.quarantine import WrittenOff
@@ -91,6 +92,7 @@ def validate(
     history: History,
     written_off: WrittenOff | None = None,
     before: Staged | None = None,
+    result: ValidationResult | None = None,
 ) -> Validated:
     """Split `extracted` into accepted and quarantined rows, and stage both with the accounts' targets below `folder`.
 
@@ -100,7 +102,7 @@ def validate(
     `resolve` is `Destination.resolve_accounts`: it is asked once per distinct account. Memory holds one part and what
     is known of each account, plus 8 bytes per duplicate. Of rows with one event id that are sound otherwise, the
     earliest is kept, then the one that sorts first by all its columns: never the one that was read first. `history`,
-    the ledger, tells what is usual, and writes nothing.
+    the ledger, tells what is usual, and writes nothing. What was found goes into `result` too, as far as it got.
 
     Raises:
         Misconfigured: a rule of the suite is wrong, or could not run; all such rules at once.
@@ -108,7 +110,10 @@ def validate(
         ValidationStopped: after writing, when ``quarantine.max_rows`` or ``quarantine.max_share`` is passed, a row
             fails a rule that stops the run, or the sums of accepted rows are not as expected.
     """
-    began, suite = history.now(), Suite(source, extracted.rows)
+    began, result = history.now(), result or ValidationResult()
+    result.rows = {"read": extracted.rows}
+    suite = Suite(source, extracted.rows, result)
+    result.own = suite.own_verdicts()
     measures = Measures(extracted, source, periods, history, staging, folder)
     suite.check_whole(next(staging.read(extracted)), measures)
     with Spill() as sound, Spill() as unsound:
@@ -135,6 +140,9 @@ def validate(
     validated = Validated(accepted, quarantined, targets, split.reasons, split.examples, measured)
     over = _over_the_limits(validated, source, extracted.rows)
     stops = [*over, *_stopping_rows(validated, judge.stopping()), *suite.unusual_sums(measures)]
+    result.rows |= {"accepted": accepted.rows, "quarantined": quarantined.rows}
+    result.own = suite.own_verdicts(split.reasons, judge.unknown())
+    result.reasons, result.examples, result.stops = split.reasons, split.examples, stops
     if stops:
         raise ValidationStopped(_why_stopped(validated, source, extracted.rows, stops), validated)
     return validated
@@ -275,11 +283,11 @@ class _Judge:
 
     def findings_before(self, part: pa.Table) -> pa.Table:
         """Return the same of rows that lie before the usage periods, as they should."""
-        return self._found(part, self._own(part))
+        return self._found(part, self._own(part), counts=False)
 
-    def _found(self, part: pa.Table, own: Iterable[tuple[str, np.ndarray]]) -> pa.Table:
+    def _found(self, part: pa.Table, own: Iterable[tuple[str, np.ndarray]], *, counts: bool = True) -> pa.Table:
         found = [_finding(self._suite.reason(name), np.flatnonzero(mask)) for name, mask in own]
-        found.extend(_finding(reason, rows) for reason, rows in self._suite.findings(part))
+        found.extend(_finding(reason, rows) for reason, rows in self._suite.findings(part, counts=counts))
         unknown = self.accounts.unknown(array_of(part, "account"))
         rows = np.flatnonzero(unknown.is_valid().to_numpy(zero_copy_only=False))
         words = pc.binary_join_element_wise(self._unknown, unknown.take(pa.array(rows)), "")
@@ -309,8 +317,11 @@ class _Judge:
     def stopping(self) -> dict[str, str]:
         """Return what stops the run where a row is told so: the labels of rules by their reasons."""
         label = self._suite.stops_at_unknown_accounts()
-        told = {self._unknown + words: label for words in self.accounts.why_unknown()} if label else {}
-        return {**told, **self._suite.stopping()}
+        return {**dict.fromkeys(self.unknown() if label else (), label), **self._suite.stopping()}
+
+    def unknown(self) -> set[str]:
+        """Return what rows are told whose accounts cannot be billed."""
+        return {self._unknown + words for words in self.accounts.why_unknown()}
 
     def sound(self, part: pa.Table, unsound: np.ndarray) -> pa.Table:
         """Return the rows of a part that are not `unsound`, with the quantity as it is handed on."""

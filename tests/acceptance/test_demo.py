@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -126,6 +127,18 @@ def test_first_demo_bills_what_is_owed(state: Path, first: tuple[int, str]):
         assert verdict["rows_quarantined"] == 5 * 5
         assert Decimal(verdict["difference"]) == 0
         assert Decimal(verdict["owed"]) == Decimal(verdict["billed"]) > 0
+
+
+@pytest.mark.usefixtures("first")
+def test_each_validate_task_has_a_page_behind_airflows_login(state: Path):
+    """Five days of three sources: the button leads to what became of every rule, and shows it to nobody signed out."""
+    pages = _result(state)["validation_results"]
+    assert len({page["address"] for page in pages}) == 5 * len(SOURCES)
+    assert {(page["status"], page["status_signed_out"]) for page in pages} == {(200, 401)}
+    for page in pages:
+        rows = re.findall(r">\s*(accepted|quarantined)\s*<.*?>\s*(\d+)\s*<", page["text"], re.DOTALL)
+        assert dict(rows)["quarantined"] == "5"
+        assert int(dict(rows)["accepted"]) > 500
 
 
 def test_run_that_unpausing_starts_ends_green_and_skipped(state: Path, first: tuple[int, str]):

@@ -180,6 +180,58 @@ def test_dag_test_bills_the_day_that_ended_by_its_date(bag: Any, installation: S
     assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
 
 
+def validation_page(run: Any) -> str:
+    """Return the page behind the button on a run's validate task, as the API server would serve it."""
+    from usage_billing.installation import staging  # noqa: PLC0415
+    from usage_billing.links import TaskTry  # noqa: PLC0415
+
+    (task,) = (instance for instance in run.get_task_instances() if instance.task_id == "validate")
+    this = TaskTry(task.dag_id, task.run_id, task.task_id, task.map_index, task.try_number)
+    link = task.xcom_pull(task_ids="validate", key="_link_ValidationResultLink", map_indexes=-1)
+    assert link == this.address
+    page = staging().kept(this.document)
+    assert page is not None
+    return page.decode()
+
+
+def test_the_validate_task_has_a_button_to_its_validation_result(bag: Any, installation: SimpleNamespace) -> None:
+    """A run that goes on, and one that validation stops: each says what became of every rule."""
+    dag = bag.dags["bill_api_calls"]
+    for task in dag.tasks:
+        task.retry_delay = timedelta(0)
+    page = validation_page(dag.test(logical_date=datetime(2026, 10, 6, 4, tzinfo=UTC)))
+    assert "Succeeded" in page
+    assert "try 1" in page
+    change(installation, "UPDATE api_calls SET account_ref = 'acct-9999' WHERE request_id = 'r3'")
+    run = dag.test(logical_date=datetime(2026, 10, 6, 4, tzinfo=UTC))
+    assert str(run.state) == "failed"
+    page = validation_page(run)
+    assert "1 of 3 rows are quarantined, more than quarantine.max_share" in page
+    assert "subscription &#x27;acct-9999&#x27; is unknown" in page
+
+
+def test_a_page_that_cannot_be_written_stops_no_bill(
+    installation: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The page is for people; the task says that it is missing, and has no button."""
+    from usage_billing import data_docs, operators  # noqa: PLC0415
+
+    def broken(*_: object) -> str:
+        raise RuntimeError("no template")
+
+    monkeypatch.setattr(data_docs.ValidationResult, "page", broken)
+    reference = run_tasks("extract")
+    validate = operators.ValidateOperator(task_id="validate", source="api_calls", reference=reference)
+    this = SimpleNamespace(dag_id="d", run_id="r", task_id="validate", map_index=-1, try_number=1)
+    assert validate.execute({"ti": this, "params": {}})
+    assert installation.sandbox.requests("maxio:us:acme")["writing"] == 0
+    assert "the page with the validation result could not be written" in capsys.readouterr().out + caplog.text
+    assert validate.operator_extra_links[0].get_link(validate, ti_key=this) == ""
+
+
 def test_an_empty_interval_ends_green_and_skipped(bag: Any, installation: SimpleNamespace) -> None:
     """Where nothing was used nothing is billed, and nobody is woken."""
     run = bag.dags["bill_api_calls"].test(logical_date=datetime(2026, 11, 20, 5, tzinfo=UTC))

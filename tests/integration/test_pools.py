@@ -105,12 +105,12 @@ def _airflow() -> Iterator[Airflow]:
     from airflow.utils import db  # noqa: PLC0415
     from airflow.utils.session import create_session  # noqa: PLC0415
 
-    from usage_billing.pools import PoolsPlugin  # noqa: PLC0415
+    from usage_billing.plugin import UsageBillingPlugin  # noqa: PLC0415
 
     db.initdb()
     DagBundlesManager().sync_bundles_to_db()
     sync_bag_to_db(DagBag(dag_folder=CHECKOUT / "dags"), "dags-folder", None)
-    get_listener_manager().add_listener(PoolsPlugin.listeners[0])
+    get_listener_manager().add_listener(UsageBillingPlugin.listeners[0])
     with create_session() as session:
         # Only the runs of these tests: nothing of the schedule's own.
         session.query(DagModel).update({"is_paused": False, "next_dagrun_create_after": None})
@@ -219,9 +219,9 @@ def test_the_plugin_is_one_that_airflow_takes_and_imports_little() -> None:
         "import sys, airflow.sdk\n"
         "before = set(sys.modules)\n"
         "from airflow._shared.plugins_manager import is_valid_plugin\n"
-        "from usage_billing.pools import PoolsPlugin\n"
+        "from usage_billing.plugin import UsageBillingPlugin\n"
         "heavy = {'pandas', 'pyarrow', 'requests', 'pydantic', 'airflow.models.pool'} - before\n"
-        "print(is_valid_plugin(PoolsPlugin), sorted(heavy & set(sys.modules)))"
+        "print(is_valid_plugin(UsageBillingPlugin), sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
     assert done.stdout.splitlines()[-1] == "True []"
