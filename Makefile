@@ -79,6 +79,10 @@ backfills: setup  ## Bill DAYS days in any order through real Airflow, while row
 bench: setup  ## Measure each stage and the whole road at 100,000 and 1,000,000 rows.
 	@exec $(BIN)/python include/sandbox/bench.py
 
+.PHONY: bench-suite
+bench-suite: setup  ## Measure ten expectations on 1,000,000 rows beside the same rules written by hand.
+	@exec $(BIN)/python include/sandbox/bench_suite.py
+
 .PHONY: constraints
 constraints: setup  ## Resolve the dependencies into constraints.txt again; UPGRADE=1 takes the newest versions.
 	@$(BIN)/uv pip compile --quiet $(if $(UPGRADE),--upgrade) --universal --python-version 3.11 --no-header --extra dev pyproject.toml -o constraints.txt

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 
 from usage_billing import quantities
+from usage_billing.by_value import Verdicts
 from usage_billing.data_docs import SHOWN, OwnVerdict, ValidationResult, Verdict
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.sources import BillingSource, meta_faults
@@ -65,6 +66,15 @@ class _Rule:
     on_ranks: bool
     stops: bool
 
+    @property
+    def by_value(self) -> bool:
+        """Whether its verdict on a row hangs on the value of one column alone, of which there are few."""
+        return self.looks_at == "rows" and len(self.columns) == 1 and self.columns.isdisjoint(_MANY_VALUES)
+
+
+# Each row has another one, as a rule.
+_MANY_VALUES = frozenset({"event_id", "time", "quantity"})
+_NO_ROWS = np.zeros(0, dtype="int64")
 
 # Their verdict on one row hangs on other rows, so they mean nothing for a part of an extraction.
 _ACROSS_ROWS = frozenset(
@@ -137,6 +147,7 @@ class Suite:
         self._verdicts: dict[int, Verdict] = (result or ValidationResult()).verdicts
         self._bounds: list[Decimal] = []
         self._rules: list[_Rule] = []
+        self._known: dict[str, Verdicts] = {}
         self._own = {name: _Own(name, text) for name, text in _own_reasons(source).items()}
         if source.expectations:
             self._batches = _great_expectations()
@@ -345,15 +356,55 @@ class Suite:
             Misconfigured: a rule could not run.
             NeedsDecision: a rule failed without saying which rows.
         """
-        frame = self._frame(part, self._of("rows"))
-        verdicts = self._results(self._of("rows"), frame)
-        self._tell([(rule, result) for rule, result in verdicts if _complaint(rule, result) or _names_no_row(result)])
-        for rule, result in verdicts:
-            rows = self._rows_of(rule, result, frame)
+        failing = self._failing(part)
+        for rule in self._of("rows"):
+            rows = failing[rule.number]
             if counts:
-                self._verdicts[rule.number].of_rows(len(part), len(rows), _unexpected(rule, result, part, rows))
+                self._verdicts[rule.number].of_rows(len(part), len(rows), _unexpected(rule, part, rows))
             if len(rows):
                 yield rule.reason, rows
+
+    def _failing(self, part: pa.Table) -> dict[int, np.ndarray]:
+        """Return the rows that fail each rule about rows: values that were judged before are not judged again."""
+        looked_up: list[tuple[Verdicts, list[_Rule], np.ndarray, np.ndarray]] = []
+        direct = [rule for rule in self._of("rows") if not rule.by_value]
+        for column, rules in self._by_value().items():
+            known = self._known.setdefault(column, Verdicts([rule.number for rule in rules]))
+            numbered = known.values.number(self._values(part, column))
+            if numbered is None:
+                direct.extend(rules)
+            else:
+                looked_up.append((known, rules, *numbered))
+        asked = [
+            *([(direct, part)] if direct else []),
+            *((rules, part.take(pa.array(new))) for _, rules, _, new in looked_up if len(new)),
+        ]
+        rows = self._judge_rows(asked)
+        for known, rules, numbers, new in looked_up:
+            for rule in rules:
+                known.learn(rule.number, len(new), rows.get(rule.number, _NO_ROWS))
+                rows[rule.number] = known.failing(rule.number, numbers)
+        return rows
+
+    def _by_value(self) -> dict[str, list[_Rule]]:
+        """Return the rules whose verdict on a row hangs on one column's value alone, by column."""
+        found: dict[str, list[_Rule]] = {}
+        for rule in self._of("rows"):
+            if rule.by_value:
+                found.setdefault(next(iter(rule.columns)), []).append(rule)
+        return found
+
+    def _values(self, part: pa.Table, column: str) -> pa.Array:
+        if column != _RANK:
+            return array_of(part, column)
+        return pa.array(quantities.ranks(array_of(part, "quantity"), self._bounds))
+
+    def _judge_rows(self, asked: Sequence[tuple[Sequence[_Rule], pa.Table]]) -> dict[int, np.ndarray]:
+        """Run rules, each over the rows that it is asked about, and return which of those fail it."""
+        frames = [(rules, self._frame(table, rules)) for rules, table in asked]
+        verdicts = [(verdict, frame) for rules, frame in frames for verdict in self._results(rules, frame)]
+        self._tell([verdict for verdict, _ in verdicts if _complaint(*verdict) or _names_no_row(verdict[1])])
+        return {rule.number: self._rows_of(rule, result, frame) for (rule, result), frame in verdicts}
 
     def _of(self, looks_at: str) -> list[_Rule]:
         return [rule for rule in self._rules if rule.looks_at == looks_at]
@@ -413,7 +464,7 @@ class Suite:
             frame[_RANK] = quantities.ranks(array_of(part, "quantity"), self._bounds)
         return frame
 
-    def _results(self, rules: list[_Rule], frame: pd.DataFrame) -> list[tuple[_Rule, Any]]:
+    def _results(self, rules: Sequence[_Rule], frame: pd.DataFrame) -> list[tuple[_Rule, Any]]:
         """Run rules over a frame and return each with its result, None where Great Expectations gave none."""
         if not rules:
             return []
@@ -584,13 +635,15 @@ def _labels(result: Any) -> list[int] | None:
     return labels
 
 
-def _unexpected(rule: _Rule, result: Any, part: pa.Table, rows: np.ndarray) -> Sequence[object]:
+def _unexpected(rule: _Rule, part: pa.Table, rows: np.ndarray) -> Sequence[object]:
     """Return some values that a rule did not expect: quantities as they were read, never their ranks."""
+    rows = rows[:SHOWN]
     if rule.on_ranks:
-        shown: list[object] = quantities.plain_text(array_of(part, "quantity").take(pa.array(rows[:SHOWN]))).to_pylist()
-        return shown
-    found = result.result.get("partial_unexpected_list") or []
-    return [None if pd.api.types.is_scalar(value) and pd.isna(value) else value for value in found]
+        found: list[object] = quantities.plain_text(array_of(part, "quantity").take(pa.array(rows))).to_pylist()
+        return found
+    columns = sorted(rule.columns) or part.column_names
+    named: list[dict[str, object]] = part.select(columns).take(pa.array(rows)).to_pylist()
+    return [row[columns[0]] if len(columns) == 1 else row for row in named]
 
 
 def _rows_told(words: AbstractSet[str], reasons: Mapping[str, int] | None) -> int | None:

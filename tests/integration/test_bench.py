@@ -73,3 +73,29 @@ def test_too_few_rows_are_turned_down(bench: ModuleType, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         bench.main(["--rows", "100"])
     assert "at least 5000" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("accounts", [50, 6_000])
+def test_ten_expectations_name_the_rows_that_rules_written_by_hand_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], accounts: int
+) -> None:
+    """Few accounts or many, in several parts: each rule names the same rows both ways, and the ratio is told."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    bench_suite = importlib.import_module("bench_suite")
+    sizes = ["--rows", "6000", "--batch-rows", "2500", "--accounts", str(accounts), "--rounds", "1"]
+    assert bench_suite.main(sizes) == 0
+    *_, head, ours, theirs, ratio = capsys.readouterr().out.splitlines()
+    assert head == "ten expectations, 6,000 rows"
+    assert [line.split()[0] for line in (ours, theirs, ratio)] == ["suite", "by", "ratio"]
+    assert float(ratio.split()[1]) > 0
+
+
+def test_a_rule_that_names_other_rows_fails_the_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fast suite that lets bad rows pass is worth nothing."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    bench_suite = importlib.import_module("bench_suite")
+    rules = bench_suite.suite()
+    rules[0] = {**rules[0], "kwargs": {"column": "plan"}}
+    monkeypatch.setattr(bench_suite, "suite", lambda: rules)
+    with pytest.raises(AssertionError, match="rule 0: the suite names"):
+        bench_suite.compare(list(bench_suite.parts(3_000, 3_000, 50)), rounds=1)

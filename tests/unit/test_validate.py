@@ -408,6 +408,8 @@ SUITE = [
     NOT_NEGATIVE,
     rule("column_values_to_be_in_set", reason="odd", column="quantity", value_set=[0.1, 7, -0.1]),
     rule("column_values_to_not_match_regex", reason="e", column="event_id", regex="e"),
+    rule("column_values_to_not_match_regex", reason="of y", column="account", regex="y"),
+    rule("column_values_to_not_be_null", reason="whose", column="account"),
     rule("time_not_in_future", reason="not yet"),
     rule("quantity_to_be_a_number", reason="what is this"),
     rule("account_to_be_known", reason="nobody"),
@@ -439,6 +441,8 @@ def oracle(table, suite):
             and number is not None
             and number not in {Decimal("0.1"), Decimal(7), Decimal("-0.1")},
             "e": "e" in reasons and identifier == "e",
+            "of y": "of y" in reasons and account == "y",
+            "whose": "whose" in reasons and account is None,
             "unknown": account == "gone",
         }
         judged.append(
