@@ -299,6 +299,7 @@ TARGETS = {
     "make types": "mypy",
     "make contracts": "lint-imports",
     "make bench": "include/sandbox/bench.py",
+    "make bench-suite": "include/sandbox/bench_suite.py",
     "make build": "wheel",
     "make constraints": "uv pip compile",
     "make setup": "pip install",

@@ -340,7 +340,8 @@ class Target:
     `subscription` and `component` are canonical and never change for the same customer; `address` holds what today's
     request needs, which may change (ChargeOver replaces a line item's id at every upgrade). A target with `unknown` set
     could not be found: its rows are quarantined with that reason. `open_from` and `open_until` are the ends of the
-    billing period that is open on the site, where the site tells.
+    billing period that is open on the site, where the site tells; `ended_at` is since when it bills no usage of an
+    unknown one, which is owed no less if it was used before.
     """
 
     account: str
@@ -351,6 +352,7 @@ class Target:
     unknown: str = ""
     open_from: datetime | None = None
     open_until: datetime | None = None
+    ended_at: datetime | None = None
 
     @property
     def address_text(self) -> str:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 DUPLICATE = "duplicate event id"
 KNOWN_ACCOUNT = "expect_account_to_be_known"
 """The own rule whose reason the billing site gives, in its words."""
+BEFORE_THE_END = "expect_time_before_end_of_subscription"
 UNIQUE_ID = "expect_event_id_to_be_unique"
 QUANTITIES = ("expect_quantity_to_be_a_number", "expect_quantity_to_fit_digits", "expect_quantity_to_fit_decimals")
 """The own rules about a quantity that is added or compared, in the order of `quantities.faults`."""
@@ -43,6 +44,7 @@ _OWN = {
     "expect_time_inside_usage_periods": "time outside the usage periods",
     "expect_time_not_in_future": "time in the future",
     KNOWN_ACCOUNT: "",
+    BEFORE_THE_END: "used after its subscription had ended",
     UNIQUE_ID: DUPLICATE,
 }
 _RANK = "quantity (rank)"

@@ -24,7 +24,7 @@ from usage_billing.quarantine import WrittenOff
 from usage_billing.records import WRITTEN_OFF, Period, Staged, Target
 from usage_billing.sources import BillingSource
 from usage_billing.staging import Spill, Staging, array_of
-from usage_billing.suite import KNOWN_ACCOUNT, QUANTITIES, UNIQUE_ID, Suite
+from usage_billing.suite import BEFORE_THE_END, KNOWN_ACCOUNT, QUANTITIES, UNIQUE_ID, Suite
 from usage_billing.trailing import History, Measures
 
 EXAMPLES = 3
@@ -224,6 +224,12 @@ class _Accounts:
         reasons = pa.array([self._targets[name].unknown or None for name in names], pa.string())
         return reasons.take(distinct.indices)
 
+    def ended(self, accounts: pa.Array) -> pa.Array:
+        """Return since when each account that `unknown` was asked about is billed no more, null if nobody tells."""
+        distinct = accounts.dictionary_encode()
+        moments = [self._targets[name].ended_at for name in distinct.dictionary.to_pylist()]
+        return pa.array(moments, pa.timestamp("us", "UTC")).take(distinct.indices)
+
     def _ask(self, names: list[str]) -> None:
         for start in range(0, len(names), _RESOLVED_AT_ONCE):
             asked = names[start : start + _RESOLVED_AT_ONCE]
@@ -292,6 +298,9 @@ class _Judge:
         rows = np.flatnonzero(unknown.is_valid().to_numpy(zero_copy_only=False))
         words = pc.binary_join_element_wise(self._unknown, unknown.take(pa.array(rows)), "")
         found.append(pa.table([pa.array(rows), words], schema=_FINDINGS))
+        late = pc.greater_equal(array_of(part, "time"), self.accounts.ended(array_of(part, "account")))
+        late = late.fill_null(pa.scalar(value=False))
+        found.append(_finding(self._suite.reason(BEFORE_THE_END), np.flatnonzero(late)))
         found.append(_finding(WRITTEN_OFF, self.written_off.among(part)))
         table = pa.concat_tables(found)
         # Two rules may give one reason; a row has it once. The stable sort keeps the order of the rules.

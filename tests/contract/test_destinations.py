@@ -657,6 +657,20 @@ def test_an_ended_subscription_is_quarantined(sandbox: Sandbox) -> None:
     assert "is canceled" in target.unknown
 
 
+def test_a_subscription_that_was_canceled_tells_when(sandbox: Sandbox) -> None:
+    """So that usage of before, which is owed, can be told from usage after its end."""
+    sandbox.move_clock("2026-10-20T12:00:00Z")
+    url = f"{sandbox.maxio_url('acme')}/subscriptions/50100001.json"
+    assert requests.delete(url, auth=("sandbox-acme-key", "x"), timeout=5).status_code == 200
+
+    ended, active = METERED.made(sandbox).resolve(["acct-0001", "acct-0002"])
+
+    assert "is canceled" in ended.unknown
+    assert ended.ended_at is not None
+    assert timedelta(0) <= ended.ended_at - datetime(2026, 10, 20, 12, tzinfo=UTC) < timedelta(minutes=1)
+    assert (active.unknown, active.ended_at) == ("", None)
+
+
 def test_a_reference_of_digits_never_bills_the_subscription_with_that_id(tmp_path: Path) -> None:
     """The reference 50100002 belongs to subscription 50100001: usage goes to the reference's owner."""
     world = (WORLDS / "acme.yaml").read_text()
@@ -1202,6 +1216,7 @@ def test_what_cannot_be_billed_is_named_with_its_reason(tmp_path: Path) -> None:
 def test_a_cancelled_package_is_quarantined(sandbox: Sandbox) -> None:
     """Usage of a cancelled package would not be billed."""
     keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
+    sandbox.move_clock("2026-10-20T12:00:00Z")
     url = f"{sandbox.chargeover_url('telco')}/api/v3/package/713/_action/cancel"
     assert requests.post(url, auth=keys, timeout=5).status_code == 200
 
@@ -1210,6 +1225,10 @@ def test_a_cancelled_package_is_quarantined(sandbox: Sandbox) -> None:
 
     assert "is cancelled" in target.unknown
     assert "no active package" in customer.unknown
+    for found in (target, customer):
+        assert found.ended_at is not None
+        # The site tells it in the account's zone, without an offset.
+        assert timedelta(0) <= found.ended_at - datetime(2026, 10, 20, 12, tzinfo=UTC) < timedelta(minutes=1)
 
 
 def test_many_packages_come_from_one_list(sandbox: Sandbox) -> None:

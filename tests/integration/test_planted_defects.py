@@ -26,6 +26,7 @@ USAGE = (
 )
 UNREADABLE = "a time that is none, or has no zone (naive_times in source.yaml says which)"
 NOT_A_NUMBER = "quantity: not a number"
+AFTER_ITS_END = "used after its subscription had ended"
 NOON = "2026-10-05 16:00:00Z"
 
 # Event (and which of its rows), time, account, quantity; and each reason why it may not be billed: none of the sound.
@@ -49,7 +50,7 @@ PLANTED: list[tuple[str, str | None, str | None, str | None, list[str]]] = [
     ("twice#on another day", "2026-10-06 16:00:00Z", "acct-0001", "700", [DUPLICATE]),
     ("twice#long after", "2026-10-12 16:00:00Z", "acct-0001", "100", []),
     ("of nobody", NOON, "acct-9999", "1", ["subscription 'acct-9999' is unknown to maxio:us:acme"]),
-    ("of one who left", NOON, "acct-0090", "1", ["subscription 'acct-0090' is canceled"]),
+    ("of one who left", NOON, "acct-0090", "1", ["subscription 'acct-0090' is canceled", AFTER_ITS_END]),
     ("too early", "2026-09-30 16:00:00Z", "acct-0001", "1", ["time outside the usage periods"]),
     ("too late", "2031-01-01 00:00:00Z", "acct-0001", "1", ["time outside the usage periods", "time in the future"]),
     ("without a zone", "2026-10-05 16:00:00", "acct-0001", "1", [UNREADABLE]),

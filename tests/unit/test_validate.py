@@ -398,6 +398,33 @@ def test_validation_is_silent(judge, capfd, caplog):
     assert caplog.records == []
 
 
+def test_usage_after_the_end_of_its_subscription_is_told_from_usage_before(judge, staging):
+    """Neither can be billed there; what was used before the end is owed all the same."""
+
+    def resolve(names):
+        return [
+            Target(name, unknown="it ended", ended_at=START + timedelta(hours=24)) if name == "left" else Target(name)
+            for name in names
+        ]
+
+    table = [
+        ("a", 10, "left", 1),
+        ("b", 24, "left", 1),
+        ("c", 30, "left", 1),
+        ("d", 30, "x", 1),
+        ("e", None, "left", 1),
+    ]
+    found = judge(rows(*table), resolve=resolve)
+    after = "used after its subscription had ended"
+    assert reasons(staging, found) == {
+        "a": ["it ended"],
+        "b": ["it ended", after],
+        "c": ["it ended", after],
+        "e": ["no time", "it ended"],
+    }
+    assert accepted(staging, found) == ["d"]
+
+
 ROW = st.tuples(
     st.sampled_from(["a", "b", "c", "d", "e", None]),
     st.sampled_from([0, 1, 1, 2, 71, 72, -1, None]),

@@ -6,7 +6,7 @@ What is asked, and what the answers mean, follows ChargeOver's public REST docum
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from itertools import islice
 
 import pandas as pd
@@ -110,7 +110,8 @@ class LineItems:
         if not billed and not ended:
             states = {_STATES[self._state(package)] for package in packages}
             said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
-            return Target(account, unknown=f"{holder} {account!r} {said}: its usage would not be billed")
+            unknown = f"{holder} {account!r} {said}: its usage would not be billed"
+            return Target(account, unknown=unknown, ended_at=self._ended_at(packages))
         lines = [line for line in self._ours(billed) if not line.get("cancel_datetime")]
         if ended and not lines:
             billed, lines = packages, self._ours(packages)[-1:]
@@ -138,6 +139,20 @@ class LineItems:
         if not isinstance(state := package.get("package_status_state"), str):
             raise NotApplied(f"{self.site}: query package: package {package['package_id']} has no readable state")
         return state
+
+    def _ended_at(self, packages: Sequence[Json]) -> datetime | None:
+        """Return when the last of some packages was cancelled, None unless all of them were, at times that are told."""
+        moments = [self._moment(package.get("cancel_datetime")) for package in packages]
+        told = [moment for moment in moments if moment is not None]
+        return max(told) if told and len(told) == len(packages) else None
+
+    def _moment(self, text: object) -> datetime | None:
+        """Return a moment that the site tells, in the account's zone if it names no offset; None if it tells none."""
+        try:
+            moment = datetime.fromisoformat(str(text))
+            return (moment if moment.tzinfo else moment.replace(tzinfo=self.client.settings.zone)).astimezone(UTC)
+        except (ValueError, OverflowError):
+            return None
 
     def _lines(self, package: Json) -> list[Json]:
         """Return the lines of a package; what is no list of objects says nothing, least of all that it has none."""

@@ -19,6 +19,7 @@ from usage_billing.sources import BillingSource, DestinationSettings
 
 _FEW = 20
 _TRIAL = "trialing"
+_CANCELED = "canceled"
 ENDED = frozenset({"canceled", "expired", "failed_to_create", "on_hold", "suspended", "trial_ended", "awaiting_signup"})
 """States in which a subscription accrues no charges: what would be sent there is never billed, so it is quarantined."""
 
@@ -95,7 +96,8 @@ class MaxioDestination(Destination):
         if subscription is None:
             return Target(account, unknown=f"subscription {account!r} is unknown to {self.site}")
         if reason := why_not(account, subscription, component):
-            return Target(account, unknown=reason)
+            ended = subscription["state"] == _CANCELED
+            return Target(account, unknown=reason, ended_at=instant(subscription.get("canceled_at")) if ended else None)
         number = str(subscription["id"])
         return Target(
             account=account,
