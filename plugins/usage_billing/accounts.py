@@ -12,11 +12,10 @@ from functools import cached_property
 import pyarrow as pa
 
 from usage_billing.errors import Misconfigured
-from usage_billing.extract import Hook, open_query
+from usage_billing.extract import Hook, as_text, open_query, plain
 from usage_billing.sources import BillingSource
 
 _COLUMNS = ("account", "target")
-_TEXT = (pa.types.is_integer, pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
 _TOLD = 3
 
 
@@ -62,12 +61,8 @@ class Accounts:
             for name in _COLUMNS
             if batch.column_names.count(name) != 1
         ]
-        kinds = {name: batch.schema.field(name).type for name in _COLUMNS} if not faults else {}
-        faults += [
-            f"{name}: {kind} has no one spelling as text; cast it to text"
-            for name, kind in kinds.items()
-            if not any(is_so(kind) for is_so in _TEXT)
-        ]
+        if not faults:
+            columns = [as_text(plain(batch.column(name)), name, "accounts.sql", faults) for name in _COLUMNS]
         if faults:
             raise Misconfigured.all_at_once(f"accounts.sql of {self.source.title}", faults)
-        return [batch.column(name).cast(pa.string()).to_pylist() for name in _COLUMNS]
+        return [column.to_pylist() for column in columns]

@@ -247,7 +247,7 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
         raise Misconfigured.all_at_once(f"usage.sql of {source.title}", faults)
     columns: dict[str, pa.ChunkedArray] = {}
     for word, name in _words(source).items():
-        column = _plain(table.column(name))
+        column = plain(table.column(name))
         if word == "time":
             columns |= _time(column, name, source.settings.naive_times, faults)
         elif word == "quantity":
@@ -255,7 +255,7 @@ def normalise(table: pa.Table, source: BillingSource) -> pa.Table:
         elif word == "deleted":
             columns[word] = _flag(column, name, faults)
         else:
-            columns[word] = _text(column, name, faults)
+            columns[word] = as_text(column, name, "usage.sql", faults)
     if faults:
         raise Misconfigured.all_at_once(f"usage.sql of {source.title}", faults)
     rows = pa.table(columns)
@@ -276,16 +276,18 @@ def _missing(table: pa.Table, source: BillingSource) -> list[str]:
     ]
 
 
-def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column without the dictionary of its values, where a driver made one."""
     return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
 
 
-def _text(column: pa.ChunkedArray, name: str, faults: list[str]) -> pa.ChunkedArray:
+def as_text(column: pa.ChunkedArray, name: str, query: str, faults: list[str]) -> pa.ChunkedArray:
+    """Return what a query names somebody or something with as text, or add to `faults` why it has no one spelling."""
     kind = column.type
     exact = quantities.is_exact(kind) and not (pa.types.is_decimal(kind) and kind.scale)
     if exact or pa.types.is_string_view(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind):
         return column.cast(pa.string())
-    faults.append(f"{name}: {kind} has no one spelling as text; cast it to text in usage.sql")
+    faults.append(f"{name}: {kind} has no one spelling as text; cast it to text in {query}")
     return column
 
 
