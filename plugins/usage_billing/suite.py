@@ -487,7 +487,7 @@ class Suite:
                 log.info("%s, %s: passes for want of history: %s", self._source.title, rule.label, unjudged)
             verdict = self._verdicts[rule.number]
             verdict.fault = _complaint(rule, result)
-            if result and not verdict.fault and rule.looks_at != "rows":
+            if result and not verdict.fault and (rule.looks_at != "rows" or _names_no_row(result)):
                 told = f"no history yet: {unjudged}" if unjudged else _observed(result)
                 verdict.of_the_whole(success=result.success, observed=told)
         return [(rule, found.get(rule.number)) for rule in rules]

@@ -160,6 +160,15 @@ def test_rules_that_were_not_reached_never_count_as_passed(judged):
     assert "accepted" not in page.text
 
 
+def test_a_rule_that_fails_without_naming_rows_is_told_as_failed(judged):
+    """It ran, and stops the run: it is not among those that did not run."""
+    rule = {"type": "expect_column_values_to_be_of_type", "kwargs": {"column": "account", "type_": "int64"}}
+    result, stopped = judged(rows(*some_rows()), suite=[rule])
+    assert isinstance(stopped, NeedsDecision)
+    assert (result.verdicts[0].ran, result.verdicts[0].success) == (True, False)
+    assert "Did not run" not in Page(result.page("calls", "a run", NOW)).text
+
+
 def test_no_page_says_passed_of_a_rule_that_has_not_run():
     """One rule that held, and one that nobody ran."""
     result = ValidationResult()
