@@ -106,7 +106,8 @@ class Desk:
 
 def _context() -> dict[str, Any]:
     interval = {"data_interval_start": DAY[0], "data_interval_end": DAY[1], "params": {}}
-    return {**interval, "task_instance": SimpleNamespace(id="ti"), "ti": SimpleNamespace(id="ti")}
+    ti = SimpleNamespace(id="ti", dag_id="approval", run_id="manual", task_id="any", map_index=-1, try_number=1)
+    return {**interval, "task_instance": ti, "ti": ti}
 
 
 @pytest.fixture
