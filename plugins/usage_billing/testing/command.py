@@ -2,6 +2,9 @@
 
 import gc
 import logging
+import os
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +95,22 @@ def _found(order: Order, jobs: int) -> Iterator[Found]:
         yield from (some_seeds(order, share) for share in shares)
         return
     # A fresh interpreter: a forked one would share an open database with its parent.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)) as pool:
         yield from pool.map(some_seeds, [order] * len(shares), shares)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once the one that started it is gone: one that is killed takes nobody with it."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        # As Ctrl-C would, so that databases and folders go too; a pool's process may take it for a task's own fault.
+        while True:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def some_seeds(order: Order, seeds: Sequence[int]) -> Found:
