@@ -102,15 +102,18 @@ def test_two_names_never_share_a_page() -> None:
     )
 
 
-def test_a_task_loads_the_plugin_and_no_web_server() -> None:
-    """Every Airflow process imports the plugin; only the API server asks it for pages."""
+def test_every_process_loads_the_plugin_and_little_with_it() -> None:
+    """Tasks too: no pandas, no requests, no SQL model, no web server; only the API server asks it for pages."""
     program = (
-        "import sys\n"
+        "import sys, airflow.sdk\n"
+        "before = set(sys.modules)\n"
+        "from airflow._shared.plugins_manager import is_valid_plugin\n"
         "from usage_billing.plugin import UsageBillingPlugin\n"
-        "from airflow.plugins_manager import is_valid_plugin\n"
-        "before = {'fastapi', 'usage_billing.pages', 'pandas'} & set(sys.modules)\n"
-        "apps = UsageBillingPlugin().fastapi_apps\n"
-        "print(is_valid_plugin(UsageBillingPlugin), sorted(before), apps[0]['url_prefix'], apps[0]['app'].title)"
+        "heavy = {'pandas', 'pyarrow', 'requests', 'pydantic', 'fastapi', 'airflow.models.pool', 'usage_billing.pages'}"
+        " - before\n"
+        "loaded = sorted(heavy & set(sys.modules))\n"
+        "(pages,) = UsageBillingPlugin().fastapi_apps\n"
+        "print(is_valid_plugin(UsageBillingPlugin), loaded, pages['url_prefix'], pages['app'].title)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)  # noqa: S603
     assert done.stdout.splitlines()[-1] == "True [] /usage-billing Usage billing"
