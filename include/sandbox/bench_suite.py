@@ -26,7 +26,7 @@ from usage_billing.sources import BillingSource, load_source
 from usage_billing.suite import Suite
 
 ROWS, BATCH_ROWS, ACCOUNTS, ROUNDS = 1_000_000, 100_000, 5_000, 5
-START, END = datetime(2026, 10, 1, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)
+START = datetime(2026, 10, 1, tzinfo=UTC)
 REGIONS, PLANS = ["eu", "us", "ap"], ["free", "team", "firm"]
 _LENGTH = len("acct-0000000")
 _BAD = 1_000

@@ -149,11 +149,11 @@ class Suite:
         self._verdicts: dict[int, Verdict] = (result or ValidationResult()).verdicts
         self._bounds: list[Decimal] = []
         self._rules: list[_Rule] = []
-        self._known: dict[str, Verdicts] = {}
         self._own = {name: _Own(name, text) for name, text in _own_reasons(source).items()}
         if source.expectations:
             self._batches = _great_expectations()
             self._build()
+        self._by_value = _by_value(self._of("rows"))
 
     @property
     def _compares_quantity(self) -> bool:
@@ -370,8 +370,7 @@ class Suite:
         """Return the rows that fail each rule about rows: values that were judged before are not judged again."""
         looked_up: list[tuple[Verdicts, list[_Rule], np.ndarray, np.ndarray]] = []
         direct = [rule for rule in self._of("rows") if not rule.by_value]
-        for column, rules in self._by_value().items():
-            known = self._known.setdefault(column, Verdicts([rule.number for rule in rules]))
+        for column, (rules, known) in self._by_value.items():
             numbered = known.values.number(self._values(part, column))
             if numbered is None:
                 direct.extend(rules)
@@ -387,14 +386,6 @@ class Suite:
                 known.learn(rule.number, len(new), rows.get(rule.number, _NO_ROWS))
                 rows[rule.number] = known.failing(rule.number, numbers)
         return rows
-
-    def _by_value(self) -> dict[str, list[_Rule]]:
-        """Return the rules whose verdict on a row hangs on one column's value alone, by column."""
-        found: dict[str, list[_Rule]] = {}
-        for rule in self._of("rows"):
-            if rule.by_value:
-                found.setdefault(next(iter(rule.columns)), []).append(rule)
-        return found
 
     def _values(self, part: pa.Table, column: str) -> pa.Array:
         if column != _RANK:
@@ -519,6 +510,15 @@ def _great_expectations() -> Any:
     context.variables.progress_bars = ProgressBarsConfig(globally=False)
     asset = context.data_sources.add_pandas("extraction").add_dataframe_asset("part")
     return asset.add_batch_definition_whole_dataframe("whole")
+
+
+def _by_value(rules: Sequence[_Rule]) -> dict[str, tuple[list[_Rule], Verdicts]]:
+    """Return the rules whose verdict on a row hangs on one column's value alone, by column, with a memory for each."""
+    found: dict[str, list[_Rule]] = defaultdict(list)
+    for rule in rules:
+        if rule.by_value:
+            found[next(iter(rule.columns))].append(rule)
+    return {column: (some, Verdicts([rule.number for rule in some])) for column, some in found.items()}
 
 
 def _label(number: int, rule: Mapping[str, Any]) -> str:

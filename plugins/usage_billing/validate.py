@@ -216,19 +216,18 @@ class _Accounts:
         self._resolve = resolve
         self._targets: dict[str, Target] = {}
 
-    def unknown(self, accounts: pa.Array) -> pa.Array:
-        """Return for each account why it cannot be billed, null where it can (or is null itself)."""
+    def told(self, accounts: pa.Array) -> tuple[pa.Array, pa.Array]:
+        """Return for each account why it cannot be billed, and since when it is billed no more.
+
+        The first is null where it can (or is null itself), the second where nobody tells.
+        """
         distinct = accounts.dictionary_encode()
         names = distinct.dictionary.to_pylist()
         self._ask(sorted(name for name in names if name not in self._targets))
-        reasons = pa.array([self._targets[name].unknown or None for name in names], pa.string())
-        return reasons.take(distinct.indices)
-
-    def ended(self, accounts: pa.Array) -> pa.Array:
-        """Return since when each account that `unknown` was asked about is billed no more, null if nobody tells."""
-        distinct = accounts.dictionary_encode()
-        moments = [self._targets[name].ended_at for name in distinct.dictionary.to_pylist()]
-        return pa.array(moments, pa.timestamp("us", "UTC")).take(distinct.indices)
+        targets = [self._targets[name] for name in names]
+        reasons = pa.array([target.unknown or None for target in targets], pa.string())
+        ends = pa.array([target.ended_at for target in targets], pa.timestamp("us", "UTC"))
+        return reasons.take(distinct.indices), ends.take(distinct.indices)
 
     def _ask(self, names: list[str]) -> None:
         for start in range(0, len(names), _RESOLVED_AT_ONCE):
@@ -294,12 +293,11 @@ class _Judge:
     def _found(self, part: pa.Table, own: Iterable[tuple[str, np.ndarray]], *, counts: bool = True) -> pa.Table:
         found = [_finding(self._suite.reason(name), np.flatnonzero(mask)) for name, mask in own]
         found.extend(_finding(reason, rows) for reason, rows in self._suite.findings(part, counts=counts))
-        unknown = self.accounts.unknown(array_of(part, "account"))
+        unknown, ended = self.accounts.told(array_of(part, "account"))
         rows = np.flatnonzero(unknown.is_valid().to_numpy(zero_copy_only=False))
         words = pc.binary_join_element_wise(self._unknown, unknown.take(pa.array(rows)), "")
         found.append(pa.table([pa.array(rows), words], schema=_FINDINGS))
-        late = pc.greater_equal(array_of(part, "time"), self.accounts.ended(array_of(part, "account")))
-        late = late.fill_null(pa.scalar(value=False))
+        late = pc.greater_equal(array_of(part, "time"), ended).fill_null(pa.scalar(value=False))
         found.append(_finding(self._suite.reason(BEFORE_THE_END), np.flatnonzero(late)))
         found.append(_finding(WRITTEN_OFF, self.written_off.among(part)))
         table = pa.concat_tables(found)

@@ -1,5 +1,6 @@
 """The command `usage-billing simulate`: a closing line where all held, a story and how to tell it again where not."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from usage_billing.cli import main
 from usage_billing.testing.command import Order, Violated, run
 
 SOURCES = Path(__file__).parents[2] / "include" / "sources"
+SCRIPTS = Path(__file__).parents[2] / "include" / "sandbox"
 
 
 def test_the_closing_line_counts_what_was_played() -> None:
@@ -30,48 +32,35 @@ def test_processes_share_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert "seeds 0 to 1: 2 maxio_metered" in capsys.readouterr().out
 
 
-def _children(parent: int) -> list[int]:
-    """The processes that one has started and that go on, but for the one that keeps count of its semaphores."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields, line = (entry / "stat").read_text().rpartition(")")[2].split(), (entry / "cmdline").read_bytes()
-            except OSError:
-                continue  # It ended meanwhile.
-            if int(fields[1]) == parent and fields[0] != "Z" and b"spawn_main" in line:
-                found.append(int(entry.name))
-    return found
-
-
-def _goes_on(pid: int) -> bool:
-    try:
-        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def test_nothing_plays_on_for_a_command_that_was_killed(tmp_path: Path) -> None:
+def test_nothing_plays_on_for_a_command_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes notice that nobody waits for them, and end with their ledgers."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    killer = importlib.import_module("killer")
     command = [sys.executable, "-c", "from usage_billing.cli import main; main()", "simulate", "--seeds", "500"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     with (tmp_path / "said").open("wb") as said:
-        playing = subprocess.Popen([*command, "--jobs", "2"], env=environment, stdout=said, stderr=said)  # noqa: S603
+        playing = subprocess.Popen(  # noqa: S603
+            [*command, "--jobs", "2"], env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+
+    def players() -> list[int]:
+        return list(killer.pids_in(playing.pid, "spawn_main"))
+
     try:
         deadline = time.monotonic() + 120
-        while len(children := _children(playing.pid)) < 2 and time.monotonic() < deadline:
+        while len(players()) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert len(children) == 2, (tmp_path / "said").read_text()
+        assert len(players()) == 2, (tmp_path / "said").read_text()
         time.sleep(8)  # Until they play; one that still imports ends as well.
     finally:
         playing.send_signal(signal.SIGKILL)
         playing.wait(10)
     deadline = time.monotonic() + 60
-    while any(map(_goes_on, children)) and time.monotonic() < deadline:
+    while players() and time.monotonic() < deadline:
         time.sleep(0.2)
-    left = [child for child in children if _goes_on(child)]
-    for child in left:
-        os.kill(child, signal.SIGKILL)
+    left = players()
+    for player in left:
+        os.kill(player, signal.SIGKILL)
     assert left == []
 
 

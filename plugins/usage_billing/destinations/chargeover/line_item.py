@@ -6,7 +6,7 @@ What is asked, and what the answers mean, follows ChargeOver's public REST docum
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from itertools import islice
 
 import pandas as pd
@@ -147,10 +147,11 @@ class LineItems:
         return max(told) if told and len(told) == len(packages) else None
 
     def _moment(self, text: object) -> datetime | None:
-        """Return a moment that the site tells, in the account's zone if it names no offset; None if it tells none."""
+        """Return a moment that the site tells, in the account's zone; None if it tells none that can be read."""
+        zone = self.client.settings.zone
         try:
             moment = datetime.fromisoformat(str(text))
-            return (moment if moment.tzinfo else moment.replace(tzinfo=self.client.settings.zone)).astimezone(UTC)
+            return moment.astimezone(zone) if moment.tzinfo else moment.replace(tzinfo=zone)
         except (ValueError, OverflowError):
             return None
 
@@ -190,12 +191,10 @@ class LineItems:
         text = package.get("next_invoice_datetime")
         if text is None or text == "":  # So it is on a cancelled package.
             return None
-        try:
-            moment = datetime.fromisoformat(str(text))
-            return (moment if moment.tzinfo is None else moment.astimezone(self.client.settings.zone)).date()
-        except (ValueError, OverflowError):
+        if (moment := self._moment(text)) is None:
             words = f"package {package['package_id']} has no readable next_invoice_datetime"
-            raise NotApplied(f"{self.site}: query package: {words}") from None
+            raise NotApplied(f"{self.site}: query package: {words}")
+        return moment.date()
 
     def _is_ours(self, line: Json) -> bool:
         cancelled = line.get("cancel_datetime")
