@@ -33,15 +33,15 @@ def test_processes_share_the_seeds(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_nothing_plays_on_for_a_command_that_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its processes notice that nobody waits for them, and end with their ledgers."""
+    """Its processes notice that nobody waits for them, and end with their ledgers; it was a script's background job."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     killer = importlib.import_module("killer")
-    command = [sys.executable, "-c", "from usage_billing.cli import main; main()", "simulate", "--seeds", "500"]
+    ignoring = ["sh", "-c", 'trap "" INT; exec "$@"', "sh"]
+    program = "from usage_billing.cli import main; main()"
+    command = [*ignoring, sys.executable, "-c", program, "simulate", "--seeds", "500", "--jobs", "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
     with (tmp_path / "said").open("wb") as said:
-        playing = subprocess.Popen(  # noqa: S603
-            [*command, "--jobs", "2"], env=environment, stdout=said, stderr=said, start_new_session=True
-        )
+        playing = subprocess.Popen(command, env=environment, stdout=said, stderr=said, start_new_session=True)  # noqa: S603
 
     def players() -> list[int]:
         return list(killer.pids_in(playing.pid, "spawn_main"))

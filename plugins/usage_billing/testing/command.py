@@ -102,14 +102,19 @@ def _found(order: Order, jobs: int) -> Iterator[Found]:
 def _end_with(parent: int) -> None:
     """End this process once the one that started it is gone: one that is killed takes nobody with it."""
 
+    def leave(*_: object) -> None:
+        # An exception, so that databases and folders go too; a pool's process may take one for a task's own fault.
+        raise SystemExit(1)
+
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        # As Ctrl-C would, so that databases and folders go too; a pool's process may take it for a task's own fault.
         while True:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(1)
 
+    # One that nobody else sends: a script's background job ignores Ctrl-C, and a pool ends its processes by SIGTERM.
+    signal.signal(signal.SIGUSR1, leave)
     threading.Thread(target=watch, daemon=True).start()
 
 
