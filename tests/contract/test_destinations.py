@@ -150,7 +150,13 @@ BY_CUSTOMER = replace(
     destination={**BATCH.destination, "package_by": "customer_external_key"},
 )
 BULK = replace(BATCH, label="chargeover in bulk", destination={**BATCH.destination, "mode": "bulk"})
-CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BULK, BY_CUSTOMER)
+BY_LINE = replace(
+    BATCH,
+    label="chargeover by line item",
+    accounts=("854", "855", "860"),
+    destination={**BATCH.destination, "package_by": "line_item_id"},
+)
+CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BULK, BY_CUSTOMER, BY_LINE)
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 SWITCHES = [
@@ -232,6 +238,7 @@ def deliveries(
             body=row.body,
             sent_at=datetime.now(UTC) - ago,
             sends=sends,
+            subscription=row.subscription,
         )
         for row in proposed.assign(body=destination.encode(proposed)).itertuples()
     ]
@@ -890,6 +897,51 @@ def test_an_upgrade_changes_the_address_and_not_the_identity(sandbox: Sandbox) -
     assert billed(sandbox, BATCH) == 7
 
 
+def test_an_account_that_is_a_line_leads_to_its_package(sandbox: Sandbox) -> None:
+    """After an upgrade its id is on no package, and today's leads to the same identity: nothing is billed again."""
+    destination = BY_LINE.made(sandbox)
+    (before,) = destination.resolve(["854"])
+    upgrade(sandbox, 713, 854)
+    by_package = BATCH.made(sandbox).resolve(["pkg-001"])[0]
+    new = str(by_package.address["line_item_id"])
+
+    gone, after = destination.resolve(["854", new])
+    stands = destination.standing(before.subscription)
+
+    assert "line item 854 is on no package of chargeover:telco; an upgrade gives a line another id" in gone.unknown
+    assert gone.ended_at is None
+    assert (
+        (after.subscription, after.component)
+        == (before.subscription, before.component)
+        == ("package_id:713", "item:voip")
+    )
+    assert after.address == stands.address == by_package.address != before.address
+    assert (after.open_from, after.open_until) == (by_package.open_from, by_package.open_until)
+
+
+def test_a_line_is_found_on_whatever_page_its_package_is(sandbox: Sandbox) -> None:
+    """Pages follow the ids, so a package is neither passed over nor told twice, and a stranger is one in earnest."""
+    destination = BY_LINE.made(sandbox)
+    client = destination.client
+    every = [package["package_id"] for package in client.packages()]
+    pages = []
+
+    def page(call: str, path: str, params: Any) -> Any:
+        found = listed(call, path, {**params, "limit": 2})
+        pages.append([row["package_id"] for row in found])
+        return found
+
+    listed, client._list = client._list, page
+    lines = [str(package["line_items"][0]["line_item_id"]) for package in client.packages()]
+    pages.clear()
+    *known, stranger = destination.resolve([*lines, "77"])
+
+    assert [number for numbers in pages for number in numbers] == every
+    assert max(map(len, pages)) == 2
+    assert not any(target.unknown for target in known if target.subscription)
+    assert "line item 77 is on no package" in stranger.unknown
+
+
 def upgrade(sandbox: Sandbox, package: int, line: int) -> None:
     """Change a line's price on the site, as its owner would."""
     keys = ("sandboxtelcopublickey00000000000", "sandboxtelcoprivatekey0000000000")
@@ -1202,15 +1254,24 @@ def test_what_cannot_be_billed_is_named_with_its_reason(tmp_path: Path) -> None:
         twice, none, found = BATCH.made(sandbox).resolve(["twice", "none", odd])
         (flat,) = BATCH.made(sandbox, item="support").resolve(["flat"])
         by_customer = BY_CUSTOMER.made(sandbox).resolve(["cust-001", "cust-002"])
+        by_line = BY_LINE.made(sandbox).resolve(["901", "903", "pkg-001", "855.0", "855", "0"])
         with pytest.raises(Misconfigured, match="'support' is not metered"):
             BATCH.made(sandbox, item="support").check()
 
     assert "ambiguous" in twice.unknown
     assert "no line" in none.unknown
-    assert found.address == {"line_item_id": 904, "account": odd}
+    assert (found.subscription, found.address) == (f"package:{odd}", {"line_item_id": 904})
     assert "not metered" in flat.unknown
     assert "3 lines" in by_customer[0].unknown
     assert not by_customer[1].unknown
+    assert [target.unknown for target in by_line] == [
+        "line item 901: package 801 has 2 lines of item 'voip', so it is ambiguous which one to bill",
+        "line item 903 is of item 'sms', not of 'voip'",
+        "'pkg-001' is no id of a line item, which is a whole number",
+        "'855.0' is no id of a line item, which is a whole number",
+        "",
+        "'0' is no id of a line item, which is a whole number",
+    ]
 
 
 def test_a_cancelled_package_is_quarantined(sandbox: Sandbox) -> None:
@@ -1222,10 +1283,14 @@ def test_a_cancelled_package_is_quarantined(sandbox: Sandbox) -> None:
 
     (target,) = BATCH.made(sandbox).resolve(["pkg-001"])
     (customer,) = BY_CUSTOMER.made(sandbox).resolve(["cust-001"])
+    (line,) = BY_LINE.made(sandbox).resolve(["854"])
+    (looked_at,) = BY_LINE.made(sandbox).locate(["854"])
 
     assert "is cancelled" in target.unknown
     assert "no active package" in customer.unknown
-    for found in (target, customer):
+    assert line.unknown == "line item 854: package 713 is cancelled: its usage would not be billed"
+    assert (looked_at.subscription, looked_at.unknown) == ("package_id:713", "")
+    for found in (target, customer, line):
         assert found.ended_at is not None
         # The site tells it in the account's zone, without an offset.
         assert timedelta(0) <= found.ended_at - datetime(2026, 10, 20, 12, tzinfo=UTC) < timedelta(minutes=1)

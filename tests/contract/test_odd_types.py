@@ -8,7 +8,7 @@ import copy
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cache
@@ -53,12 +53,14 @@ SOUND: Mapping[str, Any] = {
     "package": [PACKAGE],
     "usage": [USAGE],
 }
-ADDRESS = {"line_item_id": 854, "account": "acct"}
+ADDRESS = {"line_item_id": 854}
 BODY = {"line_item_id": 854, "usage_value": 1, "from": USAGE["from"], "to": USAGE["to"], "external_key": TOKEN}
 DELIVERY = Delivery(TOKEN, "i", 0, Decimal(1), ADDRESS, json.dumps(BODY), NOW - timedelta(hours=1), 1)
+DELIVERY = replace(DELIVERY, subscription="package:acct")
 ACCEPTED = pd.DataFrame(
     {
         "token": [TOKEN],
+        "subscription": ["package:acct"],
         "address": [json.dumps(ADDRESS)],
         "period_start": [pd.Timestamp(NOW - timedelta(days=1))],
         "period_end": [pd.Timestamp(NOW)],
@@ -76,7 +78,8 @@ class Account(BaseAdapter):
         """Answer by the kind that the path names."""
         parts = urlsplit(str(request.url))
         kind = parts.path.split("/")[3]
-        shown = [] if "offset=" in parts.query and "offset=0" not in parts.query else self.objects[kind]
+        is_later = "package_id%3AGT" in parts.query or ("offset=" in parts.query and "offset=0" not in parts.query)
+        shown = [] if is_later else self.objects[kind]
         body = json.dumps({"code": 200, "status": "OK", "message": "", "response": shown}).encode()
         raw = urllib3.HTTPResponse(io.BytesIO(body), {}, 200, preload_content=False)
         return HTTPAdapter().build_response(request, raw)
@@ -105,8 +108,9 @@ def wired() -> tuple[Account, ChargeOverSite]:
 def resolved(objects: dict[str, Any], package_by: str) -> object:
     """Resolve an account alone, and among so many that the list is read; it has to be known."""
     destination = usage_of(objects, package_by)
+    account = "854" if package_by == "line_item_id" else "acct"
     for others in (0, 20) if package_by == "external_key" else (0,):
-        first, *_ = destination.resolve(["acct", *(f"other-{number}" for number in range(others))])
+        first, *_ = destination.resolve([account, *(f"other-{number}" for number in range(others))])
         assert not first.unknown, first.unknown
     return None
 
@@ -147,6 +151,7 @@ READS: dict[str, Callable[[dict[str, Any]], object]] = {
     "check": checked,
     "resolve by package": lambda objects: resolved(objects, "external_key"),
     "resolve by customer": lambda objects: resolved(objects, "customer_external_key"),
+    "resolve by line": lambda objects: resolved(objects, "line_item_id"),
     "recheck": rechecked,
     "settle": settled,
     "records": listed,
@@ -234,6 +239,48 @@ def test_the_next_invoice_is_read_in_the_accounts_zone(text: str, opened: str) -
     (target,) = destination.resolve(["acct"])
     assert target.open_from is not None
     assert target.open_from.astimezone(destination.client.settings.zone).date().isoformat() == opened
+
+
+@pytest.mark.parametrize(
+    ("cancelled", "unknown", "ended_at"),
+    [
+        (
+            "2026-10-20 12:00:00",
+            "line item 854 is cancelled: its usage would not be billed",
+            "2026-10-20T12:00:00-05:00",
+        ),
+        ("", "", None),
+    ],
+)
+def test_a_line_that_was_cancelled_alone_is_named(cancelled: str, unknown: str, ended_at: str | None) -> None:
+    """Its package goes on, and its usage is not billed; when it ended is told in the account's zone."""
+    lines = [{**LINE, "cancel_datetime": cancelled}]
+    destination = usage_of({**SOUND, "package": [{**PACKAGE, "line_items": lines}]}, "line_item_id")
+    (target,), (looked_at,) = destination.resolve(["854"]), destination.locate(["854"])
+
+    assert target.unknown == unknown
+    assert (target.ended_at and target.ended_at.isoformat()) == ended_at
+    assert (looked_at.subscription, looked_at.address) == ("package_id:713", {"line_item_id": 854})
+
+
+@pytest.mark.parametrize("second", [713, 712, None, "x"])
+def test_packages_that_come_in_no_order_prove_no_absence(second: object) -> None:
+    """A page that does not follow the ids may have passed a package over: nothing is concluded from it."""
+    destination = usage_of({**SOUND, "package": [PACKAGE, {**PACKAGE, "package_id": second}]}, "line_item_id")
+    with pytest.raises(UsageBillingError, match="id above 713"):
+        destination.resolve(["77"])
+
+
+def test_a_package_that_was_not_asked_for_is_no_answer() -> None:
+    """Of many subscriptions the rest are asked for by their number; another package says nothing of them."""
+    destination = usage_of({**SOUND, "package": {**PACKAGE, "package_id": 5}}, "line_item_id")
+    with pytest.raises(UsageBillingError, match="told of package 5"):
+        destination.standing("package_id:713")
+
+
+def test_a_subscription_of_another_kind_of_site_is_unknown_here() -> None:
+    """A source that was moved from another vendor left identities that no package stands for."""
+    assert usage_of(dict(SOUND)).standing("50100001").unknown
 
 
 def test_a_filter_that_is_not_obeyed_bills_nobody_else() -> None:

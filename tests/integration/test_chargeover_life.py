@@ -188,6 +188,34 @@ def test_usage_on_a_line_that_an_upgrade_replaced_is_told_by_name(house: House, 
     assert house.reconcile(source, day).moved == 0, "its cycle is invoiced: nothing is left to look at"
 
 
+def test_a_warehouse_that_names_lines_bills_once_through_an_upgrade(house: House) -> None:
+    """The old id leads nowhere, so its rows wait, and withdraw nothing; once mended, only what is new is billed."""
+    source, day = minutes(package_by="line_item_id"), a_day(minutes(), 18)
+    limits = source.settings.quarantine.model_copy(update={"max_share": 1.0})
+    source = replace(source, settings=source.settings.model_copy(update={"quarantine": limits}))
+    before = used(source, day, {"854": "100", "855": "5"})
+    house.run(source, day, before)
+    upgrade(house, 713, 854)
+    new = str(house.destination(source).client.package(713)["line_items"][0]["line_item_id"])
+    late = used(source, day, {new: "4"})
+
+    house.run(source, day, before + late)
+    assert house.billed(source) == {"pkg-001": Decimal(100), "pkg-002": Decimal(5)}
+    (told,) = house.ledger.quarantined(source.name)["reasons"]
+    assert "line item 854 is on no package of chargeover:telco" in told
+    (held,) = left(house, source, day)["reason"]
+    assert "quarantine" in held
+
+    mended = [replace(event, account=new) if event.account == "854" else event for event in before + late]
+    house.run(source, day, mended)
+    assert house.billed(source) == {"pkg-001": Decimal(104), "pkg-002": Decimal(5)}
+    assert house.ledger.quarantined(source.name).empty
+    assert left(house, source, day).empty
+    house.run(source, day, mended)
+    assert house.billed(source) == {"pkg-001": Decimal(104), "pkg-002": Decimal(5)}
+    assert house.reconcile(source, day).ties_out
+
+
 @pytest.mark.parametrize("shown", ["naive", "iso", "iso_honolulu"])
 def test_usage_of_an_invoiced_cycle_is_held_however_the_account_shows_times(house: House, shown: str) -> None:
     """In Honolulu the next invoice is still on the last of the month: read there, the 31st would pass for open."""

@@ -140,7 +140,7 @@ def test_a_cancelled_line_is_not_in_the_way() -> None:
     with server(envelope([package]), envelope([])) as url:
         (target,) = usage(url).resolve(["k"])
 
-    assert target.address == {"line_item_id": 2, "account": "k"}
+    assert target.address == {"line_item_id": 2}
 
 
 def test_records_of_another_key_prove_nothing() -> None:

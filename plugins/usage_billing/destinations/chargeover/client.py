@@ -134,7 +134,11 @@ class ChargeOverSite:
 
     def package(self, package_id: int) -> Json | None:
         """Return one package with its line items, or None."""
-        return self._object(f"read package {package_id}", f"/package/{int(package_id)}")
+        call = f"read package {package_id}"
+        found = self._object(call, f"/package/{int(package_id)}")
+        if found is not None and record_number(found.get("package_id")) != str(package_id):
+            raise NotApplied(f"{self.settings.site}: {call}: told of package {found.get('package_id')!r}")
+        return found
 
     def package_by_external_key(self, key: str) -> Json | None:
         """Return the package with an external key, with its line items, or None."""
@@ -155,8 +159,20 @@ class ChargeOverSite:
         return found
 
     def packages(self, where: Iterable[tuple[str, str, str]] = ()) -> Iterator[Json]:
-        """Yield packages with their line items, by id."""
-        return self._query("package", "package_id", where, order="package_id:ASC", expand="line_items")
+        """Yield packages with their line items, ascending by id.
+
+        Each page asks for what follows the last id of the page before, so that none is passed over while the list
+        changes: that a package is not among these is definite.
+        """
+        last = 0
+        while rows := self._list("query package", "/package", _page(where, last)):
+            for row in rows:
+                number = whole_number(row.get("package_id"), 1)
+                if number is None or number <= last:
+                    told = f"asked for a package with an id above {last}, told {row.get('package_id')!r}"
+                    raise NotApplied(f"{self.settings.site}: query package: {told}")
+                last = number
+                yield row
 
     def customer_by_external_key(self, key: str) -> Json | None:
         """Return the customer with an external key, or None."""
@@ -242,14 +258,14 @@ class ChargeOverSite:
         return datetime.strptime(local, _TIME).replace(tzinfo=self.settings.zone)
 
     def _query(
-        self, kind: str, key: str, where: Iterable[tuple[str, str, str]] = (), order: str = "", expand: str = ""
+        self, kind: str, key: str, where: Iterable[tuple[str, str, str]] = (), order: str = ""
     ) -> Iterator[Json]:
         """Yield the objects that match, each once, until a page is empty.
 
         The size of a page is the account's to say, and a list that grows moves under an offset: so pages follow what
         came, and the key tells what came before.
         """
-        asked = {"where": where_text(where), "order": order, "expand": expand, "limit": LIMIT}
+        asked = {"where": where_text(where), "order": order, "limit": LIMIT}
         params = {name: value for name, value in asked.items() if value}
         seen: set[object] = set()
         offset = 0
@@ -295,6 +311,13 @@ class ChargeOverSite:
         if not isinstance(reply, dict) or (number := record_id(reply)) is None:
             raise InDoubt(f"{self.settings.site}: {call}: success, but no id in the reply")
         return {"id": number}
+
+
+def _page(where: Iterable[tuple[str, str, str]], last: int) -> Json:
+    """Return what asks for the packages after the id `last`."""
+    after = [*where, *([("package_id", "GT", str(last))] if last else [])]
+    asked = {"expand": "line_items", "order": "package_id:ASC", "limit": LIMIT}
+    return asked | ({"where": where_text(after)} if after else {})
 
 
 def where_text(conditions: Iterable[tuple[str, str, str]]) -> str:

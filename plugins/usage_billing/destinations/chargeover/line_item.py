@@ -4,7 +4,7 @@ What is asked, and what the answers mean, follows ChargeOver's public REST docum
 "External Keys".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from itertools import islice
@@ -24,14 +24,33 @@ _MONTHS = {"mon": 1, "2mn": 2, "qtr": 3, "six": 6, "yrl": 12, "2yr": 24, "3yr": 
 _CYCLES = {name: pd.DateOffset(days=days) for name, days in _DAYS.items()}
 _CYCLES |= {name: pd.DateOffset(months=months) for name, months in _MONTHS.items()}
 """How long a billing cycle is, by the API's word for it (``paycycle``)."""
+_HOLDERS = {"external_key": "package", "customer_external_key": "customer"}
+"""Whose key an account is, by the source's `package_by`; with it an identity names its subscription."""
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The packages of a customer, or a package by its key or its id; None where there is definitely no such holder."""
+
+    holder: str
+    name: str
+    packages: list[Json] | None
+    of_what: str = ""
+
+    @property
+    def words(self) -> str:
+        """What to call it to a person."""
+        named = f"package {self.name}" if self.holder == "package_id" else f"{self.holder} {self.name!r}"
+        return self.of_what + named
 
 
 @dataclass(frozen=True)
 class LineItems:
     """The line item of one product that each warehouse account leads to, looked up afresh each time.
 
-    `package_by` and `item` are the keys of the source: what an account names, and the product's external key.
+    `package_by` and `item` are the keys of the source: what an account names, and the product's external key. An
+    identity names the customer or package, which an upgrade leaves as they are, and never the line.
     """
 
     client: ChargeOverSite
@@ -67,67 +86,140 @@ class LineItems:
 
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Return today's line item of each account; one that is not one billed line of the item is `unknown`."""
-        packages = self._packages(accounts)
-        return [self._target(account, packages[account]) for account in accounts]
+        return self._led(accounts)
 
     def locate(self, accounts: Sequence[str]) -> list[Target]:
         """Return the line item of each account, its last one where nothing of it is billed any more."""
-        packages = self._packages(accounts)
-        return [self._target(account, packages[account], ended=True) for account in accounts]
+        return self._led(accounts, ended=True)
 
-    def _packages(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
-        find = self._packages_by_key if self.package_by == "external_key" else self._packages_by_customer
-        return find(accounts)
+    def standing(self, subscriptions: Sequence[str]) -> dict[str, Target]:
+        """Return today's line item of each subscription, as identities name them, whichever account leads to it."""
+        named = {subscription: subscription.partition(":")[::2] for subscription in sorted(set(subscriptions))}
+        found = {}
+        for holder in sorted({holder for holder, _ in named.values()}):
+            of_it = {subscription: name for subscription, (whose, name) in named.items() if whose == holder}
+            packages = self._packages(holder, list(of_it.values()))
+            for subscription, name in of_it.items():
+                found[subscription] = self._target(subscription, _Held(holder, name, packages[name]))
+        return found
 
-    def _packages_by_key(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
-        """Return the packages of each external key, None where there is definitely none.
+    def _led(self, accounts: Sequence[str], *, ended: bool = False) -> list[Target]:
+        if self.package_by == "line_item_id":
+            return self._led_by_line(accounts, ended=ended)
+        holder = _HOLDERS[self.package_by]
+        packages = self._packages(holder, accounts)
+        return [self._target(name, _Held(holder, name, packages[name]), ended=ended) for name in accounts]
 
-        Many keys are first looked for in the list, as long as that takes fewer requests than asking one by one.
+    def _led_by_line(self, accounts: Sequence[str], *, ended: bool) -> list[Target]:
+        """Return what `resolve` or `locate` does, of accounts that are ids of line items.
+
+        The package is the identity: an upgrade gives the line another id, and leaves the package.
         """
-        wanted = set(accounts)
+        numbers = [whole_number(account, 1) for account in accounts]
+        lines = self._lines_by_id({number for number in numbers if number is not None})
+        return [
+            Target(account, unknown=f"{account!r} is no id of a line item, which is a whole number")
+            if number is None
+            else self._on_line(account, number, *lines.get(number, (None, None)), ended=ended)
+            for account, number in zip(accounts, numbers, strict=True)
+        ]
+
+    def _on_line(self, account: str, number: int, package: Json | None, line: Json | None, *, ended: bool) -> Target:
+        words = f"line item {number}"
+        if package is None or line is None:
+            mend = "an upgrade gives a line another id: lead the account to today's"
+            return Target(account, unknown=f"{words} is on no package of {self.site}; {mend}")
+        if not self._is_ours(line):
+            other = self.client.key_of("package", line, "item_external_key")
+            return Target(account, unknown=f"{words} is of item {other!r}, not of {self.item!r}")
+        if line.get("cancel_datetime") and not ended:
+            unknown = f"{words} is cancelled: its usage would not be billed"
+            return Target(account, unknown=unknown, ended_at=self._moment(line["cancel_datetime"]))
+        held = _Held("package_id", str(package["package_id"]), [package], f"{words}: ")
+        return self._target(account, held, ended=ended)
+
+    def _lines_by_id(self, wanted: set[int]) -> dict[int, tuple[Json, Json]]:
+        """Return package and line of each id; no query asks for a line by its id, so the packages are walked through.
+
+        An id that is not among these is definitely on no package.
+        """
+        found: dict[int, tuple[Json, Json]] = {}
+        for package in self.client.packages() if wanted else ():
+            for line in self._lines(package):
+                if (number := self._number(package, line)) in wanted:
+                    found[number] = package, line
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _number(self, package: Json, line: Json) -> int:
+        if (number := whole_number(line.get("line_item_id"), 1)) is None:
+            words = f"a line of package {package['package_id']} has no line_item_id"
+            raise NotApplied(f"{self.site}: query package: {words}")
+        return number
+
+    def _packages(self, holder: str, names: Sequence[str]) -> Mapping[str, list[Json] | None]:
+        """Return the packages that each name of a holder stands for, None where there is definitely no such holder."""
+        if holder == "package":
+            return self._looked_up(names, lambda one: self.client.key_of("package", one), self._packages_of)
+        if holder == "package_id":
+            return self._looked_up(names, lambda one: str(one["package_id"]), self._package_numbered)
+        if holder == "customer":
+            return {name: self._packages_of_customer(name) for name in sorted(set(names))}
+        return dict.fromkeys(names)
+
+    def _looked_up(
+        self, names: Sequence[str], name_of: Callable[[Json], str], ask: Callable[[str], list[Json] | None]
+    ) -> dict[str, list[Json] | None]:
+        """Return the packages of each name, None where there is definitely none.
+
+        Many names are first looked for in the list, as long as that takes fewer requests than asking one by one.
+        """
+        wanted = set(names)
         found: dict[str, list[Json] | None] = {}
         if len(wanted) > FEW:
             for package in islice(self.client.packages(), LIMIT * (len(wanted) // 4)):
-                if (key := self.client.key_of("package", package)) in wanted:
-                    found.setdefault(key, []).append(package)  # type: ignore[union-attr]
-        return found | {key: self._packages_of(key) for key in sorted(wanted - found.keys())}
+                if (name := name_of(package)) in wanted:
+                    found.setdefault(name, []).append(package)  # type: ignore[union-attr]
+        return found | {name: ask(name) for name in sorted(wanted - found.keys())}
 
     def _packages_of(self, key: str) -> list[Json] | None:
         return (self.client.packages_by_external_key(key) or None) if key else None
 
-    def _packages_by_customer(self, accounts: Sequence[str]) -> dict[str, list[Json] | None]:
-        return {key: self._packages_of_customer(key) for key in sorted(set(accounts))}
+    def _package_numbered(self, name: str) -> list[Json] | None:
+        number = whole_number(name, 1)
+        package = None if number is None else self.client.package(number)
+        return None if package is None else [package]
 
     def _packages_of_customer(self, key: str) -> list[Json] | None:
         customer = self.client.customer_by_external_key(key) if key else None
         return None if customer is None else self.client.packages_of_customer(customer)
 
-    def _target(self, account: str, packages: list[Json] | None, *, ended: bool = False) -> Target:
-        holder = "package" if self.package_by == "external_key" else "customer"
+    def _target(self, account: str, held: _Held, *, ended: bool = False) -> Target:
+        packages, words = held.packages, held.words
         if packages is None:
-            return Target(account, unknown=f"{holder} {account!r} is unknown to {self.site}")
+            return Target(account, unknown=f"{words} is unknown to {self.site}")
         billed = [package for package in packages if self._state(package) not in _STATES]
         if not billed and not ended:
             states = {_STATES[self._state(package)] for package in packages}
-            said = f"is {', '.join(sorted(states))}" if holder == "package" else "has no active package"
-            unknown = f"{holder} {account!r} {said}: its usage would not be billed"
+            said = "has no active package" if held.holder == "customer" else f"is {', '.join(sorted(states))}"
+            unknown = f"{words} {said}: its usage would not be billed"
             return Target(account, unknown=unknown, ended_at=self._ended_at(packages))
         lines = [line for line in self._ours(billed) if not line.get("cancel_datetime")]
         if ended and not lines:
             billed, lines = packages, self._ours(packages)[-1:]
         if len(lines) != 1:
-            count = "no line" if not lines else f"{len(lines)} lines, so it is ambiguous which one to bill,"
-            return Target(account, unknown=f"{holder} {account!r} has {count} of item {self.item!r}")
+            count = "no line" if not lines else f"{len(lines)} lines"
+            why = ", so it is ambiguous which one to bill" if lines else ""
+            return Target(account, unknown=f"{words} has {count} of item {self.item!r}{why}")
         if not self._flag(lines[0], "item_is_usage"):
-            return Target(account, unknown=f"{holder} {account!r}: its line of item {self.item!r} is not metered")
-        if (line := whole_number(lines[0].get("line_item_id"), 1)) is None:
-            raise NotApplied(f"{self.site}: query package: the line of {holder} {account!r} has no line_item_id")
+            return Target(account, unknown=f"{words}: its line of item {self.item!r} is not metered")
         package = next(package for package in billed if lines[0] in self._lines(package))
         return Target(
             account=account,
-            subscription=f"{holder}:{account}",
+            subscription=f"{held.holder}:{held.name}",
             component=f"item:{self.item}",
-            address={"line_item_id": line, "account": account},
+            address={"line_item_id": self._number(package, lines[0])},
             open_from=self._open_from(package),
             open_until=self._next_invoice(package),
         )

@@ -56,17 +56,18 @@ _FIRST_HOUR = timedelta(hours=1)
 class ChargeOverUsageSettings(DestinationSettings):
     """The keys of a source that is billed to ChargeOver.
 
-    `package_by` says what the account column holds: the package's external key, or the customer's, who then must have
-    one line of the item. `item` is the product's external key. `mode` says how records travel: in batches of 25, each
-    with its own answer; singly; or in a bulk of up to 1,000, which no answer accepts and which is therefore read back.
-    `late_usage` says what becomes of usage whose cycle is invoiced: it is held, dated in the open cycle, sent with its
-    own time (for an account of which you know that it bills that), or refused.
+    `package_by` says what the account column holds: the package's external key, the customer's, or the id of a line
+    item; the package, or the customer, must have one line of the item. `item` is the product's external key. `mode`
+    says how records travel: in batches of 25, each with its own answer; singly; or in a bulk of up to 1,000, which no
+    answer accepts and which is therefore read back. `late_usage` says what becomes of usage whose cycle is invoiced: it
+    is held, dated in the open cycle, sent with its own time (for an account of which you know that it bills that), or
+    refused.
     """
 
     free: ClassVar[frozenset[str]] = DestinationSettings.free | {"mode"}
 
     name: Literal["chargeover_usage"]
-    package_by: Literal["external_key", "customer_external_key"]
+    package_by: Literal["external_key", "customer_external_key", "line_item_id"]
     item: str = Field(min_length=1)
     mode: Literal["batch", "single", "bulk"] = "batch"
     late_usage: Literal["hold", "now", "original_time", "refuse"] = "hold"
@@ -121,9 +122,8 @@ class ChargeOverUsage(Destination):
         return pd.Series(texts, index=proposals.index, dtype=object)
 
     def standing(self, subscription: str) -> Target:
-        """Return the line of the package or customer of which an identity holds the key."""
-        (found,) = self.resolve([subscription.partition(":")[2]])
-        return found
+        """Return the line of the package or customer that an identity names."""
+        return self._line_items.standing([subscription])[subscription]
 
     def recheck(self, deliveries: Sequence[Delivery], now: datetime) -> Mapping[str, str]:
         """Hold what belongs to a cycle that was invoiced since, and what would go to a line that is no more."""
@@ -133,10 +133,9 @@ class ChargeOverUsage(Destination):
         return self._looked_up(deliveries, self._why_too_late)
 
     def _looked_up(self, deliveries: Sequence[Delivery], judge: Callable[[Delivery, Target], str]) -> Mapping[str, str]:
-        """Return, by token, what `judge` says against a delivery and where its account leads today."""
-        targets = self.resolve(sorted({str(delivery.address["account"]) for delivery in deliveries}))
-        today = {target.account: target for target in targets}
-        found = {one.token: judge(one, today[str(one.address["account"])]) for one in deliveries}
+        """Return, by token, what `judge` says against a delivery and how its subscription stands today."""
+        today = self._line_items.standing([delivery.subscription for delivery in deliveries])
+        found = {one.token: judge(one, today[one.subscription]) for one in deliveries}
         return {token: why for token, why in found.items() if why}
 
     def _why_not(self, delivery: Delivery, target: Target) -> str:
@@ -417,13 +416,10 @@ class ChargeOverUsage(Destination):
 
     def moved(self, accepted: pd.DataFrame) -> Iterator[Moved]:
         """Yield what is stored on a line that an upgrade has replaced since, in a cycle that is not invoiced yet."""
-        stored = {address: json.loads(address) for address in accepted["address"].unique()}
-        accounts = sorted({str(address["account"]) for address in stored.values()})
-        today = {target.account: target for target in self.resolve(accounts) if not target.unknown}
-        for text, some in accepted.groupby("address"):
-            address = stored[str(text)]
-            target = today.get(str(address["account"]))
-            if target is None or target.address["line_item_id"] == address["line_item_id"]:
+        today = self._line_items.standing(accepted["subscription"].unique().tolist())
+        for (subscription, text), some in accepted.groupby(["subscription", "address"]):
+            target, address = today[str(subscription)], json.loads(str(text))
+            if target.unknown or target.address["line_item_id"] == address["line_item_id"]:
                 continue
             # What came late lies where the cycle was open when it was sent.
             lies = some["open_until"].fillna(some["period_end"])
@@ -431,7 +427,7 @@ class ChargeOverUsage(Destination):
             if count := int(is_open.sum()):
                 yield Moved(
                     count,
-                    f"account {target.account}: {count} deliveries are stored on line {address['line_item_id']}, which "
+                    f"{subscription}: {count} deliveries are stored on line {address['line_item_id']}, which "
                     f"was replaced by {target.address['line_item_id']}; no document says that they are billed",
                 )
 
