@@ -450,6 +450,23 @@ def exact_json(text: str | bytes) -> Any:
         raise ValueError(f"no JSON: {type(error).__name__}") from None
 
 
+def exact_text(value: object) -> str:
+    """Return a value as JSON, a `Decimal` as a number with every digit.
+
+    Raises:
+        ValueError: it holds a number that is not exact or not finite, or what JSON has no form for.
+    """
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{json.dumps(str(name))}:{exact_text(inner)}" for name, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(exact_text, value)) + "]"
+    if isinstance(value, Decimal) and value.is_finite():
+        return f"{value:f}"
+    if value is None or isinstance(value, bool | int | str):
+        return json.dumps(value)
+    raise ValueError(f"no JSON: {value!r} is no exact number")
+
+
 def _no_number(name: str) -> None:
     raise ValueError(f"no JSON: {name}")
 

@@ -84,6 +84,9 @@ MAXIO = {
         "when a usage takes its id: as it is stored, or as its request arrives",
     ),
     "usage_list_order": Switch("descending", ("descending", "ascending"), "order of ids in the usage list"),
+    "usage_list_created_at": Switch(
+        "ignored", ("ignored", "day"), "the older filter of the usage list: not there any more, or for one day"
+    ),
     "usage_list_of_events_component": Switch(
         "empty", ("empty", "404", "422"), "usage list of an events-based component"
     ),

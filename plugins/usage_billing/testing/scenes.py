@@ -51,7 +51,7 @@ _AFTERWARDS = timedelta(days=45)
 UNDRAWN = frozenset(
     {
         # What they change makes the source misconfigured as a whole, or concerns calls that nobody makes here.
-        "access", "events_size_limit", "eu_events_host", "negative_on_prepaid",
+        "access", "events_size_limit", "eu_events_host", "negative_on_prepaid", "usage_list_created_at",
         "component_list_delay_seconds", "limit_above_max", "undefined_types", "usage_options", "unknown_stream",
         # What the site takes and forgets, only the tie-out tells.
         "event_age_limit",

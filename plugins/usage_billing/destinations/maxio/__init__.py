@@ -4,6 +4,7 @@
 
     metered.py | events.py    a destination each: usage totals one by one, or events of a stream by the thousand
     component.py              what both share: the component that is billed, and the subscription of each account
+    bodies.py                 the bodies of calls that somebody makes by hand
     client.py                 how to reach a site, and its calls
 
 Each of them imports only what stands under it. Others import from this package what they need of them.
@@ -12,6 +13,7 @@ Paths, limits and the meaning of replies follow Maxio's public API reference: "S
 "Events-Based Billing", "Duplicate Prevention" and "API Access: Error Handling".
 """
 
+from usage_billing.destinations.maxio.bodies import activation_body, event_body, usage_body
 from usage_billing.destinations.maxio.client import MaxioSettings, MaxioSite
 from usage_billing.destinations.maxio.events import MaxioEvents, MaxioEventsSettings
 from usage_billing.destinations.maxio.metered import MaxioMetered, MaxioMeteredSettings
@@ -23,4 +25,7 @@ __all__ = [
     "MaxioMeteredSettings",
     "MaxioSettings",
     "MaxioSite",
+    "activation_body",
+    "event_body",
+    "usage_body",
 ]

@@ -125,15 +125,14 @@ class MaxioSettings(SiteSettings):
 class MaxioSite:
     """A plain client of the calls that usage needs. JSON objects come back as dicts, numbers exact.
 
-    Subscriptions are addressed by numeric id alone: in a path, a reference made of digits would be taken for an id, and
-    the id wins. Look a reference up first. Components are an id or ``handle:<handle>``.
+    A subscription is a number, its id, or where the calls for usages are concerned also a text, its reference. The site
+    takes one of digits alone for an id, so it is refused here: look it up. Components are an id or ``handle:<handle>``.
 
     Example::
 
         site = MaxioSite(MaxioSettings(subdomain="acme", api_key="..."))
-        subscription = site.subscription_by_reference("acct-0001")
-        site.create_usage(subscription["id"], "handle:api-calls", '{"usage": {"quantity": 3, "memo": "October"}}')
-        for usage in site.usages(subscription["id"], "handle:api-calls") or ():
+        site.create_usage("acct-0001", "handle:api-calls", usage_body(3, memo="October"))
+        for usage in site.usages("acct-0001", "handle:api-calls") or ():
             print(usage["created_at"], usage["quantity"])
 
     Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
@@ -156,18 +155,18 @@ class MaxioSite:
             raise self._no_site("read the site")
         return self._object("read the site", found, "site")
 
-    def _no_site(self, call: str) -> Misconfigured:
-        where = self.settings.base_url
-        return Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no Maxio site at {where}")
+    def _no_site(self, call: str, else_no: str = "") -> Misconfigured:
+        where = f"{else_no and f'{else_no}, or no '}Maxio site at {self.settings.base_url}"
+        return Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no {where}")
 
-    def create_usage(self, subscription_id: int, component: int | str, body: str) -> Json:
-        """Record one usage; `body` is the JSON text of the request, and the created usage comes back.
+    def create_usage(self, subscription: int | str, component: int | str, body: str) -> Json:
+        """Record one usage; `body` is the JSON text of the request (see `usage_body`), and the usage comes back.
 
         The site takes no timestamp: the usage lands in the billing period that is open when it arrives. A top-level
         ``uniqueness_token`` makes it refuse a second body with 409 for 60 minutes, where it is honoured.
         """
-        call = f"create usage of component {component} for subscription {subscription_id}"
-        reply = self._main.write(call, _usages_path(subscription_id, component), body)
+        call = f"create usage of component {component} for subscription {subscription}"
+        reply = self._main.write(call, self._usages_path(subscription, component), body)
         usage = reply.get("usage") if isinstance(reply, dict) else None
         if not isinstance(usage, dict) or record_number(usage.get("id")) is None:
             raise InDoubt(f"{self.settings.site}: {call}: success, but no usage in the reply")
@@ -175,23 +174,59 @@ class MaxioSite:
 
     def usages(
         self,
-        subscription_id: int,
+        subscription: int | str,
         component: int | str,
         since_id: int | None = None,
         max_id: int | None = None,
         since_date: date | None = None,
+        until_date: date | None = None,
+        created_at: date | None = None,
     ) -> Iterator[Json] | None:
         """Yield all usages within the bounds, each once; None if there is no such subscription or component.
 
-        `since_id` and `max_id` are ids of usages, both included; `since_date` is a day of the site's own zone, which
-        bounds by when the site stored them. Pages are cut by id and not by number, so usage that arrives meanwhile
-        shifts nothing. Neither the order of the list nor its size of page is documented: this works with either order
-        and ends at an empty page.
+        `since_id` and `max_id` are ids of usages, both included. Days are of the site's own zone, and bound by when the
+        site stored a usage: from the midnight with which `since_date` begins to that with which `until_date` begins.
+        `created_at` is an older filter for one day, which the site may know no more: what it lets through is looked
+        through here. Pages are cut by id and not by number, so usage that arrives meanwhile shifts nothing. Neither the
+        order of the list nor its size of page is documented: this works with either order and ends at an empty page.
         """
-        path = _usages_path(subscription_id, component)
-        more = {} if since_date is None else {"since_date": since_date.isoformat()}
+        path = self._usages_path(subscription, component)
+        more = _days(since_date=since_date, until_date=until_date, created_at=created_at)
         first = self._usage_page(path, since_id, max_id, more)
-        return None if first is None else self._walk(path, since_id, max_id, more, first)
+        if first is None:
+            return None
+        found = self._walk(path, since_id, max_id, more, first)
+        return found if created_at is None else (usage for usage in found if _is_of(usage, created_at))
+
+    def usage_page(
+        self,
+        subscription: int | str,
+        component: int | str,
+        page: int = 1,
+        per_page: int = PER_PAGE,
+        since_date: date | None = None,
+        until_date: date | None = None,
+    ) -> list[Json] | None:
+        """Return one numbered page of the usages, None if there is no such subscription or component.
+
+        The site gives 200 a page at most. Usage that arrives between two pages shifts them: to see each once, walk
+        through `usages`.
+        """
+        days = _days(since_date=since_date, until_date=until_date)
+        params = {"page": page, "per_page": per_page, **days}
+        found = self._main.read("list usages", self._usages_path(subscription, component), params)
+        return None if found is None else self._numbered("list usages", found, "usage")
+
+    def _usages_path(self, subscription: int | str, component: int | str) -> str:
+        """Return the path of usages.
+
+        Raises:
+            Misconfigured: a reference that the site would take for an id, or a path for another one.
+        """
+        if isinstance(subscription, str) and (subscription.isdigit() or subscription in ("", ".", "..")):
+            why = f"subscription {subscription!r}: no path can name it by this reference; look it up, and give its id"
+            raise Misconfigured(f"{self.settings.site}: {why}")
+        return f"/subscriptions/{segment(subscription)}/components/{segment(component)}/usages.json"
 
     def _walk(
         self, path: str, since_id: int | None, max_id: int | None, more: Json, first: list[Json]
@@ -268,11 +303,27 @@ class MaxioSite:
         found = self._main.read(call, "/components/lookup.json", {"handle": handle})
         return None if found is None else self._kind_told(call, self._object(call, found, "component", handle=handle))
 
-    def components(self) -> Iterator[Json]:
-        """Yield the components of the site, archived ones too."""
-        call = "list components"
-        rows = self._pages(call, "/components.json", "component", {"include_archived": "true"})
+    def components(self, family: int | str | None = None) -> Iterator[Json]:
+        """Yield the components of the site, or of one product family (an id or ``handle:<handle>``), archived ones too.
+
+        Raises:
+            Misconfigured: there is no such family.
+        """
+        call, path, else_no = "list components", "/components.json", ""
+        if family is not None:
+            call, path = f"list components of family {family}", f"/product_families/{segment(family)}/components.json"
+            else_no = "such family"
+        rows = self._pages(call, path, "component", {"include_archived": "true"}, else_no)
         return (self._kind_told(call, row) for row in rows)
+
+    def component(self, family: int | str, component: int | str) -> Json | None:
+        """Return one component of a product family, both an id or ``handle:<handle>``, or None."""
+        call = f"read component {component} of family {family}"
+        found = self._main.read(call, f"/product_families/{segment(family)}/components/{segment(component)}.json")
+        if found is None:
+            return None
+        asked: Json = {"id": component} if isinstance(component, int) else {}
+        return self._kind_told(call, self._object(call, found, "component", **asked))
 
     def _kind_told(self, call: str, component: Json) -> Json:
         """Return a component that says of what kind it is, in a word."""
@@ -284,6 +335,14 @@ class MaxioSite:
         """Yield the price points of a component."""
         path = f"/components/{segment(component_id)}/price_points.json"
         return self._pages("list price points", path, "price_points", {})
+
+    def price_point(self, component_id: int, name: int | str) -> Json | None:
+        """Return the price point of a component with an id (also as text) or ``handle:<handle>``, or None.
+
+        An archived one is none: the site takes no usage at it.
+        """
+        live = (point for point in self.price_points(component_id) if not point.get("archived_at"))
+        return next((one for one in live if str(name) in (str(one["id"]), f"handle:{one.get('handle')}")), None)
 
     def subscription(self, subscription_id: int) -> Json | None:
         """Return one subscription, or None."""
@@ -305,10 +364,13 @@ class MaxioSite:
             return None
         return self._standing(call, self._object(call, found, "subscription", reference=reference))
 
-    def subscriptions(self) -> Iterator[Json]:
-        """Yield the subscriptions of the site, oldest first, so that new ones shift no page."""
+    def subscriptions(self, **filters: object) -> Iterator[Json]:
+        """Yield the subscriptions of the site, oldest first, so that new ones shift no page.
+
+        `filters` are those of the site, such as ``state="active"``.
+        """
         call = "list subscriptions"
-        rows = self._pages(call, "/subscriptions.json", "subscription", {"direction": "asc"})
+        rows = self._pages(call, "/subscriptions.json", "subscription", {"direction": "asc", **filters})
         return (self._standing(call, row) for row in rows)
 
     def _standing(self, call: str, subscription: Json) -> Json:
@@ -350,6 +412,22 @@ class MaxioSite:
         if not sound or not isinstance(past, list) or not all(map(_is_past, past)):
             raise self._unreadable(call, f"component {row['component_id']} has a figure that is none")
         return row
+
+    def activate(self, subscription_id: int, component_id: int, body: str = "{}") -> None:
+        """Have a subscription's events of one component billed at its renewals; `activation_body` says at what price.
+
+        Raises:
+            Refused: there is no such subscription, or no events-based component with this id for it.
+        """
+        self._activation("activate", subscription_id, component_id, body)
+
+    def deactivate(self, subscription_id: int, component_id: int) -> None:
+        """Have a subscription's events of one component ignored at its renewals; the site stores them all the same."""
+        self._activation("deactivate", subscription_id, component_id, "{}")
+
+    def _activation(self, verb: str, subscription_id: int, component_id: int, body: str) -> None:
+        path = f"/event_based_billing/subscriptions/{int(subscription_id)}/components/{int(component_id)}/{verb}.json"
+        self._main.write_blind(f"{verb} component {component_id} of subscription {subscription_id}", path, body)
 
     def renewal_components(self, subscription_id: int) -> frozenset[str]:
         """Return the ids of the components, as text, for which the preview of the next renewal has a line.
@@ -430,14 +508,14 @@ class MaxioSite:
         effect = Effect.BULK if len(bodies) > 1 else Effect.WRITE
         self._events.write_blind(call, f"/events/{segment(stream)}/bulk.json", f"[{','.join(bodies)}]", effect)
 
-    def _pages(self, call: str, path: str, key: str, params: Mapping[str, Any]) -> Iterator[Json]:
+    def _pages(self, call: str, path: str, key: str, params: Mapping[str, Any], else_no: str = "") -> Iterator[Json]:
         """Yield the rows of a numbered list, each id once, until a page brings nothing new."""
         seen: set[int] = set()
         page = 1
         while True:
             found = self._main.read(call, path, {**params, "page": page, "per_page": PER_PAGE})
             if found is None:
-                raise self._no_site(call)
+                raise self._no_site(call, else_no)
             fresh = [row for row in self._numbered(call, found, key) if row["id"] not in seen]
             if not fresh:
                 return
@@ -461,6 +539,16 @@ def instant(text: object) -> datetime | None:
         return None
 
 
+def _days(**days: date | None) -> Json:
+    """Return parameters that are days, those that are given."""
+    return {name: day.isoformat() for name, day in days.items() if day is not None}
+
+
+def _is_of(usage: Json, day: date) -> bool:
+    """Say whether a usage was stored on a day; the site tells it in its own zone, in which the day is meant."""
+    return str(usage.get("created_at")).startswith(day.isoformat())
+
+
 def _is_past(usage: object) -> bool:
     """Say whether a row tells what was used in a billing period."""
     if not isinstance(usage, dict) or exact_number(usage.get("total_usage_quantity")) is None:
@@ -472,7 +560,3 @@ def _is_span(start: object, end: object) -> bool:
     """Say whether two texts are the bounds of a period."""
     first, after = instant(start), instant(end)
     return first is not None and after is not None and first < after
-
-
-def _usages_path(subscription_id: int, component: int | str) -> str:
-    return f"/subscriptions/{int(subscription_id)}/components/{segment(component)}/usages.json"

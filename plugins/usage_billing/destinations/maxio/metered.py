@@ -372,16 +372,11 @@ class MaxioMetered(MaxioDestination):
     def _by_id(self) -> bool:
         return bool(self.settings.subscription_by == "id")
 
-    def _read_price_point(self, component: Json) -> Json | None:
-        live = (point for point in self.client.price_points(component["id"]) if not point.get("archived_at"))
-        wanted = self.settings.price_point
-        return next((point for point in live if wanted in (str(point["id"]), f"handle:{point.get('handle')}")), None)
-
     @cached_property
     def _price_point(self) -> str:
         if self.settings.price_point is None:
             return ""
-        found = self._read_price_point(self._component)
+        found = self.client.price_point(self._component["id"], self.settings.price_point)
         if found is None:
             raise Misconfigured(f"billing source {self.source.title!r}: {self._no_price_point()}")
         return str(found["id"])
@@ -398,7 +393,8 @@ class MaxioMetered(MaxioDestination):
                 f"meter.decimals: is {decimals}, and component {self.settings.component!r} takes whole numbers only; "
                 "allow fractional quantities on the component, or measure in smaller units"
             )
-        if self.settings.price_point is not None and self._read_price_point(component) is None:
+        point = self.settings.price_point
+        if point is not None and self.client.price_point(component["id"], point) is None:
             yield self._no_price_point()
 
 

@@ -4,6 +4,7 @@ The rules are those of the reference pages "Create Usage" and "List Usages"; wha
 """
 
 import json
+from datetime import timedelta
 from decimal import ROUND_DOWN, Decimal
 from typing import Any
 
@@ -70,6 +71,9 @@ class Usages:
             if (day := day_param(call, name)) is not None:
                 where.append(condition)
                 args.append(midnight(day, self.site.world.zone))
+        if self.site.switches["usage_list_created_at"] == "day" and (day := day_param(call, "created_at")) is not None:
+            where.append("created_at >= ? AND created_at < ?")
+            args += [midnight(one, self.site.world.zone) for one in (day, day + timedelta(days=1))]
         order = "DESC" if self.site.switches["usage_list_order"] == "descending" else "ASC"
         rows = self.site.books.rows(
             f"SELECT * FROM usage WHERE {' AND '.join(where)} ORDER BY id {order} LIMIT ? OFFSET ?",
