@@ -494,19 +494,29 @@ def test_every_block_has_its_check(each: Block) -> None:
         assert each.language in {"sh", "python"}
 
 
+def documented_connections() -> dict[str, str]:
+    """Return the connections that the README exports, by variable."""
+    return dict(re.findall(r"^export (AIRFLOW_CONN_\w+)='(.+)'$", README.read_text(encoding="utf-8"), re.MULTILINE))
+
+
 PYTHON = [each for document in DOCUMENTS for each in blocks(document) if each.language == "python" and not each.path]
 
 
 @pytest.mark.parametrize("each", PYTHON, ids=str)
-def test_python_examples_run(each: Block) -> None:
+def test_python_examples_run(each: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each example runs as it stands, and shows a thing that holds."""
     names: dict[str, Any] = {"__name__": "example"}
+    for variable, connection in documented_connections().items():
+        monkeypatch.setenv(variable, connection)
     exec(compile(each.text, str(each), "exec"), names)  # noqa: S102 - our own documents.
     if "Reading" in names:
         with pytest.raises(ValueError, match="read_at needs a time zone"):
             names["Reading"]("acct-0001", datetime(2026, 10, 5))  # noqa: DTZ001 - that is the point.
     elif "unauthorized" in names:
         assert names["unauthorized"].status == 401
+    elif "telco" in names:
+        sites = [names[name].settings.site for name in ("acme", "orbit", "telco")]
+        assert sites == ["maxio:us:acme", "maxio:eu:orbit", "chargeover:telco"]
     elif "error" in names:
         assert str(names["error"]).splitlines()[0] == "billing source 'calls': 2 faults"
     else:

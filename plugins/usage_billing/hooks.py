@@ -2,14 +2,14 @@
 
 A hook turns a connection into frozen settings, with every fault at once, and the settings into a plain client::
 
+    from usage_billing.destinations.maxio import usage_body
     from usage_billing.hooks import MaxioHook
 
     site = MaxioHook("maxio_acme").get_conn()
-    subscription = site.subscription_by_reference("acct-0001")
-    site.create_usage(subscription["id"], "handle:api-calls", '{"usage": {"quantity": 3}}')
+    site.create_usage("acct-0001", "handle:api-calls", usage_body(3))
 
-The client has the site's whole documented usage API, see `destinations.maxio.MaxioSite` and
-`destinations.chargeover.ChargeOverSite`; the hook repeats none of it.
+``docs/calls.md`` has an example of each call of the clients, `destinations.maxio.MaxioSite` and
+`destinations.chargeover.ChargeOverSite`; the hook repeats none of them.
 """
 
 from collections.abc import Callable, Mapping

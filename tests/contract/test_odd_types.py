@@ -274,7 +274,7 @@ def test_packages_that_come_in_no_order_prove_no_absence(second: object) -> None
 def test_a_package_that_was_not_asked_for_is_no_answer() -> None:
     """Of many subscriptions the rest are asked for by their number; another package says nothing of them."""
     destination = usage_of({**SOUND, "package": {**PACKAGE, "package_id": 5}}, "line_item_id")
-    with pytest.raises(UsageBillingError, match="told of package 5"):
+    with pytest.raises(UsageBillingError, match="asked for 713, told of 5"):
         destination.standing("package_id:713")
 
 

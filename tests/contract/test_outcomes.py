@@ -199,6 +199,9 @@ NONE = {404: A}  # The definite word that there is no such subscription or compo
 CALLS = [
     Call("Maxio create usage", WRITE, maxio_site, lambda site: site.create_usage(7, 61001, "{}")),
     Call("Maxio list usages", READ, maxio_site, lambda site: list(site.usages(7, 61001) or ()), NONE),
+    Call("Maxio page of usages", READ, maxio_site, lambda site: site.usage_page(7, 61001), NONE),
+    Call("Maxio list invoices", READ, maxio_site, lambda site: list(site.invoices(7)), NO_SITE),
+    Call("Maxio activate", WRITE, maxio_site, lambda site: site.activate(7, 61101)),
     Call("Maxio record an event", WRITE, maxio_site, lambda site: site.record_event("s", "{}"), NO_STREAM),
     Call("Maxio record events", BULK, maxio_site, lambda site: site.record_events("s", ["{}", "{}"]), NO_ROOM),
     Call("Maxio record one of events", WRITE, maxio_site, lambda site: site.record_events("s", ["{}"]), NO_STREAM),
@@ -401,8 +404,8 @@ NEVER_AN_ANSWER: dict[str, bytes] = {
     "an envelope of a number": envelope(7),
     "an envelope of numbers": envelope([7]),
 }
-BLIND = [name for name in CALL if "event" in name]
-"""The events host documents no body: whatever does not speak of trouble is taken."""
+BLIND = [name for name in CALL if "event" in name or "activate" in name]
+"""Neither the events host nor an activation documents a body: whatever does not speak of trouble is taken."""
 UNSEEN = ("ChargeOver bulk", "ChargeOver in bulk, send")
 """What a bulk upload answers is not documented, so its reply decides nothing; see `READ_BACK`."""
 

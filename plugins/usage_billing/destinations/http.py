@@ -7,7 +7,6 @@ nothing, a write whose reply was lost may have been carried out.
 
 import codecs
 import email.utils
-import json
 import logging
 import random
 import re
@@ -18,7 +17,6 @@ from base64 import b64encode
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from itertools import islice
 from typing import Any
@@ -29,6 +27,7 @@ import urllib3
 from requests.adapters import BaseAdapter, HTTPAdapter
 
 from usage_billing import __version__
+from usage_billing.destinations.exact import exact_json
 from usage_billing.destinations.settings import Timeouts, is_loopback, url_faults
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
 
@@ -436,50 +435,6 @@ class HttpClient:
 def segment(value: object) -> str:
     """Return a value as one segment of a path, with everything encoded that could leave it."""
     return quote(str(value), safe="")
-
-
-def exact_json(text: str | bytes) -> Any:
-    """Return what a JSON text says, its numbers with every digit.
-
-    Raises:
-        ValueError: it is no JSON; ``NaN`` and infinities are none, nor is what is nested without end.
-    """
-    try:
-        return json.loads(text, parse_float=Decimal, parse_constant=_no_number)
-    except (InvalidOperation, RecursionError) as error:
-        raise ValueError(f"no JSON: {type(error).__name__}") from None
-
-
-def exact_text(value: object) -> str:
-    """Return a value as JSON, a `Decimal` as a number with every digit.
-
-    Raises:
-        ValueError: it holds a number that is not exact or not finite, or what JSON has no form for.
-    """
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{json.dumps(str(name))}:{exact_text(inner)}" for name, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(exact_text, value)) + "]"
-    if isinstance(value, Decimal) and value.is_finite():
-        return f"{value:f}"
-    if value is None or isinstance(value, bool | int | str):
-        return json.dumps(value)
-    raise ValueError(f"no JSON: {value!r} is no exact number")
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"no JSON: {name}")
-
-
-def exact_number(value: object) -> Decimal | None:
-    """Return a number that a site gave as number or as text, or None if it is none."""
-    if isinstance(value, bool) or not isinstance(value, int | Decimal | str):
-        return None
-    try:
-        number = Decimal(value)
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() else None
 
 
 def record_number(value: object) -> str | None:

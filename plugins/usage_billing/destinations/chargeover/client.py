@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
+from usage_billing.destinations.exact import check, exact_text, inexact, is_exact
 from usage_billing.destinations.http import Effect, HttpClient, Transport, record_number, segment
 from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied
@@ -22,6 +24,14 @@ Json = dict[str, Any]
 _API = "/api/v3"
 _VENDOR_HOST = "chargeover.com"
 _TIME = "%Y-%m-%d %H:%M:%S"
+IDS = {
+    "package": "package_id",
+    "customer": "customer_id",
+    "item": "item_id",
+    "usage": "usage_history_id",
+    "invoice": "invoice_id",
+}
+"""The kinds of objects that usage needs, and what each calls its id."""
 LIMIT = 500
 """How many rows a page of a list is asked to hold."""
 FEW = 20
@@ -108,8 +118,7 @@ class ChargeOverSite:
 
         site = ChargeOverSite(ChargeOverSettings(instance="telco", public_key="...", private_key="..."))
         line = site.package_by_external_key("pkg-001")["line_items"][0]["line_item_id"]
-        day = {"from": "2026-10-01 00:00:00", "to": "2026-10-01 23:59:59"}
-        site.create_usage(json.dumps({"line_item_id": line, "usage_value": 22, **day}))
+        site.create_usage(site.usage_body(22, since, until, line, external_key="pkg-001 on 1 October"))
         for usage in site.usages({"line_item_id": line}):
             print(usage["from"], usage["usage_value"])
 
@@ -134,11 +143,7 @@ class ChargeOverSite:
 
     def package(self, package_id: int) -> Json | None:
         """Return one package with its line items, or None."""
-        call = f"read package {package_id}"
-        found = self._object(call, f"/package/{int(package_id)}")
-        if found is not None and record_number(found.get("package_id")) != str(package_id):
-            raise NotApplied(f"{self.settings.site}: {call}: told of package {found.get('package_id')!r}")
-        return found
+        return self.get("package", int(package_id))
 
     def package_by_external_key(self, key: str) -> Json | None:
         """Return the package with an external key, with its line items, or None."""
@@ -176,7 +181,7 @@ class ChargeOverSite:
 
     def customer_by_external_key(self, key: str) -> Json | None:
         """Return the customer with an external key, or None."""
-        found = self._query("customer", "customer_id", [("external_key", "EQUALS", key)])
+        found = self.query("customer", [("external_key", "EQUALS", key)])
         return next((customer for customer in found if self.key_of("customer", customer) == key), None)
 
     def key_of(self, kind: str, row: Json, name: str = "external_key") -> str:
@@ -188,10 +193,43 @@ class ChargeOverSite:
 
     def item_by_external_key(self, key: str) -> Json | None:
         """Return the product with an external key and its `service_data`, or None."""
-        return self._object(f"read item {key!r}", f"/item/external_key:{segment(key)}")
+        return self.get("item", f"external_key:{key}")
+
+    def usage_body(
+        self,
+        value: Decimal | int,
+        since: datetime,
+        until: datetime,
+        line_item_id: int | None = None,
+        *,
+        customer_external_key: str = "",
+        item_external_key: str = "",
+        external_key: str = "",
+        **more: object,
+    ) -> str:
+        """Return the JSON text of a usage record of so many units, from `since` to `until`, both included.
+
+        It goes to a line item by its id or, in an upload (`upload_usage`) only, to the line that the customer has of a
+        product, by both keys; where there are two, no document says which. `external_key` tells it apart from all
+        others. `more` are further fields of the API: ``type``, ``options``, ``custom_1`` and so on.
+
+        Raises:
+            Misconfigured: a number that is not exact, a time without a zone, or no one address; tells all at once.
+        """
+        keys = {"customer.external_key": customer_external_key, "line_item.item_external_key": item_external_key}
+        faults = [f"{name}: has no zone" for name, time in (("since", since), ("until", until)) if time.tzinfo is None]
+        if (line_item_id is None) is not all(keys.values()) or any(keys.values()) is not all(keys.values()):
+            faults.append("line_item_id: give it, or in its place customer_external_key and item_external_key")
+        if isinstance(value, bool | str | None) or not is_exact(value):
+            faults.append(inexact("value", value))
+        check("ChargeOver usage", more, faults)
+        address = keys if line_item_id is None else {"line_item_id": int(line_item_id)}
+        span = {"from": self.local(since), "to": self.local(until)}
+        own = {"external_key": external_key} if external_key else {}
+        return exact_text({**address, "usage_value": value, **span, **own, **more})
 
     def create_usage(self, body: str) -> Json:
-        """Store one usage record, the JSON text of an object; return what the account says of it: its ``id``."""
+        """Store one usage record, a JSON text (see `usage_body`); return what the account says of it: its ``id``."""
         return self._created(self._http.write("store usage", f"{_API}/usage", body), "store usage")
 
     def create_usage_batch(self, bodies: Sequence[str]) -> list[Json]:
@@ -237,7 +275,7 @@ class ChargeOverSite:
         where = [(name, "EQUALS", str(value)) for name, value in equal.items()]
         where += [("from", "GTE", self.local(since))] if since else []
         where += [("from", "LTE", self.local(until))] if until else []
-        return self._query("usage", "usage_history_id", where, order="from:ASC")
+        return self.query("usage", where, order="from:ASC")
 
     def usages_by_external_key(self, key: str) -> list[Json]:
         """Return the usage records with an external key: none, one, or a reason to worry."""
@@ -257,14 +295,13 @@ class ChargeOverSite:
         """Return the moment that the account writes so; `local` writes it back to the letter."""
         return datetime.strptime(local, _TIME).replace(tzinfo=self.settings.zone)
 
-    def _query(
-        self, kind: str, key: str, where: Iterable[tuple[str, str, str]] = (), order: str = ""
-    ) -> Iterator[Json]:
-        """Yield the objects that match, each once, until a page is empty.
+    def query(self, kind: str, where: Iterable[tuple[str, str, str]] = (), order: str = "") -> Iterator[Json]:
+        """Yield the objects of a kind (`IDS`) that fulfil every condition (see `where_text`), each once.
 
-        The size of a page is the account's to say, and a list that grows moves under an offset: so pages follow what
-        came, and the key tells what came before.
+        Only the id tells objects apart, so pages follow until one is empty: the size of a page is the account's to say,
+        and a list that grows moves under an offset. Packages come without their line items, invoices too.
         """
+        key = IDS[kind]
         asked = {"where": where_text(where), "order": order, "limit": LIMIT}
         params = {name: value for name, value in asked.items() if value}
         seen: set[object] = set()
@@ -280,16 +317,37 @@ class ChargeOverSite:
             seen.update(number for number, _ in numbered)
             offset += len(rows)
 
+    def count(self, kind: str, where: Iterable[tuple[str, str, str]] = ()) -> int:
+        """Return how many objects of a kind (`IDS`) fulfil every condition."""
+        call, conditions = f"count {kind}", where_text(where)
+        found = self._read(call, f"/{kind}/_count", {"where": conditions} if conditions else {})
+        if found is None:
+            raise self._no_api(call)
+        if (number := whole_number(found, 0)) is None:
+            raise NotApplied(f"{self.settings.site}: {call}: the answer is no number")
+        return number
+
+    def get(self, kind: str, name: int | str) -> Json | None:
+        """Return one object of a kind (`IDS`) by its id, by ``external_key:<key>`` or by ``token:<token>``, or None."""
+        found = self._object(f"read {kind} {name!r}", f"/{kind}/{segment(name)}")
+        own, _, value = (IDS[kind], "", str(name)) if isinstance(name, int) else name.partition(":")
+        if found is not None and record_number(found.get(own)) != value:
+            raise NotApplied(f"{self.settings.site}: read {kind}: asked for {name!r}, told of {found.get(own)!r}")
+        return found
+
     def _list(self, call: str, path: str, params: Mapping[str, Any]) -> list[Json]:
         """Return the rows of one query; only a list, empty or not, says what there is."""
         rows = self._read(call, path, params)
         if rows is None:
-            # A query is answered by a list, empty or not: 404 comes from somewhere else.
-            where = self.settings.base_url
-            raise Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no ChargeOver API at {where}")
+            raise self._no_api(call)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise NotApplied(f"{self.settings.site}: {call}: the answer is no list of objects")
         return rows
+
+    def _no_api(self, call: str) -> Misconfigured:
+        """Return what a 404 to a query means, which is answered by a list, empty or not: it comes from elsewhere."""
+        where = self.settings.base_url
+        return Misconfigured(f"{self.settings.site}: {call}: HTTP 404: there is no ChargeOver API at {where}")
 
     def _object(self, call: str, path: str) -> Json | None:
         found = self._read(call, path)

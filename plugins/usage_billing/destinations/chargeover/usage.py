@@ -20,7 +20,8 @@ from pydantic import Field
 from usage_billing.destinations.base import Answer, Destination, Moved, by_value, joined, negative
 from usage_billing.destinations.chargeover.client import FEW, LIMIT, ChargeOverSite, Json, record_id
 from usage_billing.destinations.chargeover.line_item import LineItems
-from usage_billing.destinations.http import exact_number, record_number
+from usage_billing.destinations.exact import exact_number
+from usage_billing.destinations.http import record_number
 from usage_billing.destinations.settings import whole_number
 from usage_billing.errors import InDoubt, NotApplied, Refused, UsageBillingError
 from usage_billing.records import (

@@ -4,13 +4,12 @@ Fields follow Maxio's public API reference: "Create Usage", "Activate Event-Base
 "Duplicate Prevention".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from usage_billing.destinations.http import exact_text
-from usage_billing.errors import Misconfigured
+from usage_billing.destinations.exact import check, exact_text, inexact, is_exact
 
 _LONGEST_EVENT_TOKEN = 64
 _RESERVED = "chargify"
@@ -36,9 +35,9 @@ def usage_body(
     """
     terms = _terms(price_point_id, custom_price, initial_billing_at)
     faults = _price_faults(price_point_id, custom_price)
-    if isinstance(quantity, bool) or not isinstance(quantity, int | Decimal) or not Decimal(quantity).is_finite():
-        faults.append(_inexact("quantity", quantity))
-    _check("usage", terms, faults)
+    if isinstance(quantity, bool | str | None) or not is_exact(quantity):
+        faults.append(inexact("quantity", quantity))
+    check("Maxio usage", terms, faults)
     usage = {"quantity": quantity, **({"memo": memo} if memo else {}), **terms}
     return exact_text({"usage": usage, **({"uniqueness_token": uniqueness_token} if uniqueness_token else {})})
 
@@ -51,7 +50,7 @@ def activation_body(
 ) -> str:
     """Return the body that activates a component at a price, as `usage_body` has it; raises what that raises."""
     terms = _terms(price_point_id, custom_price, initial_billing_at)
-    _check("activation", terms, _price_faults(price_point_id, custom_price))
+    check("Maxio activation", terms, _price_faults(price_point_id, custom_price))
     return exact_text(terms)
 
 
@@ -87,7 +86,7 @@ def event_body(
         "uniqueness_token": uniqueness_token or None,
     }
     known = {name: value for name, value in own.items() if value is not None}
-    _check("event", properties, faults)
+    check("Maxio event", properties, faults)
     return exact_text({_RESERVED: known, **properties})
 
 
@@ -107,30 +106,3 @@ def _terms(
 def _price_faults(price_point_id: int | None, custom_price: Mapping[str, Any] | None) -> list[str]:
     both = price_point_id is not None and custom_price is not None
     return ["custom_price: stands in place of price_point_id; give one of them"] if both else []
-
-
-def _check(what: str, values: Mapping[str, Any], faults: list[str]) -> None:
-    """Raise the `faults` of a body, and those of `values` that JSON cannot hold exactly, all at once."""
-    if found := [*faults, *(_inexact(place, value) for place, value in _leaves("", values) if not _is_exact(value))]:
-        raise Misconfigured.all_at_once(f"Maxio {what}", found)
-
-
-def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
-    """Yield every value that holds no others, with where it stands."""
-    if isinstance(value, Mapping):
-        steps = [(f"{place}.{name}".removeprefix("."), inner) for name, inner in value.items()]
-    elif isinstance(value, list | tuple):
-        steps = [(f"{place}[{number}]", inner) for number, inner in enumerate(value)]
-    else:
-        yield place, value
-        return
-    for step, inner in steps:
-        yield from _leaves(step, inner)
-
-
-def _is_exact(value: object) -> bool:
-    return value is None or (value.is_finite() if isinstance(value, Decimal) else isinstance(value, bool | int | str))
-
-
-def _inexact(place: str, value: object) -> str:
-    return f"{place}: {value!r} is no exact number; give a whole number or a Decimal"

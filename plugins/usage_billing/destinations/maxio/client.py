@@ -12,12 +12,12 @@ from datetime import UTC, date, datetime
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
+from usage_billing.destinations.exact import exact_number
 from usage_billing.destinations.http import (
     Effect,
     HttpClient,
     Outcome,
     Transport,
-    exact_number,
     record_number,
     segment,
 )
@@ -470,15 +470,18 @@ class MaxioSite:
             raise self._unreadable(call, "the answer is no preview")
         return list(self._rows(call, preview, "line_items"))
 
-    def site_events(self, subscription_id: int, kinds: Sequence[str] = ("metered_usage",)) -> Iterator[Json]:
-        """Yield what the site noted about a subscription, the newest first; a usage shows here with some delay.
+    def site_events(
+        self, subscription_id: int | None = None, kinds: Sequence[str] = ("metered_usage",)
+    ) -> Iterator[Json]:
+        """Yield what the site noted, about one subscription or all, the newest first; a usage shows with some delay.
 
         A ``metered_usage`` event tells in its `event_specific_data` the memo of the usage and the balance before and
         after it.
         """
-        path = f"/subscriptions/{int(subscription_id)}/events.json"
+        whose = "" if subscription_id is None else f"/subscriptions/{int(subscription_id)}"
+        path = f"{whose}/events.json"
         params: Json = {"filter": ",".join(kinds), "direction": "desc", "per_page": PER_PAGE}
-        call = f"list site events of subscription {subscription_id}"
+        call = "list site events" + (whose and f" of subscription {subscription_id}")
         lowest: int | None = None
         while (found := self._main.read(call, path, params)) is not None:
             rows = [row for row in self._numbered(call, found, "event") if lowest is None or row["id"] < lowest]
@@ -487,6 +490,58 @@ class MaxioSite:
             yield from rows
             lowest = min(row["id"] for row in rows)
             params["max_id"] = lowest - 1
+
+    def count_site_events(self, kinds: Sequence[str] = ("metered_usage",)) -> int:
+        """Return how many events of these kinds the site has noted."""
+        call = "count site events"
+        found = self._main.read(call, "/events/count.json", {"filter": ",".join(kinds)})
+        number = whole_number(found.get("count"), 0) if isinstance(found, dict) else None
+        if number is None:
+            raise self._unreadable(call, "the answer holds no count")
+        return number
+
+    def balances(self, subscription_ids: Sequence[int] = ()) -> Iterator[Json]:
+        """Yield the components of up to 200 subscriptions, or of all, with balances; they may lag behind."""
+        call, path, key = (
+            "list components of subscriptions",
+            "/subscriptions_components.json",
+            "subscriptions_components",
+        )
+        params = {"subscription_ids": ",".join(map(str, subscription_ids))} if subscription_ids else {}
+        return (self._counted(call, row) for row in self._pages(call, path, key, params))
+
+    def invoices(self, subscription_id: int | None = None) -> Iterator[Json]:
+        """Yield invoices with their lines, the oldest first, so that new ones shift no page."""
+        call = "list invoices"
+        params: Json = {"line_items": "true", "direction": "asc", "per_page": PER_PAGE, "page": 1}
+        params |= {} if subscription_id is None else {"subscription_id": int(subscription_id)}
+        seen: set[str] = set()
+        while (found := self._main.read(call, "/invoices.json", params)) is not None:
+            rows = [self._invoice(call, row) for row in self._rows(call, found, "invoices")]
+            fresh = [row for row in rows if row["uid"] not in seen]
+            if not fresh:
+                return
+            yield from fresh
+            seen.update(row["uid"] for row in fresh)
+            params["page"] += 1
+        raise self._no_site(call)
+
+    def invoice(self, uid: str) -> Json | None:
+        """Return one invoice with its lines, or None."""
+        call = f"read invoice {uid!r}"
+        found = self._main.read(call, f"/invoices/{segment(uid)}.json")
+        if found is None:
+            return None
+        one = self._invoice(call, unwrapped(found, "invoice") if isinstance(found, dict) else {})
+        if one["uid"] != uid:
+            raise self._unreadable(call, f"the answer is about invoice {one['uid']!r}")
+        return one
+
+    def _invoice(self, call: str, row: Json) -> Json:
+        lines = row.get("line_items")
+        if not isinstance(row.get("uid"), str) or not isinstance(lines, list):
+            raise self._unreadable(call, "an invoice has no uid, or no list of lines")
+        return row
 
     def time(self) -> datetime | None:
         """Return the site's own time, as its last answers to this thread said; None before the first one."""

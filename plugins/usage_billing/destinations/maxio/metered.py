@@ -19,7 +19,7 @@ import pandas as pd
 from pydantic import AfterValidator
 
 from usage_billing.destinations.base import Answer, by_value, closed, joined, let_go, negative
-from usage_billing.destinations.http import exact_number
+from usage_billing.destinations.exact import exact_number
 from usage_billing.destinations.maxio.client import MET_WITHIN_THE_HOUR, Json, instant, unwrapped
 from usage_billing.destinations.maxio.component import IdOrHandle, MaxioDestination, MaxioDestinationSettings
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused, UsageBillingError
