@@ -13,7 +13,7 @@ A hook turns a connection into frozen settings, with every fault at once, and th
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from airflow.sdk import BaseHook
 from airflow.sdk.log import mask_secret
@@ -111,8 +111,12 @@ class MaxioHook(_SiteHook):
     hook_name = "Maxio"
     extras = ("subdomain", "region", "events_url", "concurrency", "settle_after_seconds")
 
-    def __init__(self, maxio_conn_id: str = default_conn_name) -> None:
+    def __init__(
+        self, maxio_conn_id: str = default_conn_name, response_format: Literal["json", "xml"] = "json"
+    ) -> None:
+        """Prepare; see `MaxioSite` for what ``"xml"`` does."""
         super().__init__(maxio_conn_id)
+        self.response_format = response_format
 
     def settings(self) -> MaxioSettings:
         """Return the connection as settings.
@@ -126,7 +130,7 @@ class MaxioHook(_SiteHook):
 
     def get_conn(self) -> MaxioSite:
         """Return the site's plain client."""
-        return MaxioSite(self.settings(), self.transport)
+        return MaxioSite(self.settings(), self.transport, response_format=self.response_format)
 
     def _try(self) -> str:
         client = MaxioSite(self.settings(), _IMPATIENT)

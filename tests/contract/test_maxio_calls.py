@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -35,7 +35,7 @@ def sandbox(running: Sandbox) -> Sandbox:
     return running
 
 
-def site_of(sandbox: Sandbox, name: str) -> MaxioSite:
+def site_of(sandbox: Sandbox, name: str, response_format: Literal["json", "xml"] = "json") -> MaxioSite:
     """Return a site's plain client."""
     settings = MaxioSettings(
         subdomain=name,
@@ -44,13 +44,15 @@ def site_of(sandbox: Sandbox, name: str) -> MaxioSite:
         events_url=sandbox.events_url,
         settle_after_seconds=0,
     )
-    return MaxioSite(settings, Transport(patience_seconds=0))
+    return MaxioSite(settings, Transport(patience_seconds=0), response_format=response_format)
 
 
-@pytest.fixture
-def acme(sandbox: Sandbox) -> MaxioSite:
-    """Return the client of the metered site."""
-    return site_of(sandbox, "acme")
+@pytest.fixture(params=["json", "xml", "xml of no class"])
+def acme(request: pytest.FixtureRequest, sandbox: Sandbox) -> MaxioSite:
+    """Return the client of the metered site, in each format."""
+    if request.param == "xml of no class":
+        sandbox.switch(ACME, xml_empty_list="nil_classes")
+    return site_of(sandbox, "acme", "json" if request.param == "json" else "xml")
 
 
 @pytest.fixture
@@ -204,6 +206,37 @@ def test_the_list_is_right_while_rows_are_added(order: str, acme: MaxioSite, san
 
     assert len(seen) == len(set(seen))
     assert set(made) <= set(seen)
+
+
+def shown(component: dict[str, Any]) -> tuple[object, ...]:
+    """Return what a component says, its price as a number: XML has it typed, and JSON as text."""
+    names = ("id", "handle", "name", "kind", "archived", "default_price_point_id", "accounting_code")
+    prices = [Decimal(price["unit_price"]) for price in component["prices"]]
+    return (Decimal(component["unit_price"]), prices, *(component[name] for name in names))
+
+
+def test_both_formats_say_the_same(sandbox: Sandbox) -> None:
+    """What was sent in one is read in the other, to the last digit, whatever the site makes of a quantity."""
+    told = {}
+    in_json, in_xml = site_of(sandbox, "acme"), site_of(sandbox, "acme", "xml")
+    for style in ("as_documented", "text_in_lists", "int", "string"):
+        sandbox.switch(ACME, quantity_type=style)
+        made = [
+            client.create_usage(ACCOUNT, "handle:storage-gb", usage_body(Decimal("0.1000001"), memo=memo))
+            for client, memo in ((in_json, "a & b <c> é"), (in_xml, 'a & b <c> "é"'), (in_xml, ""))
+        ]
+        for client in (in_json, in_xml):
+            rows = list(client.usages(ACCOUNT, "handle:storage-gb", since_id=made[0]["id"]) or ())
+            told[style, client] = [
+                (row["id"], Decimal(row["quantity"]), row["memo"], int(row["price_point_id"]), row["created_at"])
+                for row in rows
+            ]
+        assert told[style, in_json] == told[style, in_xml]
+        assert [row[1:3] for row in told[style, in_json]] == [
+            (Decimal("0.1000001"), memo) for memo in (None, 'a & b <c> "é"', "a & b <c> é")
+        ]
+    assert [shown(row) for row in in_xml.components()] == [shown(row) for row in in_json.components()]
+    assert billed(sandbox, ACME) == {(ACCOUNT, "storage-gb"): 12 * Decimal("0.1000001")}
 
 
 def test_what_is_not_there_is_none(acme: MaxioSite) -> None:

@@ -105,6 +105,18 @@ _NO_TLS = ("WRONG_VERSION_NUMBER", "UNSUPPORTED_PROTOCOL", "UNKNOWN_PROTOCOL", "
 
 
 @dataclass(frozen=True)
+class Form:
+    """How a site writes what it says: the media type, and what a text of it says; `read` raises a `ValueError`."""
+
+    name: str
+    media_type: str
+    read: Callable[[bytes], Any]
+
+
+JSON = Form("JSON", "application/json", exact_json)
+
+
+@dataclass(frozen=True)
 class Transport:
     """What stands for network and time: the real ones, or those of a simulation.
 
@@ -256,8 +268,9 @@ class HttpClient:
         params: Mapping[str, Any] | None = None,
         body: str | None = None,
         also: Collection[Outcome] = (),
+        form: Form = JSON,
     ) -> Any:
-        """Return the JSON of a read, or None if the site definitely has no such thing (404).
+        """Return what a read says, or None if the site definitely has no such thing (404).
 
         A `body` is for a question that the site wants posted; it changes nothing there all the same. `also` are rows of
         the table for this question alone.
@@ -274,7 +287,7 @@ class HttpClient:
         until = transport.clock() + (0.0 if self._waited_in_vain else transport.patience_seconds)
         while True:
             try:
-                found = self._ask(call, path, params, body, also)
+                found = self._ask(call, path, params, body, also, form)
             except NotApplied as error:
                 pause = self._pause(error, pauses, until - transport.clock())
                 if pause is None:
@@ -296,14 +309,20 @@ class HttpClient:
         return max(asked_for, min(left, longest * (1 + self._transport.chance()) / 2))
 
     def _ask(
-        self, call: str, path: str, params: Mapping[str, Any] | None, body: str | None, also: Collection[Outcome]
+        self,
+        call: str,
+        path: str,
+        params: Mapping[str, Any] | None,
+        body: str | None,
+        also: Collection[Outcome],
+        form: Form,
     ) -> Any:
         method = "GET" if body is None else "POST"
-        reply = self._send(method, call, path, Effect.READ, params=params, body=body)
+        reply = self._send(method, call, path, Effect.READ, params=params, body=body, form=form)
         if reply.status_code == requests.codes.not_found:
             return None
         self._raise_for_failure(reply, call, Effect.READ, also)
-        found = self._json(reply, call, Effect.READ)
+        found = self._said(reply, call, Effect.READ, form)
         if found is None:
             # A null is not the definite word that a 404 is.
             raise NotApplied(self._text(call, reply.status_code, "answered with null"))
@@ -316,15 +335,15 @@ class HttpClient:
             text = text.replace(secret, "***")
         return " ".join(text.split())[:_WORDS_LENGTH]
 
-    def write(self, call: str, path: str, body: str, effect: Effect = Effect.WRITE) -> Any:
-        """Post a JSON text and return the reply's JSON.
+    def write(self, call: str, path: str, body: str, effect: Effect = Effect.WRITE, form: Form = JSON) -> Any:
+        """Post a text of some form and return what the reply says.
 
         Raises:
             Misconfigured, NotApplied, Refused, InDoubt: as `OUTCOMES` says; a reply that cannot be read is `InDoubt`.
         """
-        reply = self._send("POST", call, path, effect, body=body)
+        reply = self._send("POST", call, path, effect, body=body, form=form)
         self._raise_for_failure(reply, call, effect)
-        return self._json(reply, call, effect)
+        return self._said(reply, call, effect, form)
 
     def write_blind(self, call: str, path: str, body: str, effect: Effect = Effect.WRITE) -> None:
         """Post a JSON text where success has no documented body; errors as for `write`.
@@ -345,7 +364,9 @@ class HttpClient:
         *,
         params: Mapping[str, Any] | None = None,
         body: str | None = None,
+        form: Form = JSON,
     ) -> requests.Response:
+        kinds = {"Accept": form.media_type} | ({} if body is None else {"Content-Type": form.media_type})
         wait = self._timeouts.read if effect is Effect.READ else self._timeouts.write
         try:
             reply = self._session().request(
@@ -353,7 +374,7 @@ class HttpClient:
                 self._base_url + path,
                 params=params,
                 data=None if body is None else body.encode(),
-                headers=None if body is None else {"Content-Type": "application/json"},
+                headers=kinds,
                 timeout=(self._timeouts.connect, wait),
                 allow_redirects=False,
             )
@@ -375,7 +396,7 @@ class HttpClient:
         if session is None:
             session = _Session()
             session.auth = self._credentials
-            session.headers.update({"Accept": "application/json", "User-Agent": f"usage-billing/{__version__}"})
+            session.headers.update({"User-Agent": f"usage-billing/{__version__}"})
             # Companies set their proxy and their certificate authority in the environment, so it is trusted, except
             # toward this very machine, where a proxy could only be in the way. The explicit credentials above keep
             # .netrc out, and no variable of the environment can turn verification off.
@@ -419,11 +440,11 @@ class HttpClient:
             raise InDoubt(text, refused=refused, throttled=throttled, retry_after_seconds=_retry_after(reply))
         raise row.means(text)
 
-    def _json(self, reply: requests.Response, call: str, effect: Effect) -> Any:
+    def _said(self, reply: requests.Response, call: str, effect: Effect, form: Form) -> Any:
         try:
-            return exact_json(reply.content)
+            return form.read(reply.content)
         except ValueError:
-            what = "answered with a page of HTML" if _is_html(reply) else "answered with what is no JSON"
+            what = "answered with a page of HTML" if _is_html(reply) else f"answered with what is no {form.name}"
             means = NotApplied if effect is Effect.READ else InDoubt
             raise means(self._text(call, reply.status_code, what)) from None
 

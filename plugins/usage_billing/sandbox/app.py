@@ -49,7 +49,9 @@ class SandboxApp(RoutedApp):
         """Route by the path as it was sent: in the server's reading of it, an encoded slash would part two segments."""
         if scope["type"] == "http":
             path = canonical_path(scope["raw_path"].decode("latin-1"))
-            path = path.removesuffix(".json") if path.startswith(_WITH_SUFFIX) else path
+            scope["xml"] = path.startswith("/maxio/") and path.endswith(".xml")
+            suffix = ".xml" if scope["xml"] else ".json"
+            path = path.removesuffix(suffix) if path.startswith(_WITH_SUFFIX) else path
             # A mount takes its own path with a slash only.
             scope["path"] = f"{path}/" if path in self._mounted else path
         await super().__call__(scope, receive, send)

@@ -87,6 +87,9 @@ MAXIO = {
     "usage_list_created_at": Switch(
         "ignored", ("ignored", "day"), "the older filter of the usage list: not there any more, or for one day"
     ),
+    "xml_empty_list": Switch(
+        "named", ("named", "nil_classes"), "the root of a list without rows, in XML: of its kind, or of no class"
+    ),
     "usage_list_of_events_component": Switch(
         "empty", ("empty", "404", "422"), "usage list of an events-based component"
     ),

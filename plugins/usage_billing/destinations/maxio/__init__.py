@@ -6,6 +6,7 @@
     component.py              what both share: the component that is billed, and the subscription of each account
     bodies.py                 the bodies of calls that somebody makes by hand
     client.py                 how to reach a site, and its calls
+    markup.py                 the older format of some of them, XML
 
 Each of them imports only what stands under it. Others import from this package what they need of them.
 

@@ -9,23 +9,28 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, date, datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from usage_billing.destinations.exact import exact_number
+from usage_billing.destinations.exact import exact_json, exact_number, exact_text
 from usage_billing.destinations.http import (
+    JSON,
     Effect,
+    Form,
     HttpClient,
     Outcome,
     Transport,
     record_number,
     segment,
 )
+from usage_billing.destinations.maxio.markup import exact_xml, request_xml
 from usage_billing.destinations.settings import SiteSettings, Timeouts, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied, Refused
 
 Json = dict[str, Any]
 
+XML = Form("XML", "application/xml", exact_xml)
+_FORMS = {"json": JSON, "xml": XML}
 _EVENTS_URL = "https://events.chargify.com"
 _VENDOR_HOSTS = {"us": "chargify.com", "eu": "ebilling.maxio.com"}
 PER_PAGE = 200
@@ -138,9 +143,20 @@ class MaxioSite:
     Every method raises `Misconfigured` or `NotApplied`; those that write also `Refused` or `InDoubt`.
     """
 
-    def __init__(self, settings: MaxioSettings, transport: Transport = Transport()) -> None:  # noqa: B008 - frozen.
-        """Prepare; `transport` stands for network and time."""
+    def __init__(
+        self,
+        settings: MaxioSettings,
+        transport: Transport = Transport(),  # noqa: B008 - frozen.
+        *,
+        response_format: Literal["json", "xml"] = "json",
+    ) -> None:
+        """Prepare; `transport` stands for network and time.
+
+        With ``response_format="xml"`` usages are created and listed, and components listed, in the site's older format;
+        what goes in and comes out here is the same.
+        """
         self.settings = settings
+        self._form = _FORMS[response_format]
         key = (settings.api_key, "x")
         shared: Json = {"timeouts": settings.timeouts, "concurrency": settings.concurrency, "transport": transport}
         self._main = HttpClient(settings.site, settings.base_url, key, outcomes=(*_SITE_WIDE, _CONFLICT), **shared)
@@ -166,11 +182,24 @@ class MaxioSite:
         ``uniqueness_token`` makes it refuse a second body with 409 for 60 minutes, where it is honoured.
         """
         call = f"create usage of component {component} for subscription {subscription}"
-        reply = self._main.write(call, self._usages_path(subscription, component), body)
+        path = self._usages_path(subscription, component)
+        if self._form is XML:
+            path, body = self._marked_up(call, path, body)
+        reply = self._main.write(call, path, body, form=self._form)
         usage = reply.get("usage") if isinstance(reply, dict) else None
         if not isinstance(usage, dict) or record_number(usage.get("id")) is None:
             raise InDoubt(f"{self.settings.site}: {call}: success, but no usage in the reply")
         return usage
+
+    def _marked_up(self, call: str, path: str, body: str) -> tuple[str, str]:
+        """Return path and body of a request as XML, whose token stands in the path."""
+        try:
+            content = exact_json(body)
+            token = content.pop("uniqueness_token", None) if isinstance(content, dict) else None
+            text = request_xml(exact_text(content))
+        except ValueError as error:
+            raise Misconfigured(f"{self.settings.site}: {call}: the body is no JSON of a usage: {error}") from None
+        return (path if token is None else f"{path}?uniqueness_token={segment(token)}"), text
 
     def usages(
         self,
@@ -214,7 +243,7 @@ class MaxioSite:
         """
         days = _days(since_date=since_date, until_date=until_date)
         params = {"page": page, "per_page": per_page, **days}
-        found = self._main.read("list usages", self._usages_path(subscription, component), params)
+        found = self._main.read("list usages", self._usages_path(subscription, component), params, form=self._form)
         return None if found is None else self._numbered("list usages", found, "usage")
 
     def _usages_path(self, subscription: int | str, component: int | str) -> str:
@@ -226,7 +255,11 @@ class MaxioSite:
         if isinstance(subscription, str) and (subscription.isdigit() or subscription in ("", ".", "..")):
             why = f"subscription {subscription!r}: no path can name it by this reference; look it up, and give its id"
             raise Misconfigured(f"{self.settings.site}: {why}")
-        return f"/subscriptions/{segment(subscription)}/components/{segment(component)}/usages.json"
+        return f"/subscriptions/{segment(subscription)}/components/{segment(component)}/usages.{self._suffix}"
+
+    @property
+    def _suffix(self) -> str:
+        return self._form.name.lower()
 
     def _walk(
         self, path: str, since_id: int | None, max_id: int | None, more: Json, first: list[Json]
@@ -259,7 +292,7 @@ class MaxioSite:
     def _usage_page(self, path: str, since_id: int | None, max_id: int | None, more: Json) -> list[Json] | None:
         bounds = {"since_id": since_id, "max_id": max_id}
         params = {"per_page": PER_PAGE} | {name: value for name, value in bounds.items() if value is not None} | more
-        found = self._main.read("list usages", path, params)
+        found = self._main.read("list usages", path, params, form=self._form)
         return None if found is None else self._numbered("list usages", found, "usage")
 
     def _rows(self, call: str, found: object, key: str) -> list[Json]:
@@ -309,11 +342,12 @@ class MaxioSite:
         Raises:
             Misconfigured: there is no such family.
         """
-        call, path, else_no = "list components", "/components.json", ""
+        call, path, else_no = "list components", "/components", ""
         if family is not None:
-            call, path = f"list components of family {family}", f"/product_families/{segment(family)}/components.json"
+            call, path = f"list components of family {family}", f"/product_families/{segment(family)}/components"
             else_no = "such family"
-        rows = self._pages(call, path, "component", {"include_archived": "true"}, else_no)
+        path = f"{path}.{self._suffix}"
+        rows = self._pages(call, path, "component", {"include_archived": "true"}, else_no, self._form)
         return (self._kind_told(call, row) for row in rows)
 
     def component(self, family: int | str, component: int | str) -> Json | None:
@@ -563,12 +597,14 @@ class MaxioSite:
         effect = Effect.BULK if len(bodies) > 1 else Effect.WRITE
         self._events.write_blind(call, f"/events/{segment(stream)}/bulk.json", f"[{','.join(bodies)}]", effect)
 
-    def _pages(self, call: str, path: str, key: str, params: Mapping[str, Any], else_no: str = "") -> Iterator[Json]:
+    def _pages(
+        self, call: str, path: str, key: str, params: Mapping[str, Any], else_no: str = "", form: Form = JSON
+    ) -> Iterator[Json]:
         """Yield the rows of a numbered list, each id once, until a page brings nothing new."""
         seen: set[int] = set()
         page = 1
         while True:
-            found = self._main.read(call, path, {**params, "page": page, "per_page": PER_PAGE})
+            found = self._main.read(call, path, {**params, "page": page, "per_page": PER_PAGE}, form=form)
             if found is None:
                 raise self._no_site(call, else_no)
             fresh = [row for row in self._numbered(call, found, key) if row["id"] not in seen]

@@ -14,6 +14,7 @@ from usage_billing.sandbox.wire import BadJson, Call, Route
 from .activity import Activity
 from .catalogue import Catalogue
 from .lookups import MaxioSite, NotFound, Unprocessable, errors
+from .markup import marked_up, understood, wanted
 from .subscriptions import Subscriptions
 from .usages import Usages
 
@@ -85,6 +86,10 @@ class MaxioApi(MaxioHost):
 
     def arrive(self, call: Call, route: Route | None) -> Response | None:
         """Look at a request as it comes: credentials, site-wide blocks, then the token, which is taken from now on."""
+        reply = self._look_at(call, route)
+        return None if reply is None else self._written(call, route, reply)
+
+    def _look_at(self, call: Call, route: Route | None) -> Response | None:
         if not self.authorized(call):
             return self.unauthorized()
         if (blocked := self.site.switches["access"]) != "open":
@@ -107,16 +112,25 @@ class MaxioApi(MaxioHost):
 
     def carry_out(self, call: Call, route: Route | None) -> Response:
         """Carry out a request that has arrived; one that is refused may give its token back."""
+        return self._written(call, route, self._do(call, route))
+
+    def _written(self, call: Call, route: Route | None, reply: Response) -> Response:
+        """Return a reply in the format that its request wants."""
+        bare = self.site.switches["xml_empty_list"] == "nil_classes"
+        name = route.name if route else ""
+        return marked_up(reply, name, bare_when_empty=bare) if wanted(call) else reply
+
+    def _do(self, call: Call, route: Route | None) -> Response:
         if route is None:
             return self.not_found()
         try:
-            reply = route.handler(call, **call.params)
+            reply = route.handler(understood(call) if wanted(call) else call, **call.params)
         except NotFound:
             reply = self.not_found()
         except Unprocessable as refusal:
             reply = errors(422, *refusal.messages)
         except BadJson:
-            reply = errors(400, "The request body is not valid JSON.")
+            reply = errors(400, "The request body cannot be read.")
         token = call.request.scope.get("token")
         if token is not None and reply.status_code >= 400 and self.site.switches["token_spent_by_4xx"] == "no":
             sql = "DELETE FROM request_token WHERE site = ? AND token = ?"
@@ -141,7 +155,7 @@ class MaxioApi(MaxioHost):
         if call.request.method not in ("POST", "PUT") or self.site.switches["uniqueness_token"] == "ignored":
             return None
         try:
-            body = call.json() if call.body.strip() else None
+            body = None if not call.body.strip() or wanted(call) else call.json()
         except BadJson:
             body = None
         token = body.get("uniqueness_token") if isinstance(body, dict) else None
