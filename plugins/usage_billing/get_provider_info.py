@@ -78,6 +78,12 @@ def _chargeover() -> dict[str, Any]:
                 enum=["hold", "allowed"],
                 default="hold",
             ),
+            "auth": _text(
+                "Authentication",
+                "How requests prove who sends them: with both keys, or with a signature, an older way.",
+                enum=["basic", "signature"],
+                default="basic",
+            ),
             "concurrency": _CONCURRENCY | {"description": "The size of the site's pool."},
             "settle_after_seconds": _settle_after(900),
         },

@@ -143,14 +143,14 @@ class ChargeOverHook(_SiteHook):
 
     Connection: `host` is the instance's name or the base URL; `login` and `password` are the public and the private key
     of the REST API; extras `instance` (needed where the address does not name it), `timezone`, `negative_usage`
-    (``hold`` or ``allowed``), `concurrency`, `settle_after_seconds`.
+    (``hold`` or ``allowed``), `auth` (``basic`` or ``signature``), `concurrency`, `settle_after_seconds`.
     """
 
     conn_name_attr = "chargeover_conn_id"
     default_conn_name = "chargeover_default"
     conn_type = "chargeover"
     hook_name = "ChargeOver"
-    extras = ("instance", "timezone", "negative_usage", "concurrency", "settle_after_seconds")
+    extras = ("instance", "timezone", "negative_usage", "auth", "concurrency", "settle_after_seconds")
 
     def __init__(self, chargeover_conn_id: str = default_conn_name) -> None:
         super().__init__(chargeover_conn_id)

@@ -156,7 +156,8 @@ BY_LINE = replace(
     accounts=("854", "855", "860"),
     destination={**BATCH.destination, "package_by": "line_item_id"},
 )
-CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BULK, BY_CUSTOMER, BY_LINE)
+SIGNED = replace(BATCH, label="chargeover signed", settings={"auth": "signature"})
+CASES = (METERED, FRACTIONS, EVENTS, BATCH, SINGLE, BULK, BY_CUSTOMER, BY_LINE, SIGNED)
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
 
 SWITCHES = [
@@ -175,6 +176,7 @@ SWITCHES = [
     (BULK, {"times_out": "iso", "external_key_length": "64"}),
     (SINGLE, {"precise_usage": "round", "times_out": "iso_honolulu"}),
     (BATCH, {"precise_usage": "refuse"}),
+    (SIGNED, {"signature_nonce": "any", "signature_skew_seconds": "none"}),
 ]
 EVERY_SETTING = pytest.mark.parametrize(
     ("case", "switches"),

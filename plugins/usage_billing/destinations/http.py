@@ -25,6 +25,7 @@ from urllib.parse import quote
 import requests
 import urllib3
 from requests.adapters import BaseAdapter, HTTPAdapter
+from requests.auth import AuthBase
 
 from usage_billing import __version__
 from usage_billing.destinations.exact import exact_json
@@ -234,8 +235,11 @@ class HttpClient:
         outcomes: Collection[Outcome] = (),
         concurrency: int = 4,
         transport: Transport = Transport(),
+        auth: AuthBase | None = None,
     ) -> None:
         """Prepare; nothing is opened before the first request. `outcomes` are asked before the general ones.
+
+        The `credentials` go with each request as they are (HTTP Basic), unless `auth` does something else with them.
 
         Raises:
             Misconfigured: the address is none to which credentials may go.
@@ -247,7 +251,7 @@ class HttpClient:
             raise Misconfigured.all_at_once(site, faults)
         self.site = site
         self._base_url = base_url
-        self._credentials = credentials
+        self._auth = auth or credentials
         self._timeouts = timeouts
         self._outcomes = tuple(outcomes)
         self._threads = threading.local()
@@ -395,7 +399,7 @@ class HttpClient:
         session: requests.Session | None = getattr(self._threads, "session", None)
         if session is None:
             session = _Session()
-            session.auth = self._credentials
+            session.auth = self._auth
             session.headers.update({"User-Agent": f"usage-billing/{__version__}"})
             # Companies set their proxy and their certificate authority in the environment, so it is trusted, except
             # toward this very machine, where a proxy could only be in the way. The explicit credentials above keep

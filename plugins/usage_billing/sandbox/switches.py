@@ -167,6 +167,8 @@ CHARGEOVER = {
     "usage_of_replaced_line": Switch("billed", ("billed", "dropped"), "usage stored before an upgrade"),
     "error_texts": Switch("telling", ("telling", "generic"), "text of duplicate-key, missing-field and 429 errors"),
     "details": Switch("empty_object", ("empty_object", "null", "absent"), "the envelope's details"),
+    "signature_skew_seconds": Switch("300", ("300", "none"), "how far a signed request's time may be off"),
+    "signature_nonce": Switch("once", ("once", "any"), "whether a signed request may bring a nonce again"),
     "external_key_length": Switch("255", ("255", "64", "none"), "longest external_key of a usage record"),
     "long_external_key": Switch("refuse", ("refuse", "truncate"), "an external_key over the limit"),
     "external_key_characters": Switch("any", ("any", "word"), "other than letters, digits, dot, dash, underscore: 400"),

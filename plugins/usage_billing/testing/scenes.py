@@ -52,7 +52,7 @@ UNDRAWN = frozenset(
     {
         # What they change makes the source misconfigured as a whole, or concerns calls that nobody makes here.
         "access", "events_size_limit", "eu_events_host", "negative_on_prepaid", "usage_list_created_at",
-        "xml_empty_list",
+        "xml_empty_list", "signature_skew_seconds", "signature_nonce",
         "component_list_delay_seconds", "limit_above_max", "undefined_types", "usage_options", "unknown_stream",
         # What the site takes and forgets, only the tie-out tells.
         "event_age_limit",

@@ -5,6 +5,7 @@
     usage.py        the destination: how usage is held, sent, read back and settled
     line_item.py    where an account's usage goes: the line item, and the open billing cycle of its package
     client.py       how to reach an account, and its calls
+    signature.py    how a request is signed, where the account is reached so
 
 Each of them imports only what stands under it. Others import from this package what they need of them.
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
+from usage_billing.destinations.chargeover.signature import SignatureAuth
 from usage_billing.destinations.exact import check, exact_text, inexact, is_exact
 from usage_billing.destinations.http import Effect, HttpClient, Transport, record_number, segment
 from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
@@ -47,7 +48,7 @@ class ChargeOverSettings(SiteSettings):
 
     `timezone` is the account's, in which times without an offset are read. ChargeOver documents no cut-off, so settling
     a request after 15 minutes is an assumption. `negative_usage` says whether negative records are taken, which no
-    document settles.
+    document settles; `auth` whether requests carry both keys (``basic``) or a ``signature``.
 
     Raises:
         Misconfigured: with every fault at once.
@@ -61,6 +62,7 @@ class ChargeOverSettings(SiteSettings):
     instance: str = ""
     timezone: str = "America/Chicago"
     negative_usage: str = "hold"
+    auth: str = "basic"
     subject: InitVar[str] = "ChargeOver settings"
 
     @property
@@ -88,6 +90,8 @@ class ChargeOverSettings(SiteSettings):
             yield f"timezone: {self.timezone!r} is no IANA time zone; write it like 'America/Chicago'"
         if self.negative_usage not in ("allowed", "hold"):
             yield f"negative_usage: {self.negative_usage!r} is unknown; it is 'allowed' or 'hold'"
+        if self.auth not in ("basic", "signature"):
+            yield f"auth: {self.auth!r} is unknown; it is 'basic' or 'signature'"
 
     def _addressing(self) -> Iterator[str]:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]*", self.instance):
@@ -135,6 +139,7 @@ class ChargeOverSite:
             timeouts=settings.timeouts,
             concurrency=settings.concurrency,
             transport=transport,
+            auth=SignatureAuth(settings.public_key, settings.private_key) if settings.auth == "signature" else None,
         )
 
     def read_account(self) -> None:

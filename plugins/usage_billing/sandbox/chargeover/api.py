@@ -23,6 +23,7 @@ from .envelope import INVALID, ChargeOverAccount, Refusal, body_of, error, ok, u
 from .invoices import Invoices
 from .packages import Catalogue, Packages
 from .query import BadQuery
+from .signature import Signatures
 from .usage import Usage
 
 LARGEST_BATCH = 25
@@ -38,15 +39,15 @@ class ChargeOverApi:
 
     def __init__(self, account: ChargeOverAccount) -> None:
         self.account = account
+        self._signatures = Signatures(account)
         objects = (Usage(account), Packages(account), Catalogue(account), Invoices(account))
         batch = Route("POST", "/_bulk", "batch", self.batch, writing=True, bulk=True)
         self.routes: Sequence[Route] = [batch, *(route for kind in objects for route in kind.routes)]
 
     def arrive(self, call: Call, route: Route | None) -> Response | None:
         """Look at a request as it comes: only its credentials count."""
-        if call.basic_auth() != (self.account.world.public_key, self.account.world.private_key):
-            return self.unauthorized()
-        return None
+        keys = (self.account.world.public_key, self.account.world.private_key)
+        return None if call.basic_auth() == keys or self._signatures.accepts(call) else self.unauthorized()
 
     def error_inside(self) -> Response:
         """Return an error envelope in the body of a 200."""
