@@ -10,7 +10,14 @@ from typing import Any, Literal
 import pytest
 
 from usage_billing.destinations.http import Transport
-from usage_billing.destinations.maxio import MaxioSettings, MaxioSite, activation_body, event_body, usage_body
+from usage_billing.destinations.maxio import (
+    MaxioSettings,
+    MaxioSite,
+    activation_body,
+    event_body,
+    event_bulks,
+    usage_body,
+)
 from usage_billing.errors import InDoubt, Misconfigured, Refused
 from usage_billing.sandbox import Sandbox
 
@@ -290,6 +297,33 @@ def test_events_are_recorded_with_all_that_the_site_knows_of_them(orbit: MaxioSi
         ("orbit-01", "platform-units"): Decimal("3.1"),
         ("orbit-02", "raw-count"): Decimal(1),
     }
+
+
+@pytest.mark.parametrize(("most", "most_bytes"), [(1_000, 900_000), (7, 900_000), (1_000, 400), (1, 1)])
+def test_events_are_parted_into_bulks_that_a_request_takes(
+    most: int, most_bytes: int, orbit: MaxioSite, sandbox: Sandbox
+) -> None:
+    """By number and by bytes, as they are on the way; every event is in one bulk, in order."""
+    units = [Decimal(number) / 10 for number in range(1, 51)]
+    events = [
+        event_body(
+            {"account_id": "orbit-01", "units": one, "note": "é" * (number % 5)},
+            time=NOON,
+            uniqueness_token=str(number),
+        )
+        for number, one in enumerate(units)
+    ]
+    bulks = list(event_bulks(events, most, most_bytes))
+    for bulk in bulks:
+        orbit.record_events("platform-events", bulk)
+
+    assert [event for bulk in bulks for event in bulk] == events
+    sizes = [len(f"[{','.join(bulk)}]".encode()) for bulk in bulks]
+    assert all(
+        len(bulk) <= most and (size <= most_bytes or len(bulk) == 1) for bulk, size in zip(bulks, sizes, strict=True)
+    )
+    assert billed(sandbox, ORBIT) == {("orbit-01", "platform-units"): sum(units)}
+    assert list(event_bulks([])) == []
 
 
 def test_an_event_that_would_bill_wrong_is_never_written() -> None:

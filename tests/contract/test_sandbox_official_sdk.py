@@ -4,6 +4,8 @@ The SDK keeps its hosts in a class attribute of its configuration; a subclass wi
 """
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +28,8 @@ from advancedbilling.models.renewal_preview_request import RenewalPreviewRequest
 from advancedbilling.models.sorting_direction import SortingDirection
 from advancedbilling.models.subscription_state_filter import SubscriptionStateFilter
 
+from usage_billing.destinations.http import Transport
+from usage_billing.destinations.maxio import MaxioSettings, MaxioSite, event_body, usage_body
 from usage_billing.sandbox import Sandbox
 
 WORLDS = Path(__file__).parents[2] / "include" / "sandbox" / "worlds"
@@ -236,3 +240,51 @@ def test_activation_and_historic_usages(orbit: AdvancedBillingClient, sandbox: S
     lines = [row.component for row in parts.list_subscription_components(options)]
     history = next(line for line in lines if line.component_id == 61101).historic_usages
     assert [entry.total_usage_quantity for entry in history] == [3]
+
+
+@pytest.mark.parametrize("response_format", ["json", "xml"])
+def test_the_sdk_and_our_client_read_each_others_usages(
+    acme: AdvancedBillingClient, sandbox: Sandbox, response_format: Any
+) -> None:
+    """What one of them sends the other reads, and both read the same of it; the site counted all."""
+    ours = MaxioSite(
+        MaxioSettings(subdomain="acme", api_key="sandbox-acme-key", base_url=sandbox.maxio_url("acme")),
+        Transport(patience_seconds=0),
+        response_format=response_format,
+    )
+    theirs = _use(acme, 12, memo="theirs", price_point_id="71002")
+    made = ours.create_usage("acct-0001", "handle:api-calls", usage_body(30, memo="ours", price_point_id=71002))
+    options = {"subscription_id_or_reference": "acct-0001", "component_id": "handle:api-calls"}
+    in_sdk = [
+        (row.usage.id, int(row.usage.quantity), row.usage.memo, row.usage.price_point_id)
+        for row in acme.subscription_components.list_usages(options)
+    ]
+    in_client = [
+        (usage["id"], int(usage["quantity"]), usage["memo"], int(usage["price_point_id"]))
+        for usage in ours.usages("acct-0001", "handle:api-calls") or ()
+    ]
+
+    assert in_client == in_sdk == [(int(made["id"]), 30, "ours", 71002), (theirs.id, 12, "theirs", 71002)]
+    assert sandbox.billed("maxio:us:acme")[0].billed == 42
+    sandbox.move_clock("2026-11-02T00:00:00Z")
+    lines = [line for invoice in ours.invoices(50100001) for line in invoice["line_items"]]
+    assert [Decimal(line["quantity"]) for line in lines if line["component_id"] == 61001] == [42]
+
+
+def test_the_sdk_and_our_client_feed_one_metric(orbit: AdvancedBillingClient, sandbox: Sandbox) -> None:
+    """Events of both add up, and a token that one has used is the other's as well."""
+    settings = {"base_url": sandbox.maxio_url("orbit"), "events_url": sandbox.events_url}
+    ours = MaxioSite(MaxioSettings(subdomain="orbit", api_key="sandbox-orbit-key", **settings))
+    meta = ChargifyEBB(timestamp="2026-10-05T00:00:00Z", uniqueness_token="one")
+    event = EBBEvent(chargify=meta, additional_properties={"account_id": "orbit-01", "units": 5})
+    orbit.subscription_components.record_event("platform-events", body=event)
+    noon = datetime(2026, 10, 5, 12, tzinfo=UTC)
+    for token in ("one", "two"):
+        body = event_body({"account_id": "orbit-01", "units": 7}, time=noon, uniqueness_token=token)
+        ours.record_event("platform-events", body)
+
+    (line,) = [row for row in ours.balances([50200001]) if row["component_id"] == 61101]
+    rows = orbit.subscription_components.list_subscription_components({"subscription_id": 50200001})
+    assert Decimal(line["unit_balance"]) == 12
+    assert [row.component.unit_balance for row in rows if row.component.component_id == 61101] == [12]
+    assert sandbox.billed("maxio:us:orbit")[0].billed == 12

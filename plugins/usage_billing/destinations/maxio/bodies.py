@@ -4,13 +4,15 @@ Fields follow Maxio's public API reference: "Create Usage", "Activate Event-Base
 "Duplicate Prevention".
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
 from usage_billing.destinations.exact import check, exact_text, inexact, is_exact
 
+LARGEST_BULK = 900_000
+"""How many bytes a bulk of events holds at most: no document names a limit, and a common one is a million."""
 _LONGEST_EVENT_TOKEN = 64
 _RESERVED = "chargify"
 
@@ -88,6 +90,26 @@ def event_body(
     known = {name: value for name, value in own.items() if value is not None}
     check("Maxio event", properties, faults)
     return exact_text({_RESERVED: known, **properties})
+
+
+def event_bulks(events: Iterable[str], most: int = 1_000, most_bytes: int = LARGEST_BULK) -> Iterator[list[str]]:
+    """Yield events, as `event_body` gives them, in bulks that a request takes: of so many, and of so many bytes.
+
+    An event that is larger than that goes alone, for the site to say what it makes of it. Give every event a token: a
+    bulk of which the reply was lost can then be sent again.
+    """
+    bulk: list[str] = []
+    size = 2
+    for event in events:
+        # With its comma, or the brackets around all.
+        length = len(event.encode()) + 1
+        if bulk and (len(bulk) == most or size + length > most_bytes):
+            yield bulk
+            bulk, size = [], 2
+        bulk.append(event)
+        size += length
+    if bulk:
+        yield bulk
 
 
 def _terms(
