@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from usage_billing import quantities
 from usage_billing.archive import EVENTS, Archived
 from usage_billing.destinations.base import Destination
+from usage_billing.destinations.maxio import LARGEST_BULK
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.ledger import Ledger, bases
 from usage_billing.moves import Moves, Places
@@ -32,8 +33,6 @@ from usage_billing.records import MOVED, REFUSED_HERE, UNAPPROVED, Comparison, P
 from usage_billing.staging import Spill, Staging
 from usage_billing.uniqueness import event_tokens, identity, uniqueness_token
 
-_LARGEST_BODY = 900_000
-"""Bytes of JSON in a chunk. The events host documents no limit; hosts of its kind seldom have one below 1 MB."""
 _SHARE_AFTER_REFUSAL = 10
 _MAX_RANGES = 256
 _EXAMPLES = 3
@@ -656,7 +655,7 @@ def _pieces(events: pa.Table, most: int) -> list[pa.Table]:
     starts = [0]
     while True:
         start = starts[-1]
-        fits = int(np.searchsorted(size, size[start] + _LARGEST_BODY, side="right")) - 1
+        fits = int(np.searchsorted(size, size[start] + LARGEST_BULK, side="right")) - 1
         end = max(min(start + most, fits), start + 1)
         if end >= len(events):
             break
