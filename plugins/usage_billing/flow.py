@@ -30,6 +30,7 @@ from usage_billing.operators import (
 from usage_billing.pools import pool_name
 from usage_billing.sources import BillingSource, source_names
 from usage_billing.sweep import ListDoubtsOperator, SweepOperator
+from usage_billing.verify import VerifySiteOperator
 
 # Years back: Airflow ends a manual run dated before it green, without a task. `bill_from` says what is owed.
 _START = datetime(2020, 1, 1, tzinfo=UTC)
@@ -158,6 +159,42 @@ def sweep_dag(
                 priority_weight=10,
             )
             sweep >> listing
+    return dag
+
+
+def verify_dag() -> DAG:
+    """Return the DAG ``verify_site``, by which a person tries a source out at a test site before it is billed.
+
+    Raises:
+        Misconfigured: there is no folder of sources.
+    """
+    names = source_names(sources_folder())
+    with DAG(
+        dag_id="verify_site",
+        description="Try a billing source out at a test site.",
+        schedule=None,
+        start_date=_START,
+        catchup=False,
+        max_active_runs=1,
+        tags=["usage billing"],
+        params={
+            "source": Param(names[0] if names else "", type="string", enum=names or [""], title="Billing source"),
+            "account": Param(
+                "", type="string", title="Account", description="One account of the warehouse, of a test."
+            ),
+            "is_test_site": Param(
+                default=False, type="boolean", title="This is a test site", description="One unit is sent there."
+            ),
+        },
+        doc_md="Sends one marked unit to a test subscription, reads it back, and takes it back where that goes.",
+    ) as dag:
+        VerifySiteOperator(
+            task_id="verify",
+            source="{{ params.source }}",
+            account="{{ params.account }}",
+            is_test_site="{{ params.is_test_site }}",
+            retries=0,
+        )
     return dag
 
 

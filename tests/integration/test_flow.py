@@ -127,9 +127,36 @@ def run_tasks(
 
 
 def test_every_dag_imports_without_an_error(bag: Any) -> None:
-    """The DagBag holds one DAG for each source, the sweep, and no error."""
+    """The DagBag holds one DAG for each source, the sweep, the trial, and no error."""
     assert bag.import_errors == {}
-    assert sorted(bag.dag_ids) == [*(f"bill_{source}" for source in SOURCES), "sweep_doubts"]
+    assert sorted(bag.dag_ids) == [*(f"bill_{source}" for source in SOURCES), "sweep_doubts", "verify_site"]
+
+
+def test_a_trial_is_for_a_person_who_says_that_the_site_is_for_tests(
+    bag: Any, installation: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the DAG comes it sends nothing; with a person's word one unit comes and goes, and the log tells each step."""
+    from usage_billing.verify import VerifySiteOperator  # noqa: PLC0415
+
+    dag, site = bag.dags["verify_site"], "maxio:us:acme"
+    assert dag.params["is_test_site"] is False
+    assert dag.params["source"] in SOURCES
+    for said in ("False", False, "", None):
+        task = VerifySiteOperator(task_id="v", source="api_calls", account="acct-0001", is_test_site=said)
+        with pytest.raises(Misconfigured, match="nobody says that this site is for tests"):
+            task.execute({})
+    assert installation.sandbox.requests(site)["by_route"] == {}
+
+    with caplog.at_level(logging.INFO, logger="usage_billing.verify"):
+        run = dag.test(run_conf={"source": "api_calls", "account": "acct-0001", "is_test_site": True})
+    assert str(run.state) == "success"
+    assert "ok     take back   the site counts as much as before" in caplog.text
+    assert [row for row in installation.sandbox.billed(site) if row.billed] == []
+    assert installation.sandbox.requests(site)["writing"] == 2
+
+    task = VerifySiteOperator(task_id="v", source="api_calls", account="nobody", is_test_site=True)
+    with pytest.raises(Misconfigured, match=r"account: account 'nobody': subscription 'nobody' is unknown"):
+        task.execute({})
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -154,6 +154,14 @@ class Destination(ABC):
         if faults := list(self._faults()):
             raise Misconfigured.all_at_once(f"billing source {self.source.title!r} on {self.site}", faults)
 
+    def is_test_site(self) -> bool | None:
+        """Ask the site whether it is for tests; None where it does not tell.
+
+        Raises:
+            Misconfigured, NotApplied: the site could not be asked.
+        """
+        return None
+
     @abstractmethod
     def _faults(self) -> Iterator[str]:
         """Yield what the site's catalogue shows to be wrong with the source's definition."""

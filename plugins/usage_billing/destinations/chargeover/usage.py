@@ -97,6 +97,10 @@ class ChargeOverUsage(Destination):
         self.chunk_size = _CHUNK_SIZES[self.settings.mode]
         self._line_items = LineItems(client, self.settings.package_by, self.settings.item)
 
+    def is_test_site(self) -> bool | None:
+        self.client.read_account()
+        return None
+
     def _faults(self) -> Iterator[str]:
         yield from self._line_items.faults()
 

@@ -61,6 +61,10 @@ class MaxioDestination(Destination):
         super().__init__(source, client)
         self.settings = source.destination
 
+    def is_test_site(self) -> bool | None:
+        found = self.client.read_site().get("test")
+        return found if isinstance(found, bool) else None
+
     def resolve(self, accounts: Sequence[str]) -> list[Target]:
         """Return the subscription of each account; one that has ended, or lacks the component, is `unknown`."""
         return self._found(accounts, self._unusable)
