@@ -9,7 +9,6 @@ from copy import deepcopy
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal
-from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -24,9 +23,9 @@ from usage_billing.installation import billing_source, destination_in, edition_o
 from usage_billing.ledger import Ledger
 from usage_billing.ledger.marker import marked
 from usage_billing.links import TaskTry, ValidationResultLink
-from usage_billing.periods import Calendar
 from usage_billing.quantities import to_decimal
-from usage_billing.records import EVER, Comparison, Edition, Period, Plan, Reading, Run, Staged, State, Tally, joined
+from usage_billing.reach import Kind, Reach
+from usage_billing.records import Comparison, Period, Plan, Reading, Run, Staged, State, Tally, joined
 from usage_billing.sources import BillingSource
 
 TOLD: Mapping[str, Any] = MappingProxyType({"quarantined": {}, "refused": [], "differences": []})
@@ -99,14 +98,9 @@ class ExtractOperator(StageOperator):
         """Open a numbered snapshot, stage its rows, and say how many they are."""
         from usage_billing.arrivals import read  # noqa: PLC0415 - pandas and pyarrow, not at every parse.
 
-        today = billing_source(self.source)
-        known = editions(today)
-        reach = _reach(context, replays=self.replays)
-        waiting = _waiting(today) if reach is _Reach.REPLAY else ()
-        interval = _interval(context, today, known, reach, waiting)
-        source = destination_in(today, _edition(today, known, interval, reach, waiting), known[-1]).source
-        own = self._own(source, interval, reach, waiting)
-        if not own and reach is _Reach.REPLAY:
+        reach = Reach.of(context, billing_source(self.source), replays=self.replays)
+        source, interval, own = reach.source, reach.interval, reach.periods(self.log)
+        if not own and reach.kind is Kind.REPLAY:
             raise AirflowSkipException(f"no usage period that waits for a replay has ended by {interval.end}")
         if not own and source.settings.incremental == "interval":
             raise AirflowSkipException(
@@ -136,41 +130,6 @@ class ExtractOperator(StageOperator):
         if taken.before is not None:
             tables["before"] = taken.before
         return Run(source.name, number, interval, taken.folder, tables, spans=spans, edition=source.edition)
-
-    def _own(
-        self, source: BillingSource, interval: Period, reach: "_Reach", waiting: Sequence[Period]
-    ) -> tuple[Period, ...]:
-        """Return the run's own usage periods, and those before that it reads again, as far as its edition goes."""
-        if reach is _Reach.REPLAY:
-            return self._replayed(source, interval, waiting)
-
-        def those_of(source: BillingSource) -> tuple[Period, ...]:
-            return source.recent_periods(interval.end) if reach is _Reach.RESCAN else source.periods(interval)
-
-        wider = those_of(replace(source, span=Period(EVER.start, source.span.end)))
-        if wider and wider[0].start < source.span.start:
-            self.log.info(
-                "looking back ends at %s, where the definition of %s begins: rows of before that come late are billed "
-                "by a backfill of their intervals",
-                source.span.start.isoformat(),
-                source.name,
-            )
-        return those_of(source)
-
-    def _replayed(self, source: BillingSource, interval: Period, waiting: Sequence[Period]) -> tuple[Period, ...]:
-        """Return which of the usage periods `waiting` this run compares, and tell of the others."""
-        due = [period for period in waiting if source.bill_from <= period.start and period.end <= interval.end]
-        own = [period for period in due if period.start >= source.span.start][-_MOST_REPLAYED:]
-        if rest := [period for period in due if period not in own]:
-            self.log.warning(
-                "%d usage periods of %s that wait for a replay are left out, from %s to %s: they are of an earlier "
-                "definition, or too many for one run; replay again, or backfill their intervals",
-                len(rest),
-                source.name,
-                rest[0].start.isoformat(),
-                rest[-1].end.isoformat(),
-            )
-        return tuple(own)
 
 
 class ReplayOperator(ExtractOperator):
@@ -437,80 +396,6 @@ class ReconcileOperator(StageOperator):
         return run
 
 
-class _Reach(StrEnum):
-    """Which usage periods a run compares."""
-
-    INTERVAL = "those that end in its data interval, and the lookback before them"
-    RESCAN = "the last ones of the source"
-    REPLAY = "those with rows in quarantine, or with a refusal that was released"
-
-
-_MOST_REPLAYED = 400
-"""How many usage periods one replay compares at most: each may be a statement of its own."""
-
-
-def _reach(context: Context, *, replays: bool) -> _Reach:
-    params = context.get("params") or {}
-    if replays or params.get("replay"):
-        return _Reach.REPLAY
-    return _Reach.RESCAN if params.get("rescan") else _Reach.INTERVAL
-
-
-def _waiting(source: BillingSource) -> tuple[Period, ...]:
-    """Return the usage periods that a replay compares.
-
-    Raises:
-        AirflowSkipException: there is none.
-        Misconfigured: only the runs know the source's usage periods.
-    """
-    waiting = ledger().replayable(source.name)
-    if not waiting:
-        raise AirflowSkipException(
-            f"nothing of {source.name} is in quarantine, nor refused and released since: there is nothing to replay"
-        )
-    if source.settings.period == "interval":
-        spans = ", ".join(str(period) for period in waiting)
-        raise Misconfigured(
-            f"{source.name} cannot be replayed: with period: interval only a run's own interval is a usage period; run "
-            f"these intervals again by a backfill: {spans}"
-        )
-    return waiting
-
-
-def _interval(
-    context: Context, source: BillingSource, known: Sequence[Edition], reach: _Reach, waiting: Sequence[Period]
-) -> Period:
-    """Return the run's data interval, or the span of its params.
-
-    A rescan with neither is one of the usage periods that have ended by now, a replay one of all that are `waiting`.
-
-    Raises:
-        Misconfigured: the run has neither.
-    """
-    start, end = context.get("data_interval_start"), context.get("data_interval_end")
-    params = context.get("params") or {}
-    if start is None or end is None or start == end:
-        start, end = params.get("period_start"), params.get("period_end")
-    if not (start and end) and reach is _Reach.REPLAY:
-        return Period.around(waiting)
-    if not (start and end) and reach is _Reach.RESCAN:
-        now = ledger().now()
-        calendar = Calendar.of(_in_force(known, now))
-        recent = () if calendar.kind == "interval" else calendar.last(now, source.settings.rescan)
-        owed = [period for period in recent if period.start >= source.bill_from]
-        return Period.around(owed or [Period(source.bill_from, now)])
-    if not start or not end:
-        raise Misconfigured(
-            "this run has no data interval: trigger it with a logical date, or give both params period_start and "
-            "period_end (ISO 8601 with a zone, for example 2026-10-01T00:00:00+00:00)"
-        )
-    try:
-        edges = (datetime.fromisoformat(moment) if isinstance(moment, str) else moment for moment in (start, end))
-        return Period(*edges)
-    except ValueError as error:
-        raise Misconfigured(f"params period_start and period_end: {error}") from error
-
-
 def _compared(run: Run, source: BillingSource) -> tuple[Period, ...]:
     """Return the usage periods that the run has read whole; nothing may be said of any other."""
     # A run that was under way when this package was upgraded does not name them.
@@ -543,21 +428,6 @@ def _destination_of(run: Run, source: BillingSource) -> Destination:
             "nothing more is sent: clear the run from extract on"
         )
     return destination_in(source, edition, known[-1])
-
-
-def _edition(
-    source: BillingSource, known: Sequence[Edition], interval: Period, reach: _Reach, waiting: Sequence[Period]
-) -> Edition:
-    """Return the edition of which a run compares usage periods; those of a rescan or a replay are the last ones."""
-    if reach is _Reach.INTERVAL:
-        return edition_of(source, known, interval)
-    due = [period.end for period in waiting if period.end <= interval.end]
-    return _in_force(known, due[-1] if due else interval.end)
-
-
-def _in_force(known: Sequence[Edition], moment: datetime) -> Edition:
-    """Return the edition of the usage periods that end by a moment."""
-    return next(one for one in known if one.span.start < moment <= one.span.end)
 
 
 def _plan(run: Run, destination: Destination) -> Plan:
