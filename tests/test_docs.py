@@ -514,6 +514,8 @@ def test_python_examples_run(each: Block, monkeypatch: pytest.MonkeyPatch) -> No
             names["Reading"]("acct-0001", datetime(2026, 10, 5))  # noqa: DTZ001 - that is the point.
     elif "unauthorized" in names:
         assert names["unauthorized"].status == 401
+    elif "dag" in names:
+        assert [task.task_id for task in names["dag"].topological_sort()] == list(STAGES)
     elif "telco" in names:
         sites = [names[name].settings.site for name in ("acme", "orbit", "telco")]
         assert sites == ["maxio:us:acme", "maxio:eu:orbit", "chargeover:telco"]

@@ -1,15 +1,18 @@
 """The shipped DAGs in Airflow itself: parsed by a DagBag, run by `dag.test` and by their operators."""
 
 import csv
+import inspect
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -931,3 +934,43 @@ def test_another_type_in_the_warehouse_stops_the_run_until_it_is_accepted(usual:
     calls_of(usual, 4, 10)
     run_tasks(interval=a_later_day(4))
     assert billed(usual) == {"acct-0001": Decimal(50)}
+
+
+OPERATORS = CHECKOUT / "docs" / "operators.md"
+
+
+def test_the_documented_dag_of_ones_own_bills_its_span(
+    airflow_database: None,  # noqa: ARG001
+    installation: SimpleNamespace,
+) -> None:
+    """As it stands in the document: the span of its params, once, also when it is run again."""
+    (example,) = re.findall(r"(?s)```python\n(.*?)```", OPERATORS.read_text(encoding="utf-8"))
+    names: dict[str, Any] = {"__name__": "after_the_load"}
+    exec(compile(example, str(OPERATORS), "exec"), names)  # noqa: S102 - our own document.
+    dag = bagged(names["dag"])
+    span = {"period_start": DAY[0].isoformat(), "period_end": DAY[1].isoformat()}
+    for _ in range(2):
+        run = dag.test(run_conf=span)
+        assert str(run.state) == "success"
+        assert billed(installation) == {"acct-0001": Decimal(7), "acct-0002": Decimal(10)}
+
+
+def test_the_table_of_operators_is_the_packages() -> None:
+    """Each operator has a row, with arguments that it takes."""
+    told = dict(
+        re.findall(r"^\| `(\w+\.\w+Operator)` \|.*\| (.*) \|$", OPERATORS.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    package = CHECKOUT / "plugins" / "usage_billing"
+    made = {
+        f"{path.stem}.{name}"
+        for path in package.glob("*.py")
+        for name in re.findall(r"^class (\w+Operator)\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert told.keys() == made - {"operators.StageOperator"}
+    for name, takes in told.items():
+        module, _, kind = name.partition(".")
+        parameters = inspect.signature(getattr(import_module(f"usage_billing.{module}"), kind)).parameters
+        parents = set(inspect.signature(import_module("usage_billing.operators").StageOperator).parameters)
+        arguments = set(re.findall(r"`(\w+)`", takes.partition("params ")[0].partition("param ")[0]))
+        assert arguments
+        assert arguments <= set(parameters) | parents, name
