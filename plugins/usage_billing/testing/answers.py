@@ -1,7 +1,8 @@
 """What people were shown of a plan and what they said to it: of a source that asks, nothing else may go.
 
 A yes covers what was shown with the question, delivery by delivery, once the ledger has taken it; a no about the same
-takes it back. What a person releases by name needs no question.
+takes it back, unless it is about an older reading: the newest has the say, also about what was asked of others before.
+What a person releases by name needs no question.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,7 @@ class Answers:
     def __init__(self) -> None:
         self._shown: dict[Question, dict[str, Decimal]] = {}
         self._said: dict[Question, Decision] = {}
-        self._approved: dict[str, Decimal] = {}
+        self._approved: dict[str, tuple[Decimal, Reading]] = {}
         self._released: set[tuple[str, Decimal]] = set()
 
     def shows(self, question: Question, proposals: Iterable[pa.Table]) -> None:
@@ -46,10 +47,11 @@ class Answers:
             return
         name, reading, digest, decision = args[:4]
         shown = self._shown.get((name, reading, digest), {})
-        for one in shown:
+        newer = {one for one in shown if one in self._approved and self._approved[one][1] > reading}
+        for one in shown.keys() - newer:
             self._approved.pop(one, None)
         if decision is Decision.APPROVED and self._said.get((name, reading, digest)) is Decision.APPROVED:
-            self._approved |= shown
+            self._approved |= {one: (quantity, reading) for one, quantity in shown.items() if one not in newer}
 
     def releases(self, identity: str, quantity: Decimal) -> None:
         """Note that a person let a held delivery go."""
@@ -57,5 +59,5 @@ class Answers:
 
     def cover(self, token: str, identity: str, quantity: Decimal) -> bool:
         """Say whether a person wants a delivery to go as it is."""
-        shown = self._approved.get(token), self._approved.get(identity)
-        return quantity in shown or (identity, quantity) in self._released
+        known = (self._approved[name] for name in (token, identity) if name in self._approved)
+        return any(shown == quantity for shown, _ in known) or (identity, quantity) in self._released
