@@ -91,7 +91,7 @@ def test_chunks_depend_on_nothing_but_the_events(sizes: list[int], most: int, la
     edges = sorted({0, len(bodies), *(edge for edge in cuts if edge < len(bodies))})
     whole = left(bodies, most)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "_LARGEST_BODY", largest)
+        patch.setattr(chunks, "LARGEST_BULK", largest)
         found = cut([whole])
         pieces = [whole.slice(start, end - start) for start, end in pairwise(edges)]
         assert cut(pieces) == found
