@@ -132,7 +132,7 @@ class _Trial:
     def _sent_now(self, quantity: Decimal, revision: int) -> Receipt:
         proposals = self._proposals(quantity, revision)
         if why := self._destination.hold_reason(proposals).item():
-            raise _NotTried(why)
+            raise _NotTried(why) if quantity < 0 else Refused(why)
         row = proposals.assign(body=self._destination.encode(proposals)).iloc[0]
         delivery = Delivery(
             token=row["token"],
@@ -202,6 +202,12 @@ class _Trial:
             self._sent_now(-_UNIT, 1)
         except _NotTried as why:
             raise _NotTried(f"one unit stays there: {why}") from None
+        except InDoubt as doubt:
+            # Taken, and only how much of it counts is not shown yet: what the site counts will tell.
+            if not doubt.taken:
+                raise
+        except UsageBillingError as failure:
+            raise Refused(f"one unit stays there: {failure}") from failure
         self._await(self._before)
         return "the site counts as much as before"
 

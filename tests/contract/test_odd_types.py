@@ -13,7 +13,8 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
+from unittest.mock import patch
+from urllib.parse import unquote, urlsplit
 
 import pandas as pd
 import pytest
@@ -23,7 +24,7 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 
 from usage_billing.destinations.chargeover import ChargeOverSettings, ChargeOverSite, ChargeOverUsage
 from usage_billing.destinations.http import Transport
-from usage_billing.errors import UsageBillingError
+from usage_billing.errors import Misconfigured, UsageBillingError
 from usage_billing.records import Delivery
 from usage_billing.sources import BillingSource
 
@@ -276,6 +277,60 @@ def test_a_package_that_was_not_asked_for_is_no_answer() -> None:
     destination = usage_of({**SOUND, "package": {**PACKAGE, "package_id": 5}}, "line_item_id")
     with pytest.raises(UsageBillingError, match="asked for 713, told of 5"):
         destination.standing("package_id:713")
+
+
+def test_a_line_that_is_told_twice_leads_nowhere() -> None:
+    """Which package it is would hang on how far the list was read."""
+    objects = {**SOUND, "package": [PACKAGE, {**PACKAGE, "package_id": 714}]}
+    with pytest.raises(UsageBillingError, match="line item 854 is told twice"):
+        usage_of(objects, "line_item_id").resolve(["854", "77"])
+
+
+def test_a_404_of_a_wrong_address_makes_no_package_unknown() -> None:
+    """Where everything is a 404, nothing is known of any package, however it is named."""
+
+    def nothing(request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        raw = urllib3.HTTPResponse(io.BytesIO(b"<html></html>"), {}, 404, preload_content=False)
+        return HTTPAdapter().build_response(request, raw)
+
+    destination = usage_of(dict(SOUND), "line_item_id")
+    with patch.object(Account, "send", lambda _self, request, *_, **__: nothing(request)):
+        for ask in (
+            lambda: destination.standing("package_id:713"),
+            lambda: destination.standing("package:acct"),
+            lambda: destination.resolve(["854"]),
+        ):
+            with pytest.raises(Misconfigured, match="no ChargeOver API"):
+                ask()
+
+
+def test_a_filter_that_is_used_up_is_asked_for_with_every_page() -> None:
+    """A generator of conditions would hold for the first page alone, and the second would be of anybody."""
+    account, client = wired()
+    asked: list[str] = []
+
+    def seen(self: Account, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        asked.append(unquote(str(request.url)))
+        return sent(self, request)
+
+    sent, account.objects = Account.send, dict(SOUND)
+    with patch.object(Account, "send", seen):
+        list(client.packages(one for one in [("customer_id", "EQUALS", "10")]))
+    assert all("customer_id:EQUALS:10" in url for url in asked[:2])
+    assert "package_id:GT:713" in asked[1]
+
+
+def test_a_key_in_a_path_keeps_its_colon() -> None:
+    """As it is documented; only what the key holds is encoded."""
+    account, client = wired()
+    account.objects = {"item": {"item_id": 13, "external_key": "a/b:c"}}
+    asked: list[str] = []
+    sent = Account.send
+    with patch.object(
+        Account, "send", lambda self, request, *_, **__: asked.append(request.url) or sent(self, request)
+    ):
+        assert client.item_by_external_key("a/b:c") is not None
+    assert asked[0].endswith("/item/external_key:a%2Fb%3Ac")
 
 
 def test_a_subscription_of_another_kind_of_site_is_unknown_here() -> None:

@@ -94,6 +94,15 @@ def test_a_site_that_shows_late_is_waited_for_and_one_that_never_shows_is_told(h
     assert house.billed(source) == {}
 
 
+def test_a_deduction_that_the_site_shows_late_is_no_failure(house: House) -> None:
+    """How much of it counts is told by what the site counts."""
+    source = shipped("api_calls")
+    house.sandbox.switch(SITES[source.name], events_delay_seconds=5)
+    steps = tried(house, source, "acct-0001")
+    assert outcomes(steps) == [True] * 6, told(steps)
+    assert house.billed(source) == {}
+
+
 def test_a_site_for_real_customers_gets_nothing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The site's own word counts more than a person's."""
     source = shipped("api_calls")

@@ -49,6 +49,10 @@ def test_errors_are_all_kept() -> None:
         b"<usage><id type='integer'>5.5</id></usage>",
         b"<usage><id type='integer'/></usage>",
         b"<usage><quantity type='decimal'>many</quantity></usage>",
+        b"<usage><quantity type='decimal'>NaN</quantity></usage>",
+        b"<usage><quantity type='decimal'>1_000.5</quantity></usage>",
+        b"<usage><id type='integer'>1_000</id></usage>",
+        b"<?xml version='1.0' encoding='x-foo'?><usage/>",
         b"<usage><archived type='boolean'>1</archived></usage>",
         b"<!DOCTYPE u [<!ENTITY a 'aaaa'>]><usage><memo>&a;</memo></usage>",
         b"<!DOCTYPE u SYSTEM 'file:///etc/passwd'><usage/>",
@@ -57,7 +61,7 @@ def test_errors_are_all_kept() -> None:
 )
 def test_what_is_none_is_never_guessed(text: bytes) -> None:
     """Cut short, of another type than it names, or with entities, which may grow without end or read files."""
-    with pytest.raises(ValueError, match=r"no XML|invalid literal"):
+    with pytest.raises(ValueError, match="no XML"):
         exact_xml(text)
 
 

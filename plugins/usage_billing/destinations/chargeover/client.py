@@ -174,7 +174,8 @@ class ChargeOverSite:
         Each page asks for what follows the last id of the page before, so that none is passed over while the list
         changes: that a package is not among these is definite.
         """
-        last = 0
+        # Asked for with each page, so it must not be used up by the first.
+        where, last = list(where), 0
         while rows := self._list("query package", "/package", _page(where, last)):
             for row in rows:
                 number = whole_number(row.get("package_id"), 1)
@@ -334,8 +335,10 @@ class ChargeOverSite:
 
     def get(self, kind: str, name: int | str) -> Json | None:
         """Return one object of a kind (`IDS`) by its id, by ``external_key:<key>`` or by ``token:<token>``, or None."""
-        found = self._object(f"read {kind} {name!r}", f"/{kind}/{segment(name)}")
         own, _, value = (IDS[kind], "", str(name)) if isinstance(name, int) else name.partition(":")
+        # The colon is a part of the path as it is documented; only what the key holds is encoded.
+        path = str(name) if isinstance(name, int) else f"{own}:{segment(value)}"
+        found = self._object(f"read {kind} {name!r}", f"/{kind}/{path}")
         if found is not None and record_number(found.get(own)) != value:
             raise NotApplied(f"{self.settings.site}: read {kind}: asked for {name!r}, told of {found.get(own)!r}")
         return found

@@ -146,8 +146,11 @@ class LineItems:
         found: dict[int, tuple[Json, Json]] = {}
         for package in self.client.packages() if wanted else ():
             for line in self._lines(package):
-                if (number := self._number(package, line)) in wanted:
-                    found[number] = package, line
+                if (number := self._number(package, line)) not in wanted:
+                    continue
+                if number in found:
+                    raise NotApplied(f"{self.site}: query package: line item {number} is told twice")
+                found[number] = package, line
             if len(found) == len(wanted):
                 break
         return found
@@ -189,6 +192,8 @@ class LineItems:
     def _package_numbered(self, name: str) -> list[Json] | None:
         number = whole_number(name, 1)
         package = None if number is None else self.client.package(number)
+        if number is not None and package is None:
+            self.client.read_account()  # At a wrong address everything is a 404.
         return None if package is None else [package]
 
     def _packages_of_customer(self, key: str) -> list[Json] | None:

@@ -524,6 +524,8 @@ class MaxioSite:
             yield from rows
             lowest = min(row["id"] for row in rows)
             params["max_id"] = lowest - 1
+        if subscription_id is None:
+            raise self._no_site(call)
 
     def count_site_events(self, kinds: Sequence[str] = ("metered_usage",)) -> int:
         """Return how many events of these kinds the site has noted."""

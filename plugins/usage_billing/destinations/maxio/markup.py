@@ -4,6 +4,7 @@ Elements and their ``type`` follow Maxio's public documentation: "API: Metered U
 Entities, and documents that define any, are refused (see the documentation of ``defusedxml``).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -26,7 +27,7 @@ def exact_xml(text: bytes) -> Any:
     try:
         root = fromstring(text, forbid_dtd=True)
         found = _value(root)
-    except (ParseError, DefusedXmlException, InvalidOperation, RecursionError) as error:
+    except (ParseError, DefusedXmlException, InvalidOperation, RecursionError, LookupError) as error:
         raise ValueError(f"no XML: {type(error).__name__}") from None
     return found if isinstance(found, list) else {_name(root): found}
 
@@ -79,7 +80,19 @@ def _boolean(text: str) -> bool:
     return text == "true"
 
 
-_TYPES: Mapping[str, Callable[[str], Any]] = {"integer": int, "decimal": Decimal, "boolean": _boolean}
+def _decimal(text: str) -> Decimal:
+    if not re.fullmatch(r"[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?", text):
+        raise ValueError(f"no XML: {text!r} is no decimal")
+    return Decimal(text)
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]+", text):
+        raise ValueError(f"no XML: {text!r} is no integer")
+    return int(text)
+
+
+_TYPES: Mapping[str, Callable[[str], Any]] = {"integer": _integer, "decimal": _decimal, "boolean": _boolean}
 
 
 def _fill(element: Element, value: object) -> None:
