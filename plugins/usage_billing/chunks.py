@@ -23,8 +23,7 @@ import pyarrow.compute as pc
 
 from usage_billing import quantities
 from usage_billing.archive import EVENTS, Archived
-from usage_billing.destinations.base import Destination
-from usage_billing.destinations.maxio import LARGEST_BULK
+from usage_billing.destinations.base import LARGEST_BULK, Destination
 from usage_billing.errors import Misconfigured, NeedsDecision
 from usage_billing.ledger import Ledger, bases
 from usage_billing.moves import Moves, Places

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -183,22 +183,6 @@ EVERY_SETTING = pytest.mark.parametrize(
     [*((case, {}) for case in CASES), *SWITCHES],
     ids=lambda value: value.label if isinstance(value, Case) else ",".join(value.values()) or "as documented",
 )
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Sandbox]:
-    """Run every world once for the whole module."""
-    with Sandbox([WORLDS]) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def sandbox(running: Sandbox) -> Sandbox:
-    """Give each test the worlds as their files describe them."""
-    running.clear_faults()
-    running.reset()
-    running.reset_requests()
-    return running
 
 
 def proposals(

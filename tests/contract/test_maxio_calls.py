@@ -1,7 +1,6 @@
 """Maxio's calls, each as somebody makes it from a DAG of their own; the sandbox's count is the verdict."""
 
 import json
-from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -25,21 +24,6 @@ WORLDS = Path(__file__).parents[2] / "include" / "sandbox" / "worlds"
 ACME, ORBIT = "maxio:us:acme", "maxio:us:orbit"
 ACCOUNT, NUMBER, CALLS = "acct-0001", 50100001, "handle:api-calls"
 NOON = datetime(2026, 10, 5, 12, tzinfo=UTC)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Sandbox]:
-    """Run the shipped worlds once."""
-    with Sandbox([WORLDS]) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture
-def sandbox(running: Sandbox) -> Sandbox:
-    """Give each test the worlds as their files describe them."""
-    running.reset()
-    running.reset_requests()
-    return running
 
 
 def site_of(sandbox: Sandbox, name: str, response_format: Literal["json", "xml"] = "json") -> MaxioSite:

@@ -23,6 +23,9 @@ from usage_billing.errors import InDoubt, Misconfigured, Refused
 from usage_billing.records import PASSES, REFUSED_HERE, Delivery, Period, Receipt, SiteRecord, SiteTotal, State, Target
 from usage_billing.sources import BillingSource, DestinationSettings
 
+LARGEST_BULK = 900_000
+"""Bytes of JSON in a request of many events: no document names a limit, and few hosts have one below 1 MB."""
+
 Answer = Receipt | Refused | InDoubt | None
 """What a site says of one delivery in doubt; see `Destination.settle`."""
 

@@ -41,11 +41,9 @@ def exact_text(value: object) -> str:
         return "{" + ",".join(f"{json.dumps(str(name))}:{exact_text(inner)}" for name, inner in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(exact_text, value)) + "]"
-    if isinstance(value, Decimal) and value.is_finite():
-        return f"{value:f}"
-    if value is None or isinstance(value, bool | int | str):
-        return json.dumps(value)
-    raise ValueError(f"no JSON: {value!r} is no exact number")
+    if not _is_exact(value):
+        raise ValueError(f"no JSON: {value!r} is no exact number")
+    return f"{value:f}" if isinstance(value, Decimal) else json.dumps(value)
 
 
 def check(subject: str, values: Mapping[str, Any], faults: Sequence[str] = ()) -> None:
@@ -54,7 +52,7 @@ def check(subject: str, values: Mapping[str, Any], faults: Sequence[str] = ()) -
     Raises:
         Misconfigured: names the subject, the faults, and each value that is not exact with its place; all at once.
     """
-    if found := [*faults, *(inexact(place, value) for place, value in _leaves("", values) if not is_exact(value))]:
+    if found := [*faults, *(_inexact(place, value) for place, value in _leaves("", values) if not _is_exact(value))]:
         raise Misconfigured.all_at_once(subject, found)
 
 
@@ -71,13 +69,17 @@ def _leaves(place: str, value: object) -> Iterator[tuple[str, object]]:
         yield from _leaves(step, inner)
 
 
-def is_exact(value: object) -> bool:
-    """Say whether JSON can hold a value that holds no others, with every digit."""
+def quantity_faults(name: str, value: object) -> list[str]:
+    """Return what is wrong with a quantity, which is an exact number and nothing else."""
+    sound = _is_exact(value) and not isinstance(value, bool | str | None)
+    return [] if sound else [_inexact(name, value)]
+
+
+def _is_exact(value: object) -> bool:
     return value is None or (value.is_finite() if isinstance(value, Decimal) else isinstance(value, bool | int | str))
 
 
-def inexact(place: str, value: object) -> str:
-    """Return what to tell of a value that is not exact."""
+def _inexact(place: str, value: object) -> str:
     return f"{place}: {value!r} is no exact number; give a whole number or a Decimal"
 
 

@@ -4,6 +4,7 @@ from decimal import Decimal
 
 import pytest
 
+from usage_billing.destinations.exact import exact_json
 from usage_billing.destinations.maxio.markup import exact_xml, request_xml
 
 USAGE = b"<usage><id>123</id><quantity type='integer'>5</quantity><memo>My Memo</memo></usage>"
@@ -72,7 +73,7 @@ def test_a_request_keeps_every_digit() -> None:
     prices = '<prices type="array"><price><unit_price>0.10</unit_price></price></prices>'
     parts = "<quantity>12345678901234567.10</quantity><memo>a &amp; b &lt;c&gt;</memo>"
     usage = f"<usage>{parts}<custom_price>{prices}</custom_price></usage>"
-    assert request_xml(body) == f'<?xml version="1.0" encoding="UTF-8"?>{usage}'
+    assert request_xml(exact_json(body)) == f'<?xml version="1.0" encoding="UTF-8"?>{usage}'
     for odd in ("[]", "{}", '{"a":1,"b":2}', "5"):
         with pytest.raises(ValueError, match="no single resource"):
-            request_xml(odd)
+            request_xml(exact_json(odd))

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, available_timezones
 
 from usage_billing.destinations.chargeover.signature import SignatureAuth
-from usage_billing.destinations.exact import check, exact_text, inexact, is_exact
+from usage_billing.destinations.exact import check, exact_text, quantity_faults
 from usage_billing.destinations.http import Effect, HttpClient, Transport, record_number, segment
 from usage_billing.destinations.settings import SiteSettings, url_faults, whole_number
 from usage_billing.errors import InDoubt, Misconfigured, NotApplied
@@ -175,8 +175,10 @@ class ChargeOverSite:
         changes: that a package is not among these is definite.
         """
         # Asked for with each page, so it must not be used up by the first.
-        where, last = list(where), 0
-        while rows := self._list("query package", "/package", _page(where, last)):
+        conditions = wanted = list(where)
+        shape = {"expand": "line_items", "order": "package_id:ASC", "limit": LIMIT}
+        last = 0
+        while rows := self._list("query package", "/package", {**shape, **_filter(conditions)}):
             for row in rows:
                 number = whole_number(row.get("package_id"), 1)
                 if number is None or number <= last:
@@ -184,6 +186,7 @@ class ChargeOverSite:
                     raise NotApplied(f"{self.settings.site}: query package: {told}")
                 last = number
                 yield row
+            conditions = [*wanted, ("package_id", "GT", str(last))]
 
     def customer_by_external_key(self, key: str) -> Json | None:
         """Return the customer with an external key, or None."""
@@ -226,9 +229,7 @@ class ChargeOverSite:
         faults = [f"{name}: has no zone" for name, time in (("since", since), ("until", until)) if time.tzinfo is None]
         if (line_item_id is None) is not all(keys.values()) or any(keys.values()) is not all(keys.values()):
             faults.append("line_item_id: give it, or in its place customer_external_key and item_external_key")
-        if isinstance(value, bool | str | None) or not is_exact(value):
-            faults.append(inexact("value", value))
-        check("ChargeOver usage", more, faults)
+        check("ChargeOver usage", more, [*faults, *quantity_faults("value", value)])
         address = keys if line_item_id is None else {"line_item_id": int(line_item_id)}
         span = {"from": self.local(since), "to": self.local(until)}
         own = {"external_key": external_key} if external_key else {}
@@ -308,8 +309,7 @@ class ChargeOverSite:
         and a list that grows moves under an offset. Packages come without their line items, invoices too.
         """
         key = IDS[kind]
-        asked = {"where": where_text(where), "order": order, "limit": LIMIT}
-        params = {name: value for name, value in asked.items() if value}
+        params = {**_filter(where), **({"order": order} if order else {}), "limit": LIMIT}
         seen: set[object] = set()
         offset = 0
         while rows := self._list(f"query {kind}", f"/{kind}", {**params, "offset": offset}):
@@ -325,8 +325,8 @@ class ChargeOverSite:
 
     def count(self, kind: str, where: Iterable[tuple[str, str, str]] = ()) -> int:
         """Return how many objects of a kind (`IDS`) fulfil every condition."""
-        call, conditions = f"count {kind}", where_text(where)
-        found = self._read(call, f"/{kind}/_count", {"where": conditions} if conditions else {})
+        call = f"count {kind}"
+        found = self._read(call, f"/{kind}/_count", _filter(where))
         if found is None:
             raise self._no_api(call)
         if (number := whole_number(found, 0)) is None:
@@ -335,9 +335,12 @@ class ChargeOverSite:
 
     def get(self, kind: str, name: int | str) -> Json | None:
         """Return one object of a kind (`IDS`) by its id, by ``external_key:<key>`` or by ``token:<token>``, or None."""
-        own, _, value = (IDS[kind], "", str(name)) if isinstance(name, int) else name.partition(":")
-        # The colon is a part of the path as it is documented; only what the key holds is encoded.
-        path = str(name) if isinstance(name, int) else f"{own}:{segment(value)}"
+        if isinstance(name, int):
+            own, value, path = IDS[kind], str(name), str(name)
+        else:
+            own, _, value = name.partition(":")
+            # The colon is a part of the path as it is documented; only what the key holds is encoded.
+            path = f"{own}:{segment(value)}"
         found = self._object(f"read {kind} {name!r}", f"/{kind}/{path}")
         if found is not None and record_number(found.get(own)) != value:
             raise NotApplied(f"{self.settings.site}: read {kind}: asked for {name!r}, told of {found.get(own)!r}")
@@ -379,11 +382,10 @@ class ChargeOverSite:
         return {"id": number}
 
 
-def _page(where: Iterable[tuple[str, str, str]], last: int) -> Json:
-    """Return what asks for the packages after the id `last`."""
-    after = [*where, *([("package_id", "GT", str(last))] if last else [])]
-    asked = {"expand": "line_items", "order": "package_id:ASC", "limit": LIMIT}
-    return asked | ({"where": where_text(after)} if after else {})
+def _filter(where: Iterable[tuple[str, str, str]]) -> Json:
+    """Return the parameter that asks for what fulfils every condition; none where there is no condition."""
+    text = where_text(where)
+    return {"where": text} if text else {}
 
 
 def where_text(conditions: Iterable[tuple[str, str, str]]) -> str:

@@ -14,13 +14,12 @@ Paths, limits and the meaning of replies follow Maxio's public API reference: "S
 "Events-Based Billing", "Duplicate Prevention" and "API Access: Error Handling".
 """
 
-from usage_billing.destinations.maxio.bodies import LARGEST_BULK, activation_body, event_body, event_bulks, usage_body
+from usage_billing.destinations.maxio.bodies import activation_body, event_body, event_bulks, usage_body
 from usage_billing.destinations.maxio.client import MaxioSettings, MaxioSite
 from usage_billing.destinations.maxio.events import MaxioEvents, MaxioEventsSettings
 from usage_billing.destinations.maxio.metered import MaxioMetered, MaxioMeteredSettings
 
 __all__ = [
-    "LARGEST_BULK",
     "MaxioEvents",
     "MaxioEventsSettings",
     "MaxioMetered",

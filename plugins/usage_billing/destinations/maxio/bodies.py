@@ -9,10 +9,9 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from usage_billing.destinations.exact import check, exact_text, inexact, is_exact
+from usage_billing.destinations.base import LARGEST_BULK
+from usage_billing.destinations.exact import check, exact_text, quantity_faults
 
-LARGEST_BULK = 900_000
-"""How many bytes a bulk of events holds at most: no document names a limit, and a common one is a million."""
 _LONGEST_EVENT_TOKEN = 64
 _RESERVED = "chargify"
 
@@ -36,10 +35,7 @@ def usage_body(
         Misconfigured: a quantity or price that is no exact number, or two prices; tells all at once.
     """
     terms = _terms(price_point_id, custom_price, initial_billing_at)
-    faults = _price_faults(price_point_id, custom_price)
-    if isinstance(quantity, bool | str | None) or not is_exact(quantity):
-        faults.append(inexact("quantity", quantity))
-    check("Maxio usage", terms, faults)
+    check("Maxio usage", terms, [*_price_faults(price_point_id, custom_price), *quantity_faults("quantity", quantity)])
     usage = {"quantity": quantity, **({"memo": memo} if memo else {}), **terms}
     return exact_text({"usage": usage, **({"uniqueness_token": uniqueness_token} if uniqueness_token else {})})
 

@@ -6,13 +6,13 @@ Paths, limits and the meaning of replies follow Maxio's public API reference: "S
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import UTC, date, datetime
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from usage_billing.destinations.exact import exact_json, exact_number, exact_text
+from usage_billing.destinations.exact import exact_json, exact_number
 from usage_billing.destinations.http import (
     JSON,
     Effect,
@@ -196,7 +196,7 @@ class MaxioSite:
         try:
             content = exact_json(body)
             token = content.pop("uniqueness_token", None) if isinstance(content, dict) else None
-            text = request_xml(exact_text(content))
+            text = request_xml(content)
         except ValueError as error:
             raise Misconfigured(f"{self.settings.site}: {call}: the body is no JSON of a usage: {error}") from None
         return (path if token is None else f"{path}?uniqueness_token={segment(token)}"), text
@@ -549,18 +549,12 @@ class MaxioSite:
     def invoices(self, subscription_id: int | None = None) -> Iterator[Json]:
         """Yield invoices with their lines, the oldest first, so that new ones shift no page."""
         call = "list invoices"
-        params: Json = {"line_items": "true", "direction": "asc", "per_page": PER_PAGE, "page": 1}
-        params |= {} if subscription_id is None else {"subscription_id": int(subscription_id)}
-        seen: set[str] = set()
-        while (found := self._main.read(call, "/invoices.json", params)) is not None:
-            rows = [self._invoice(call, row) for row in self._rows(call, found, "invoices")]
-            fresh = [row for row in rows if row["uid"] not in seen]
-            if not fresh:
-                return
-            yield from fresh
-            seen.update(row["uid"] for row in fresh)
-            params["page"] += 1
-        raise self._no_site(call)
+        whose = {} if subscription_id is None else {"subscription_id": int(subscription_id)}
+
+        def read(found: object) -> list[Json]:
+            return [self._invoice(call, row) for row in self._rows(call, found, "invoices")]
+
+        return self._walked(call, "/invoices.json", {"line_items": "true", "direction": "asc", **whose}, read, "uid")
 
     def invoice(self, uid: str) -> Json | None:
         """Return one invoice with its lines, or None."""
@@ -602,18 +596,31 @@ class MaxioSite:
     def _pages(
         self, call: str, path: str, key: str, params: Mapping[str, Any], else_no: str = "", form: Form = JSON
     ) -> Iterator[Json]:
-        """Yield the rows of a numbered list, each id once, until a page brings nothing new."""
-        seen: set[int] = set()
+        """Yield the rows of a numbered list, each id once; `else_no` is what a 404 may lack beside the site."""
+        return self._walked(call, path, params, lambda found: self._numbered(call, found, key), "id", else_no, form)
+
+    def _walked(
+        self,
+        call: str,
+        path: str,
+        params: Mapping[str, Any],
+        read: Callable[[object], list[Json]],
+        name: str,
+        else_no: str = "",
+        form: Form = JSON,
+    ) -> Iterator[Json]:
+        """Yield what `read` finds on numbered pages, each `name` once, until a page brings nothing new."""
+        seen: set[object] = set()
         page = 1
         while True:
             found = self._main.read(call, path, {**params, "page": page, "per_page": PER_PAGE}, form=form)
             if found is None:
                 raise self._no_site(call, else_no)
-            fresh = [row for row in self._numbered(call, found, key) if row["id"] not in seen]
+            fresh = [row for row in read(found) if row[name] not in seen]
             if not fresh:
                 return
             yield from fresh
-            seen.update(row["id"] for row in fresh)
+            seen.update(row[name] for row in fresh)
             page += 1
 
 

@@ -13,8 +13,6 @@ from xml.etree.ElementTree import Element, ParseError, SubElement, tostring
 from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
-from usage_billing.destinations.exact import exact_json
-
 _MARKS = {True: "true", False: "false"}
 
 
@@ -32,16 +30,15 @@ def exact_xml(text: bytes) -> Any:
     return found if isinstance(found, list) else {_name(root): found}
 
 
-def request_xml(body: str) -> str:
-    """Return the body of a request, a JSON object with one resource, as XML.
+def request_xml(body: object) -> str:
+    """Return the body of a request, an object with one resource, as XML.
 
     Raises:
-        ValueError: it is no such JSON.
+        ValueError: it is no such object.
     """
-    found = exact_json(body)
-    if not isinstance(found, dict) or len(found) != 1:
+    if not isinstance(body, dict) or len(body) != 1:
         raise ValueError("no single resource")
-    ((name, value),) = found.items()
+    ((name, value),) = body.items()
     root = Element(name)
     _fill(root, value)
     return '<?xml version="1.0" encoding="UTF-8"?>' + tostring(root, encoding="unicode")

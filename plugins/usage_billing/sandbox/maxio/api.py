@@ -116,9 +116,10 @@ class MaxioApi(MaxioHost):
 
     def _written(self, call: Call, route: Route | None, reply: Response) -> Response:
         """Return a reply in the format that its request wants."""
+        if not wanted(call):
+            return reply
         bare = self.site.switches["xml_empty_list"] == "nil_classes"
-        name = route.name if route else ""
-        return marked_up(reply, name, bare_when_empty=bare) if wanted(call) else reply
+        return marked_up(reply, route.name if route else "", bare_when_empty=bare)
 
     def _do(self, call: Call, route: Route | None) -> Response:
         if route is None:
